@@ -1,0 +1,133 @@
+"""Settings, the nanoGPT way: a block of globals on top of each script is the default, and any of them can be
+overridden by a config file and by --key=value, from left to right:
+
+    python grpo.py config/qwen7b_u13.py --lr=1e-4 --out_dir=out/seven
+
+A config file is a Python file and is executed: run only those you have read. Nothing else is ever executed: values
+on the command line are read as the type that the default has. An unknown name is an error, so that no setting is
+dropped in silence, and every override is printed.
+"""
+
+import ast
+import difflib
+import math
+import os
+import runpy
+import sys
+from types import SimpleNamespace
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Scripts print it as one line, without a traceback, and exit with code 2."""
+
+
+def configure(script_globals, argv=None):
+    """Read the settings block of a script, apply config files and --key=value, return a namespace of settings.
+
+    script_globals: the script's globals(); its settings are the lower-case names that are assigned at top level
+        above its first function and hold a bool, int, float or str.
+    argv: the arguments (default: the command line's). `--help` prints the block with its comments and exits.
+    Raises UserError for an unknown name (with the nearest known one), a wrong type, or a missing config file.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    settings, block = _settings_block(script_globals)
+    if "--help" in argv or "-h" in argv:
+        print(f"{script_globals['__doc__'].strip()}\n\nSettings, with their defaults:\n\n{block}")
+        raise SystemExit(0)
+    for arg in argv:
+        if arg.startswith("--"):
+            name, equals, text = arg[2:].partition("=")  # the first '=' splits: values may contain '='
+            default = _lookup(settings, name, "the command line")
+            if not equals:
+                raise UserError(f"--{name} needs a value: write --{name}=...")
+            value = _parse(name, text, default)
+            _override(settings, name, value, "command line")
+        else:
+            for name, value in _read_config(arg).items():
+                default = _lookup(settings, name, arg)
+                _override(settings, name, _check(name, value, default, arg), arg)
+    return SimpleNamespace(**settings)
+
+
+def save_settings(settings, path):
+    """Write settings as a config file: `python grpo.py out/toy/settings.py` repeats the run."""
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(f"{name} = {value!r}\n" for name, value in vars(settings).items())
+
+
+def run(main):
+    """Call main(), and turn a UserError into one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _settings_block(script_globals):
+    """The settings of a script as a dict in source order, and the source text of their block."""
+    with open(script_globals["__file__"], encoding="utf-8") as f:
+        source = f.read()
+    settings, first, last = {}, None, None
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            break
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            value = script_globals.get(name)
+            if name.islower() and not name.startswith("_") and isinstance(value, (bool, int, float, str)):
+                settings[name] = value
+                first, last = first or node.lineno, node.end_lineno
+    lines = source.splitlines()
+    while first and lines[first - 2].startswith("#"):  # the heading comment above the first setting
+        first -= 1
+    return settings, "\n".join(lines[first - 1 : last]) if first else ""
+
+
+def _read_config(path):
+    if not os.path.isfile(path):
+        hint = f" Did you mean --{path}?" if "=" in path else ""
+        raise UserError(f"no config file at '{path}'.{hint}")
+    try:
+        values = runpy.run_path(path)
+    except Exception as error:
+        raise UserError(f"config file '{path}' failed: {type(error).__name__}: {error}") from None
+    return {name: value for name, value in values.items() if not name.startswith("_")}
+
+
+def _lookup(settings, name, where):
+    if name in settings:
+        return settings[name]
+    near = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else "--help lists the settings."
+    raise UserError(f"unknown setting '{name}' in {where}; {hint}")
+
+
+def _override(settings, name, value, where):
+    if value != settings[name]:
+        print(f"{name} = {value!r} (default {settings[name]!r}; {where})")
+    settings[name] = value
+
+
+def _parse(name, text, default):
+    """Read text as the type of default."""
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return _check(name, kind(text), default, "the command line")
+    except (ValueError, KeyError):
+        wanted = "True or False" if kind is bool else f"{'an int' if kind is int else 'a number'}"
+        raise UserError(f"--{name} wants {wanted}, got '{text}'") from None
+
+
+def _check(name, value, default, where):
+    """Value as the type of default (an int will do for a float), or UserError."""
+    kind = type(default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"setting '{name}' in {where} wants {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"setting '{name}' in {where} wants a finite number, got {value!r}")
+    return value

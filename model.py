@@ -1,0 +1,522 @@
+"""What a Hugging Face checkpoint directory holds, and nothing else: config.json + *.safetensors -> Transformer,
+tokenizer.json -> Tokenizer. Qwen2.5 and LLaMA-2/3 are one architecture: RMSNorm, rotary positions, grouped-query
+attention, SwiGLU; Qwen adds biases to q, k and v. Parameters carry the checkpoint's own names, so loading is a state
+dict and there is no renaming table.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import unicodedata
+from dataclasses import dataclass
+
+import jinja2
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from configurator import UserError
+
+# ------------------------------------------------------------------------------------------------ the architecture
+
+
+@dataclass
+class Config:
+    """The part of config.json that the forward pass reads. `raw` is the file, kept for save_model."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_theta: float
+    rope_scaling: dict | None  # Llama-3's frequency bands, or None
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    raw: dict
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        h = x.float()  # both families normalise in fp32 and round before the weight is multiplied
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return h.to(x.dtype) * self.weight
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding in the half-split layout of the checkpoints. x [B, H, T, hd]; cos, sin [B, 1, T, hd]."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        dim, q_dim, kv_dim = (config.hidden_size, config.num_attention_heads * config.head_dim,
+                              config.num_key_value_heads * config.head_dim)  # fmt: skip
+        self.q_proj = nn.Linear(dim, q_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(dim, kv_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_dim, dim, bias=False)
+
+    def forward(self, x, cos, sin, cache):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, heads, T, hd]
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, kv_heads, T, hd]
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            y = cache.attend(self.layer, q, k, v)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Everything below the lm_head: ids [B, T] -> hidden states [B, T, D].
+
+    Without a cache, attention is causal over right-padded rows: what stands to the right of a token never reaches it,
+    so padding needs no mask. With a cache (see sample.py), cache.attend(layer, q, k, v) does the attention and
+    `positions` [B, T] says where the tokens stand.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.config = config
+        self.inv_freq = None  # fp32, made on first use: a model built on the meta device has no numbers yet
+
+    def forward(self, ids, positions=None, cache=None):
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # [1, T]
+        if self.inv_freq is None or self.inv_freq.device != ids.device:
+            self.inv_freq = rope_frequencies(self.config).to(ids.device)
+        angles = positions[:, None, :, None] * self.inv_freq  # [B, 1, T, hd/2], in fp32
+        angles = torch.cat((angles, angles), dim=-1)
+        x = self.embed_tokens(ids)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for block in self.layers:
+            x = block(x, cos, sin, cache)
+        return self.norm(x)
+
+
+class Transformer(nn.Module):
+    """A causal language model whose state dict has exactly the names of the checkpoint files."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self):
+        """The output matrix [vocab, D]: the embedding itself where the checkpoint ties them."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, ids):
+        """ids [B, T] -> logits [B, T, vocab]. For training and sampling use .model and .head: all logits are large."""
+        return F.linear(self.model(ids), self.head)
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+
+def rope_frequencies(config):
+    """Inverse frequencies [head_dim / 2]; with Llama-3.1's scaling, long wavelengths are stretched by `factor`."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    inv_freq = 1.0 / config.rope_theta**exponent
+    if config.rope_scaling is None:
+        return inv_freq
+    scaling = config.rope_scaling
+    low, high, old_len = (scaling["low_freq_factor"], scaling["high_freq_factor"],
+                          scaling["original_max_position_embeddings"])  # fmt: skip
+    wavelen = 2 * math.pi / inv_freq
+    smooth = ((old_len / wavelen - low) / (high - low)).clamp(0, 1)  # 0: stretched, 1: left alone, between: blended
+    return (1 - smooth) * inv_freq / scaling["factor"] + smooth * inv_freq
+
+
+def init_weights(model, seed):
+    """Fresh random weights: N(0, 0.02), residual projections scaled down by depth as in GPT-2, for pre-training."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if name.endswith("norm.weight"):
+            nn.init.ones_(p)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+        else:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / math.sqrt(2 * model.config.num_hidden_layers) if residual else 0.02
+            nn.init.normal_(p, 0.0, std, generator=generator)
+
+
+# --------------------------------------------------------------------------------------- checkpoint directories
+
+
+def pick_device(device="auto"):
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device '{device}' is not available here; use --device=auto, cpu or cuda") from None
+    return device
+
+
+def checkpoint_dir(path):
+    """A local directory as it is; a hub name such as Qwen/Qwen2.5-7B-Instruct downloaded once and then read offline."""
+    if os.path.isdir(path):
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
+        raise UserError(f"no model directory at '{path}' (a hub name has the form owner/name)")
+    import huggingface_hub  # only here: a local directory must not need it
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+    try:
+        return huggingface_hub.snapshot_download(path, allow_patterns=wanted)
+    except Exception as error:  # the hub client raises many kinds; all mean that the model is not to be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"'{path}' is no local directory and could not be downloaded from the hub: {reason}") from None
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def load_config(path):
+    """Read config.json, in the style of published checkpoints or as transformers 5 writes it."""
+    file = os.path.join(path, "config.json")
+    raw = read_json(file)
+
+    def need(condition, message):
+        if not condition:
+            raise UserError(f"{file}: {message}")
+
+    need(isinstance(raw, dict), "is not a JSON object")
+    kind = raw.get("model_type")
+    need(kind in ("qwen2", "llama"), f"model_type {kind!r} is not supported (qwen2 and llama are)")
+    need(raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r} is not supported (silu is)")
+    for key in ("use_sliding_window", "mlp_bias", "quantization_config"):
+        need(not raw.get(key), f"{key} is not supported")
+    need(kind == "qwen2" or not raw.get("attention_bias"), "attention_bias is not supported for llama")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    need(rope_type in ("default", "llama3"), f"rope type {rope_type!r} is not supported (default and llama3 are)")
+    try:
+        heads = raw["num_attention_heads"]
+        return Config(
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            max_position_embeddings=raw.get("max_position_embeddings", 2048 if kind == "llama" else 32768),
+            rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+            rope_scaling=rope if rope_type == "llama3" else None,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=kind == "qwen2",
+            raw=raw,
+        )
+    except KeyError as error:
+        raise UserError(f"{file}: key {error} is missing") from None
+
+
+def load_model(path, dtype=None, device=None):
+    """Load a checkpoint directory or hub name.
+
+    dtype: torch dtype, its name, or None / 'auto': bfloat16 on a GPU, float32 on a CPU.
+    device: torch device, its name, or None / 'auto': the GPU if there is one.
+    Returns a frozen Transformer. Raises UserError, naming the file and the tensor, for anything that does not fit.
+    """
+    path = checkpoint_dir(path)
+    config = load_config(path)
+    device = pick_device(device or "auto")
+    if dtype in (None, "auto"):
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    elif isinstance(dtype, str):
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
+        if dtype is None:
+            raise UserError("dtype must be auto, float32, bfloat16 or float16")
+    with torch.device("meta"):  # shapes only: the numbers come from the files, straight to the device
+        model = Transformer(config)
+    shapes = {name: p.shape for name, p in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]  # some tied files hold a second copy
+    tensors = {}
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as f:
+                for name in f.keys():
+                    if name.endswith("rotary_emb.inv_freq"):  # old LLaMA-2 files store it
+                        continue
+                    tensors[name] = _checked(file, name, f.get_tensor(name), shapes).to(device, dtype)
+        except (SafetensorError, OSError) as error:
+            hint = "; a 130-byte file is a git-lfs pointer" if os.path.getsize(file) < 1000 else ""
+            raise UserError(f"{file} is damaged or no safetensors file ({error}{hint}); download it again") from None
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        if not torch.equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]):
+            raise UserError(f"{path}: config.json ties the embeddings but lm_head.weight differs from embed_tokens")
+        del shapes["lm_head.weight"]
+    missing = [name for name in shapes if name not in tensors and not
+               (name == "lm_head.weight" and config.tie_word_embeddings)]  # fmt: skip
+    if missing:
+        raise UserError(f"{path}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _weight_files(path):
+    index = os.path.join(path, "model.safetensors.index.json")
+    if os.path.exists(index):
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if not names or any(os.path.basename(name) != name for name in names):
+            raise UserError(f"{index}: weight_map is empty or names a file outside the directory")
+    else:
+        names = ["model.safetensors"]
+    files = [os.path.join(path, name) for name in names]
+    for file in files:
+        if not os.path.isfile(file):
+            pickled = [n for n in os.listdir(path) if n.endswith((".bin", ".pt", ".pth"))]
+            hint = f" ({pickled[0]} is a pickle and is never read; convert it to safetensors)" if pickled else ""
+            raise UserError(f"{file} is missing{hint}")
+    return files
+
+
+def _checked(file, name, tensor, shapes):
+    if name not in shapes:
+        raise UserError(f"{file}: unexpected tensor {name} (config.json describes another model)")
+    if tensor.shape != shapes[name]:
+        raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, config.json says {list(shapes[name])}")
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"{file}: {name} is {tensor.dtype}; only float32, bfloat16 and float16 are supported")
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+        raise UserError(f"{file}: {name} holds NaN or infinity")
+    return tensor
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+                   "vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json")  # fmt: skip
+
+
+def save_model(model, path, tokenizer_from=None):
+    """Write a directory that transformers loads: config.json and model.safetensors.
+
+    tokenizer_from: a checkpoint directory whose tokenizer files are copied along.
+    """
+    os.makedirs(path, exist_ok=True)
+    dtype = str(model.head.dtype).removeprefix("torch.")
+    raw = model.config.raw | {("dtype" if "dtype" in model.config.raw else "torch_dtype"): dtype}
+    with open(os.path.join(path, "config.json"), "w", encoding="utf-8") as f:
+        json.dump(raw, f, indent=2)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
+    file = os.path.join(path, "model.safetensors")
+    save_file(tensors, file + ".tmp", metadata={"format": "pt"})
+    os.replace(file + ".tmp", file)  # a run killed here leaves the old file whole
+    for name in TOKENIZER_FILES if tokenizer_from else ():
+        source = os.path.join(tokenizer_from, name)
+        if os.path.exists(source) and os.path.abspath(tokenizer_from) != os.path.abspath(path):
+            shutil.copy(source, path)
+
+
+# ------------------------------------------------------------------------------------------------- the tokenizer
+
+
+def _byte_alphabet():
+    """GPT-2's map from printable characters to bytes, in which vocab files spell their tokens."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+class Tokenizer:
+    """Byte-level BPE on tiktoken, read from tokenizer.json.
+
+    Text -> ids never recognises special tokens unless asked (special=True), so a question that spells <|im_end|>
+    stays text. The order is the reference's: added tokens are cut out first, then NFC where the file asks for it.
+    """
+
+    def __init__(self, path):
+        file = os.path.join(path, "tokenizer.json")
+        data = read_json(file)
+        extra = _read_optional(os.path.join(path, "tokenizer_config.json"))
+        if data.get("model", {}).get("type") != "BPE" or data["model"].get("byte_fallback"):
+            raise UserError(f"{file}: only byte-level BPE tokenizers are supported")
+        alphabet = _byte_alphabet()
+        try:
+            ranks = {bytes(alphabet[c] for c in token): i for token, i in data["model"]["vocab"].items()}
+        except KeyError as error:
+            raise UserError(f"{file}: {error} is no byte-level character; not a byte-level BPE vocabulary") from None
+        merges = [m.split(" ") if isinstance(m, str) else m for m in data["model"]["merges"]]
+        order = [data["model"]["vocab"][a + b] for a, b in merges]
+        if any(a > b for a, b in zip(order, order[1:])) and not data["model"].get("ignore_merges"):
+            raise UserError(f"{file}: merges are not in the order of their ids, which tiktoken needs")
+        self.added = {t["content"]: t["id"] for t in data.get("added_tokens", [])}
+        self.special_ids = {t["id"] for t in data.get("added_tokens", []) if t.get("special")}
+        self.nfc = "NFC" in json.dumps(data.get("normalizer"))
+        self.bpe = tiktoken.Encoding("bpe", pat_str=_split_pattern(file, data), mergeable_ranks=ranks, special_tokens={})
+        self.pieces = {i: token for token, i in ranks.items()} | {i: t.encode() for t, i in self.added.items()}
+        self.cut = re.compile("|".join(re.escape(t) for t in sorted(self.added, key=len, reverse=True)) or r"(?!)")
+        adds_bos = "TemplateProcessing" in json.dumps(data.get("post_processor"))  # Llama puts one before raw text
+        self.bos_ids = [self.added[_token_text(extra["bos_token"])]] if adds_bos and extra.get("bos_token") else []
+        self.special_texts = {k: _token_text(extra.get(k)) or "" for k in ("bos_token", "eos_token")}
+        self.stop_ids = self._stop_ids(path, extra)
+        self.pad_id = self._pad_id(extra)
+        self.template = _chat_template(path, extra)
+
+    def _stop_ids(self, path, extra):
+        """eos_token_id of generation_config.json, else of config.json, else the tokenizer's eos_token: a set of ids.
+
+        Nothing else is read there: its temperature, top_p and repetition_penalty would change the sampled policy.
+        """
+        for name in ("generation_config.json", "config.json"):
+            stop = _read_optional(os.path.join(path, name)).get("eos_token_id")
+            if stop is not None:
+                return frozenset(stop if isinstance(stop, list) else [stop])
+        return frozenset(i for t, i in self.added.items() if t == _token_text(extra.get("eos_token")))
+
+    def _pad_id(self, extra):
+        """The file's pad token if it is no stop id, else any id that is none. Padding is masked: its value is inert."""
+        pad = self.added.get(_token_text(extra.get("pad_token")))
+        return pad if pad is not None and pad not in self.stop_ids else next(
+            i for i in range(len(self.pieces)) if i not in self.stop_ids)  # fmt: skip
+
+    def encode(self, text, special=False):
+        """Text -> list of ids. special=True recognises added tokens such as <|im_start|>; no BOS is put in front."""
+        return self._encode_cut(text) if special else self._encode_plain(text)
+
+    def _encode_cut(self, text, guard=None):
+        ids, last = [], 0
+        for match in self.cut.finditer(text):
+            ids += self._encode_plain(text[last : match.start()], guard)
+            ids.append(self.added[match.group()])
+            last = match.end()
+        return ids + self._encode_plain(text[last:], guard)
+
+    def _encode_plain(self, text, guard=None):
+        if guard:
+            text = text.replace(guard, "")
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        return self.bpe.encode_ordinary(text)
+
+    def decode(self, ids, skip_special=False):
+        """Ids -> text. Ids past the vocabulary (padded embedding rows) are skipped; broken UTF-8 becomes U+FFFD."""
+        skip = self.special_ids if skip_special else ()
+        return b"".join(self.pieces.get(i, b"") for i in ids if i not in skip).decode("utf-8", errors="replace")
+
+    def chat(self, messages, generation_prompt=True):
+        """Render messages [{'role': ..., 'content': ...}] with the checkpoint's own template (a jinja2 sandbox)."""
+        if self.template is None:
+            raise UserError("this checkpoint has no chat template")
+        return self.template.render(messages=messages, add_generation_prompt=generation_prompt, **self.special_texts)
+
+    def encode_chat(self, messages, generation_prompt=True):
+        """Ids of the rendered chat, where the special tokens are the template's: those a user typed stay text."""
+        guarded = [m | {"content": self.cut.sub(_guard, m["content"])} for m in messages]
+        return self._encode_cut(self.chat(guarded, generation_prompt), GUARD)
+
+
+GUARD = "\ufdd0"  # a code point that Unicode keeps out of text: put inside a typed <|im_end|>, it hides it from `cut`
+
+
+def _guard(match):
+    return match.group()[0] + GUARD + match.group()[1:]
+
+
+def load_tokenizer(path):
+    """The Tokenizer of a checkpoint directory or hub name."""
+    return Tokenizer(checkpoint_dir(path))
+
+
+def _read_optional(file):
+    return read_json(file) if os.path.exists(file) else {}
+
+
+def _token_text(token):
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _split_pattern(file, data):
+    """The regex that cuts text into words before BPE, from tokenizer.json's pre_tokenizer."""
+    steps = data.get("pre_tokenizer") or {}
+    for step in steps.get("pretokenizers", [steps]):
+        if step.get("type") == "Split" and "Regex" in step.get("pattern", {}):
+            return step["pattern"]["Regex"]
+    raise UserError(f"{file}: its pre_tokenizer has no split pattern; not a Qwen2 or Llama-3 tokenizer")
+
+
+def _chat_template(path, extra):
+    text = extra.get("chat_template")
+    file = os.path.join(path, "chat_template.jinja")
+    if os.path.exists(file):
+        with open(file, encoding="utf-8") as f:
+            text = f.read()
+    if not isinstance(text, str):
+        return None
+
+    def raise_exception(message):
+        raise UserError(f"the chat template refuses these messages: {message}")
+
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    env.globals["raise_exception"] = raise_exception
+    env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    try:
+        return env.from_string(text)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{path}: the chat template cannot be read: {error}") from None
