@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding in the half-split layout of the checkpoints. x [B, H, T, hd]; cos, sin [B, 1, T, hd]."""
+    """Rotary position embedding in the half-split layout of the checkpoints. x [B, T, H, hd]; cos, sin [B, T, 1, hd]."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
@@ -79,10 +79,9 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, heads, T, hd]
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, kv_heads, T, hd]
+        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # [B, heads, T, hd]
+        k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # [B, kv_heads, T, hd]
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
@@ -135,7 +134,7 @@ class Trunk(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # [1, T]
         if self.inv_freq is None or self.inv_freq.device != ids.device:
             self.inv_freq = rope_frequencies(self.config).to(ids.device)
-        angles = positions[:, None, :, None] * self.inv_freq  # [B, 1, T, hd/2], in fp32
+        angles = positions[:, :, None, None] * self.inv_freq  # [B, T, 1, hd/2], in fp32
         angles = torch.cat((angles, angles), dim=-1)
         x = self.embed_tokens(ids)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)

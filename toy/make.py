@@ -8,9 +8,6 @@ once (`#### 47`, which it can only guess) and in a minority worked out first (`1
 
 import json
 import os
-import random
-import subprocess
-import sys
 from collections import Counter
 
 import regex
@@ -48,10 +45,10 @@ def make_problem(rng):
                  and (m != "*" or x < 49)]  # fmt: skip
         move = rng.choice(moves)
         if move == "+":
-            b = rng.randint(1, min(40, 99 - x))
+            b = rng.randint(1, min(20, 99 - x))
             y, line, step = x + b, rng.choice(PLUS), f"{x}+{b}"
         elif move == "-":
-            b = rng.randint(1, min(40, x - 1))
+            b = rng.randint(1, min(20, x - 1))
             y, line, step = x - b, rng.choice(MINUS), f"{x}-{b}"
         elif move == "*":
             b = 3 if x <= 33 and rng.random() < 0.4 else 2

@@ -1,0 +1,491 @@
+"""GRPO on a frozen model with an adapter of a few numbers.
+
+    python grpo.py                                         # the embedded toy, a few minutes on a laptop's CPU
+    python grpo.py config/qwen7b_u13.py                    # 13 numbers on Qwen2.5-7B, one GPU
+    python grpo.py --model=DIR --dataset=FILE.jsonl        # any checkpoint and problems you have
+    torchrun --nproc_per_node=8 grpo.py config/qwen7b_u13.py
+
+One step: sample a group of answers to each of some problems, reward the right ones, push the policy towards the
+answers that beat their group's mean. What is not here: a critic, a reward model, a second copy of the weights (the
+reference policy is the same model with v = 0), a merged or quantised engine that samples from another policy.
+"""
+
+import json
+import math
+import os
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+import eval_math
+import tinylora
+from configurator import UserError, configure, run, save_settings
+from model import load_model, load_tokenizer
+from sample import generate
+
+# what to train: the defaults train the embedded toy; the paper's values are in config/
+model = "toy/base"  # checkpoint directory or hub name
+dataset = "toy/train.jsonl"  # problems: a .jsonl file, a folder with train.jsonl, or a name (eval_math.py lists them)
+eval_dataset = "toy/test.jsonl"  # held-out problems, greedy accuracy
+system_prompt = ""  # system message; none if empty
+prompt_template = "{question}"  # the user's message
+answer_format = "hash"  # what the prompt asks for and the reward reads: hash (#### 42), boxed (\boxed{42}) or any
+out_dir = "out/toy"  # log, checkpoints, adapter
+init_from = "scratch"  # scratch, or resume: go on from the checkpoint in out_dir
+# adapter (tinylora.py)
+method = "tinylora"  # tinylora or lora_xs
+rank = 2  # r of the frozen SVD; paper: 2
+u = 1  # trained numbers per group
+n_tie = 1  # linears that share a group; 0: all; the paper's 13 numbers are u = 1, n_tie = 16 on 196 linears
+tie = "tiled"  # tiled (neighbours share) or structured (same type in neighbouring layers)
+seed = 1337  # of the random projections, the data order and the sampling
+# optimisation
+lr = 0.02  # Adam, constant, no weight decay; paper at 7B: 1e-7 ... 2e-4
+max_steps = 100  # optimiser steps
+batch_size = 16  # problems a step, over all ranks; paper: 64
+group_size = 8  # answers a problem; paper: 4 on GSM8K, 8 on MATH
+max_new_tokens = 64  # an answer is cut off after so many, and earns nothing; paper: 4096
+temperature = 1.0  # of the sampling; the trainer divides its logits by it too
+top_p = 1.0  # only 1.0: the policy ratio is biased when sampling from a cut distribution
+top_k = 0  # only 0, likewise
+objective = "grpo"  # grpo, dr_grpo, dapo, gspo
+clip_low = 0.2  # the policy ratio is clipped to 1 - clip_low ...
+clip_high = 0.2  # ... 1 + clip_high; dapo: 0.28
+kl_coef = 0.0  # k3 penalty towards the base model; paper: 0 on GSM8K, 0.001 on MATH
+num_passes = 1  # optimiser passes over each batch; 1 is exactly on policy
+grad_clip = 1.0  # bound on the gradient's norm; 0: none
+micro_batch_tokens = 4096  # padded tokens in one forward and backward pass: bounds memory, not the gradient
+# bookkeeping
+eval_interval = 25  # steps between evaluations; 0: only before and after
+eval_size = 0  # problems in an evaluation; 0: all
+save_interval = 25  # steps between checkpoints
+dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
+device = "auto"  # auto, cpu, cuda, cuda:1 ...
+
+
+# ------------------------------------------------------------------------------------------ the objective, in pieces
+
+
+@dataclass
+class Row:
+    """One sampled answer."""
+
+    prompt: list  # token ids
+    ids: list  # the sampled token ids, never re-encoded from text; the stop token is trained like any other
+    sampler_logprobs: list
+    advantage: float
+    old_logprobs: torch.Tensor | None = None  # [len(ids)], under the policy that the first pass started from
+
+
+def group_advantages(rewards, objective="grpo", eps=1e-6):
+    """Advantages within groups. rewards [P, G] -> [P, G] (DeepSeekMath 2024, eq. 3; std over G - 1)."""
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if objective == "dr_grpo":  # Dr. GRPO (Liu et al. 2025): the std would weigh easy and hard problems up
+        return centred
+    return centred / (rewards.std(dim=1, keepdim=True) + eps)
+
+
+def token_weights(lengths, objective, max_new_tokens, num_rows, num_tokens):
+    """Weight of every token of rows with these lengths [B] in the loss -> [B]. num_rows and num_tokens count the whole
+    global batch, fixed before it is cut into micro-batches: the gradient is the same for any cut."""
+    lengths = torch.as_tensor(lengths, dtype=torch.float32)
+    if objective == "dr_grpo":  # a constant normaliser: long wrong answers are not favoured
+        return torch.full_like(lengths, 1 / (max_new_tokens * num_rows))
+    if objective == "dapo":  # DAPO (Yu et al. 2025): every token of the batch counts the same
+        return torch.full_like(lengths, 1 / num_tokens)
+    return 1 / (lengths * num_rows)  # grpo, gspo: mean over an answer's tokens, then over answers
+
+
+def policy_loss(logp, old_logp, advantages, weights, mask, objective="grpo", clip_low=0.2, clip_high=0.2):
+    """Clipped surrogate, summed. logp, old_logp, mask [B, T]; advantages, weights [B] -> loss, share of clipped tokens.
+
+    On policy the ratio is 1 and the value is that of the advantages alone (about 0): it is the gradient that matters.
+    """
+    log_ratio = (logp - old_logp) * mask
+    if objective == "gspo":  # GSPO (Zheng et al. 2025): one ratio a sequence, the geometric mean of its tokens'
+        log_ratio = (log_ratio.sum(1) / mask.sum(1)).unsqueeze(1).expand_as(logp)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    advantages = advantages.unsqueeze(1)
+    objective_BT = torch.minimum(ratio * advantages, clipped * advantages)  # pessimistic: PPO (Schulman et al. 2017)
+    clip_count = ((clipped * advantages < ratio * advantages) * mask).sum()
+    return -(objective_BT * mask * weights.unsqueeze(1)).sum(), clip_count
+
+
+def k3(logp, ref_logp):
+    """Schulman's low-variance estimate of KL(policy || reference) per token, never negative."""
+    return (ref_logp - logp).exp() - (ref_logp - logp) - 1
+
+
+def token_logprobs(hidden, head, targets, temperature, chunk=2048):
+    """Log-prob of targets and entropy under softmax(hidden head^T / T). hidden [n, D], targets [n] -> [n], [n] fp32.
+
+    Works through chunks of tokens whose logits are recomputed in the backward pass: with a vocabulary of 152k the
+    logits of one chunk, not of the batch, are alive at a time.
+    """
+
+    def of_chunk(hidden, targets):
+        logits = F.linear(hidden, head).float() / temperature  # [chunk, V]
+        logprobs = torch.log_softmax(logits, dim=-1)
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
+
+    parts = [checkpoint(of_chunk, hidden[i : i + chunk], targets[i : i + chunk], use_reentrant=False)
+             for i in range(0, len(targets), chunk)]  # fmt: skip
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def completion_logprobs(net, tokenizer, rows, temperature):
+    """Log-probs and entropies of the rows' sampled tokens, and their mask: three [B, T], T the longest completion."""
+    device = net.device
+    full = [row.prompt + row.ids for row in rows]
+    longest = max(map(len, full))
+    ids = torch.tensor([f + [tokenizer.pad_id] * (longest - len(f)) for f in full], device=device)
+    T = max(len(row.ids) for row in rows)
+    start = torch.tensor([len(row.prompt) for row in rows], device=device)[:, None]
+    at = torch.arange(T, device=device)[None]  # [1, T]
+    mask = at < torch.tensor([len(row.ids) for row in rows], device=device)[:, None]  # [B, T]
+    hidden = net.model(ids)  # [B, longest, D]
+    place = (start + at).clamp(max=longest - 1)
+    targets = ids.gather(1, place)  # [B, T]
+    lines = torch.arange(len(rows), device=device)[:, None].expand_as(mask)[mask]
+    logp, entropy = token_logprobs(hidden[lines, place[mask] - 1], net.head, targets[mask], temperature)
+    spread = torch.zeros(mask.shape, device=device)
+    return spread.masked_scatter(mask, logp), spread.masked_scatter(mask, entropy), mask
+
+
+def micro_batches(rows, max_tokens):
+    """Cut rows, longest first, into batches of at most max_tokens padded tokens (a longer row goes alone)."""
+    batch = []
+    for row in sorted(rows, key=lambda r: len(r.prompt) + len(r.ids), reverse=True):
+        longest = len(batch[0].prompt) + len(batch[0].ids) if batch else 0
+        if batch and (len(batch) + 1) * longest > max_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
+    """Add the gradient of the objective over `rows` to the adapter; num_rows and num_tokens are those of the whole
+    global batch. Returns sums over tokens: {clipped, kl, entropy, diff, diff_max, tokens}, and the loss."""
+    sums = dict(loss=0.0, clipped=0.0, kl=0.0, entropy=0.0, diff=0.0, diff_max=0.0, tokens=0)
+    for batch in micro_batches(rows, cfg.micro_batch_tokens):
+        logp, entropy, mask = completion_logprobs(net, tokenizer, batch, cfg.temperature)
+        for row, row_logp in zip(batch, logp.detach()):
+            if row.old_logprobs is None:
+                row.old_logprobs = row_logp[: len(row.ids)]
+        old_logp = pad([row.old_logprobs for row in batch], logp)
+        advantages = torch.tensor([row.advantage for row in batch], device=logp.device)
+        weights = token_weights([len(row.ids) for row in batch], cfg.objective, cfg.max_new_tokens, num_rows, num_tokens)
+        weights = weights.to(logp.device)
+        loss, clipped = policy_loss(logp, old_logp, advantages, weights, mask, cfg.objective, cfg.clip_low, cfg.clip_high)
+        if cfg.kl_coef:
+            net.adapter.enabled = False  # v = 0 is the reference policy
+            with torch.no_grad():
+                ref_logp, _, _ = completion_logprobs(net, tokenizer, batch, cfg.temperature)
+            net.adapter.enabled = True
+            kl = k3(logp, ref_logp) * mask
+            loss = loss + cfg.kl_coef * (kl * weights[:, None]).sum()
+            sums["kl"] += kl.sum().item()
+        loss.backward()
+        diff = (logp.detach() - pad([torch.tensor(row.sampler_logprobs) for row in batch], logp)).abs() * mask
+        sums["loss"] += loss.item()
+        sums["clipped"] += clipped.item()
+        sums["entropy"] += entropy.sum().item()
+        sums["diff"] += diff.sum().item()
+        sums["diff_max"] = max(sums["diff_max"], diff.max().item())
+        sums["tokens"] += int(mask.sum())
+    return sums
+
+
+def pad(rows, like):
+    """Tensors of several lengths -> one [B, T] of zeros and them, in the shape and on the device of `like`."""
+    out = torch.zeros_like(like)
+    for line, row in zip(out, rows):
+        line[: len(row)] = row
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+def batch_positions(step, batch_size, num_problems, seed):
+    """Which problems step `step` takes: (position, index) pairs. Every epoch is a fresh permutation, a function of
+    (seed, epoch) alone, so that a resumed run needs no saved state to go on in the same order."""
+    out = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, i = divmod(position, num_problems)
+        out.append((position, int(np.random.RandomState([seed, epoch]).permutation(num_problems)[i])))
+    return out
+
+
+def check_settings(cfg):
+    """Refuse what cannot work before anything is loaded."""
+    bad = [
+        (cfg.group_size < 2, "group_size must be at least 2: the advantage is relative to the group's mean"),
+        (cfg.top_p != 1.0 or cfg.top_k != 0, "top_p and top_k must stay 1.0 and 0 in training: sampling from a cut "
+         "distribution biases the policy ratio (use temperature)"),
+        (cfg.temperature <= 0, "temperature must be above 0 in training: greedy groups are all alike"),
+        (cfg.objective not in ("grpo", "dr_grpo", "dapo", "gspo"), "objective must be grpo, dr_grpo, dapo or gspo"),
+        (cfg.answer_format not in ("hash", "boxed", "any"), "answer_format must be hash, boxed or any"),
+        (cfg.init_from not in ("scratch", "resume"), "init_from must be scratch or resume"),
+        (min(cfg.batch_size, cfg.max_new_tokens, cfg.num_passes, cfg.micro_batch_tokens) < 1 or cfg.max_steps < 0,
+         "batch_size, max_new_tokens, num_passes and micro_batch_tokens must be at least 1, max_steps at least 0"),
+        (min(cfg.lr, cfg.clip_low, cfg.clip_high, cfg.kl_coef, cfg.grad_clip) < 0, "lr, clip_low, clip_high, kl_coef "
+         "and grad_clip must not be negative"),
+    ]  # fmt: skip
+    for is_bad, message in bad:
+        if is_bad:
+            raise UserError(message)
+
+
+def start_ranks(cfg):
+    """Join the processes of torchrun, if that is what started us. Returns rank and world size."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if torch.cuda.is_available() and cfg.device == "auto":
+        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    dist.init_process_group("nccl" if str(cfg.device).startswith("cuda") else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def all_reduce(values, device, op="sum"):
+    """Sum (or maximum) over ranks of a list of numbers; the list itself without torchrun."""
+    if not dist.is_initialized():
+        return values
+    t = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(t, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    return t.tolist()
+
+
+class Interrupt:
+    """Ctrl-C as an exception wherever the state of the run is whole, and held back while it is being changed."""
+
+    def __init__(self):
+        self.shielded = self.requested = False
+        signal.signal(signal.SIGINT, self.handle)
+
+    def handle(self, *_):
+        self.requested = True
+        if not self.shielded:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def held_back(self):
+        self.shielded = True
+        yield
+        self.shielded = False
+        if self.requested:
+            raise KeyboardInterrupt
+
+
+def save_checkpoint(path, parameters, optimizer, step, history):
+    """Parameters, Adam's moments, step and `history` (what the last line of the run reports) in one safetensors file,
+    written aside and then renamed: a run killed at any moment leaves the previous one whole."""
+    tensors = {f"param.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": value.cpu().contiguous() for key, value in state.items()}
+    save_file(tensors, path + ".tmp", metadata={"step": str(step), "history": json.dumps(history)})
+    os.replace(path + ".tmp", path)
+
+
+def load_checkpoint(path, parameters, optimizer):
+    """Restore what save_checkpoint wrote; returns step and history."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            info, tensors = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot resume: no checkpoint can be read from {path} ({error})") from None
+    for name, p in parameters.items():
+        if name not in (n.removeprefix("param.") for n in tensors) or tensors[f"param.{name}"].shape != p.shape:
+            raise UserError(f"cannot resume: {path} was made with other adapter settings ({name} does not fit)")
+        p.data.copy_(tensors[f"param.{name}"])
+    state = {}
+    for key in (k for k in tensors if k.startswith("optimizer.")):
+        _, i, field = key.split(".")
+        state.setdefault(int(i), {})[field] = tensors[key]
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return int(info["step"]), json.loads(info["history"])
+
+
+def prepare_out_dir(cfg):
+    """A fresh run moves an earlier one in its out_dir aside, so that nothing is overwritten."""
+    if cfg.init_from == "scratch" and os.path.exists(os.path.join(cfg.out_dir, "log.jsonl")):
+        n = 1
+        while os.path.exists(f"{cfg.out_dir}.{n}"):
+            n += 1
+        os.rename(cfg.out_dir, f"{cfg.out_dir}.{n}")
+        print(f"moved the earlier run in {cfg.out_dir} to {cfg.out_dir}.{n}")
+    try:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        save_settings(cfg, os.path.join(cfg.out_dir, "settings.py"))
+    except OSError as error:
+        raise UserError(f"out_dir '{cfg.out_dir}' cannot be written: {error}") from None
+
+
+def open_log(path, step):
+    """Open log.jsonl for appending, without the lines of steps that a resumed run is going to repeat."""
+    lines = []
+    if step and os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            lines = [line for line in f if json.loads(line)["step"] <= step]
+    log = open(path, "w", encoding="utf-8")
+    log.writelines(lines)
+    return log
+
+
+def train(cfg):
+    check_settings(cfg)
+    rank, world = start_ranks(cfg)
+    chief = rank == 0
+    problems = eval_math.load_problems(cfg.dataset, "train")
+    eval_problems = eval_math.load_problems(cfg.eval_dataset, "test")[: cfg.eval_size or None] if cfg.eval_dataset else []
+    net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
+    started = time.time()
+    adapter = tinylora.add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed)
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=cfg.lr)
+    paths = {n: os.path.join(cfg.out_dir, n) for n in ("checkpoint.safetensors", "adapter.safetensors", "log.jsonl")}
+    step, history = 0, {"seconds": 0.0, "base": None}
+    if cfg.init_from == "resume":
+        step, history = load_checkpoint(paths["checkpoint.safetensors"], dict(adapter.named_parameters()), optimizer)
+    if chief:
+        prepare_out_dir(cfg)
+        log = open_log(paths["log.jsonl"], step)
+        size = sum(p.numel() for p in net.parameters())
+        print(f"{cfg.model}: {size / 1e6:.1f}M frozen parameters, {adapter.num_trained} trained numbers "
+              f"({len(adapter.groups)} linears, {adapter.v.shape[0]} groups of u = {adapter.v.shape[1]}), "
+              f"adapter made in {time.time() - started:.1f} s; {len(problems)} problems, {net.head.dtype}, "
+              f"{net.device}, {world} process(es)")  # fmt: skip
+    interrupt = Interrupt()
+    began = time.time() - history["seconds"]
+
+    def write(record):
+        if chief:
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+
+    def save():
+        if chief:
+            history["seconds"] = time.time() - began
+            save_checkpoint(paths["checkpoint.safetensors"], dict(adapter.named_parameters()), optimizer, step, history)
+            tinylora.save_adapter(adapter, paths["adapter.safetensors"])
+
+    def evaluate():
+        if not chief or not eval_problems:
+            return None
+        result = eval_math.evaluate(net, tokenizer, eval_problems, cfg)
+        example = result["rows"][step % len(eval_problems)]
+        print(f"--- step {step}: greedy accuracy {result['strict']:.3f} +- {result['stderr']:.3f} on {len(eval_problems)} "
+              f"problems (by the last number {result['lenient']:.3f}), {result['length']:.0f} tokens, "
+              f"{result['truncated']:.1%} cut off. For example:\n    {example['question']}\n"
+              f"    -> {example['response']} (right: {example['answer']})")  # fmt: skip
+        write({"step": step, "eval": {k: v for k, v in result.items() if k != "rows"}})
+        return result["strict"]
+
+    try:
+        if history["base"] is None:
+            history["base"] = evaluate()
+        accuracy = history["base"]
+        while step < cfg.max_steps:
+            record, seconds = training_step(net, tokenizer, adapter, optimizer, problems, cfg, step, rank, world, interrupt)
+            step += 1
+            if chief:
+                print_step(step, record, seconds)
+            write({"step": step, **record, "seconds": seconds})
+            last = step == cfg.max_steps
+            if last or cfg.eval_interval and step % cfg.eval_interval == 0:
+                accuracy = evaluate()
+            if last or cfg.save_interval and step % cfg.save_interval == 0:
+                save()
+    except KeyboardInterrupt:
+        save()
+        if chief:
+            print(f"\ninterrupted; {step} steps are saved in {cfg.out_dir}; go on with --init_from=resume")
+        raise SystemExit(130) from None
+    if chief and accuracy is not None:
+        print(f"{os.path.basename(cfg.out_dir)}: greedy accuracy {history['base']:.3f} -> {accuracy:.3f} with "
+              f"{adapter.num_trained} numbers in {time.time() - began:.0f} s")  # fmt: skip
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def training_step(net, tokenizer, adapter, optimizer, problems, cfg, step, rank, world, interrupt):
+    """Sample, reward, update. Returns the step's metrics over all ranks and the seconds of its parts."""
+    t0 = time.time()
+    mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[rank::world]  # this rank's share
+    batch = [problems[index] for _, index in mine]
+    prompts = eval_math.encode_problems(tokenizer, batch, cfg.system_prompt, cfg.prompt_template)
+    groups = generate(net, tokenizer, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature, cfg.seed,
+                      prompt_ids=[position for position, _ in mine], progress=f"step {step + 1}")  # fmt: skip
+    t1 = time.time()
+    scores = [[eval_math.score(c.text, c.truncated, problem["answer"], cfg.answer_format) for c in group]
+              for problem, group in zip(batch, groups)]  # fmt: skip
+    rewards = torch.tensor([[float(s["strict"]) for s in group] for group in scores]).view(-1, cfg.group_size)  # [P, G]
+    advantages = group_advantages(rewards, cfg.objective)
+    rows = [Row(prompt, c.ids, c.logprobs, advantages[i, j].item())
+            for i, (prompt, group) in enumerate(zip(prompts, groups)) for j, c in enumerate(group)]  # fmt: skip
+    completions = [c for group in groups for c in group]
+    num_rows, num_tokens, right, lenient, equal, cut = all_reduce(
+        [len(rows), sum(len(row.ids) for row in rows), rewards.sum().item(),
+         sum(s["lenient"] for group in scores for s in group),
+         int((rewards.std(dim=1) == 0).sum()), sum(c.truncated for c in completions)], net.device)  # fmt: skip
+    if not cfg.kl_coef:
+        rows = [row for row in rows if row.advantage]  # the others have no gradient
+    for _ in range(cfg.num_passes):
+        optimizer.zero_grad(set_to_none=False)
+        sums = accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens)
+        if world > 1:
+            for p in adapter.parameters():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce(p.grad)
+        grad_norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), cfg.grad_clip or math.inf).item()
+        with interrupt.held_back():
+            optimizer.step()
+    t2 = time.time()
+    diff_max = all_reduce([sums.pop("diff_max")], net.device, "max")[0]
+    sums = dict(zip(sums, all_reduce(list(sums.values()), net.device)))
+    trained = max(1, sums["tokens"])
+    cuda = net.device.type == "cuda"
+    record = {"reward": right / num_rows, "reward_lenient": lenient / num_rows,
+              "equal_groups": equal * cfg.group_size / num_rows, "length": num_tokens / num_rows,
+              "truncated": cut / num_rows, "loss": sums["loss"], "grad_norm": grad_norm,
+              "v_norm": adapter.v.norm().item(), "entropy": sums["entropy"] / trained,
+              "clipped": sums["clipped"] / trained, "kl": sums["kl"] / trained,
+              "logprob_diff": sums["diff"] / trained, "logprob_diff_max": diff_max}  # fmt: skip
+    seconds = {"generate": t1 - t0, "update": t2 - t1, "tokens_per_second": num_tokens / (t1 - t0),
+               "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else peak_host_gb()}  # fmt: skip
+    return record, seconds
+
+
+def peak_host_gb():
+    import resource  # not on Windows, so not on top
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def print_step(step, r, s):
+    print(f"step {step:4d} | reward {r['reward']:.3f} (last number {r['reward_lenient']:.3f}) | equal groups "
+          f"{r['equal_groups']:.2f} | length {r['length']:.0f} | grad {r['grad_norm']:.3f} | |v| {r['v_norm']:.3f} | entropy "
+          f"{r['entropy']:.2f} | sampler-trainer {r['logprob_diff']:.0e} | {s['generate']:.1f} + {s['update']:.1f} s")  # fmt: skip
+    if r["truncated"] > 0.2:
+        print(f"warning: {r['truncated']:.0%} of the answers were cut off at max_new_tokens and earned nothing; raise it")
+
+
+def main():
+    train(configure(globals()))
+
+
+if __name__ == "__main__":
+    run(main)
