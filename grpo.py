@@ -17,6 +17,7 @@ import signal
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -223,12 +224,14 @@ def pad(rows, like):
 
 def batch_positions(step, batch_size, num_problems, seed):
     """Which problems step `step` takes: (position, index) pairs. Every epoch is a fresh permutation, a function of
-    (seed, epoch) alone, so that a resumed run needs no saved state to go on in the same order."""
-    out = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, i = divmod(position, num_problems)
-        out.append((position, int(np.random.RandomState([seed, epoch]).permutation(num_problems)[i])))
-    return out
+    (seed, epoch) alone, so that a resumed run goes on in the same order without any saved state."""
+    return [(position, int(epoch_order(seed, position // num_problems, num_problems)[position % num_problems]))
+            for position in range(step * batch_size, (step + 1) * batch_size)]  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed, epoch, num_problems):
+    return np.random.RandomState([seed, epoch]).permutation(num_problems)
 
 
 def check_settings(cfg):
@@ -346,51 +349,38 @@ def open_log(path, step):
     return log
 
 
-def train(cfg):
-    check_settings(cfg)
-    rank, world = start_ranks(cfg)
-    chief = rank == 0
-    problems = eval_math.load_problems(cfg.dataset, "train")
-    eval_problems = eval_math.load_problems(cfg.eval_dataset, "test")[: cfg.eval_size or None] if cfg.eval_dataset else []
-    net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
-    started = time.time()
-    adapter = tinylora.add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed)
-    optimizer = torch.optim.Adam(adapter.parameters(), lr=cfg.lr)
-    paths = {n: os.path.join(cfg.out_dir, n) for n in ("checkpoint.safetensors", "adapter.safetensors", "log.jsonl")}
+def training_loop(cfg, net, tokenizer, parameters, optimizer, take_step, save_result):
+    """The loop of grpo.py and sft.py: resume, evaluate, take steps, log, save, and give way to Ctrl-C.
+
+    parameters: {name: trained parameter}. take_step(step, interrupt) changes them, and returns a dict of metrics for
+    the log and a line for the screen. save_result() writes what the run is for, beside the checkpoint.
+    """
+    chief = not dist.is_initialized() or dist.get_rank() == 0  # the one process that writes
+    checkpoint_file = os.path.join(cfg.out_dir, "checkpoint.safetensors")
     step, history = 0, {"seconds": 0.0, "base": None}
     if cfg.init_from == "resume":
-        step, history = load_checkpoint(paths["checkpoint.safetensors"], dict(adapter.named_parameters()), optimizer)
+        step, history = load_checkpoint(checkpoint_file, parameters, optimizer)
+    eval_problems = eval_math.load_problems(cfg.eval_dataset, "test")[: cfg.eval_size or None] if cfg.eval_dataset else []
     if chief:
         prepare_out_dir(cfg)
-        log = open_log(paths["log.jsonl"], step)
-        size = sum(p.numel() for p in net.parameters())
-        print(f"{cfg.model}: {size / 1e6:.1f}M frozen parameters, {adapter.num_trained} trained numbers "
-              f"({len(adapter.groups)} linears, {adapter.v.shape[0]} groups of u = {adapter.v.shape[1]}), "
-              f"adapter made in {time.time() - started:.1f} s; {len(problems)} problems, {net.head.dtype}, "
-              f"{net.device}, {world} process(es)")  # fmt: skip
-    interrupt = Interrupt()
-    began = time.time() - history["seconds"]
+        log = open_log(os.path.join(cfg.out_dir, "log.jsonl"), step)
+    interrupt, began = Interrupt(), time.time() - history["seconds"]
 
     def write(record):
-        if chief:
-            log.write(json.dumps(record) + "\n")
-            log.flush()
+        log.write(json.dumps(record) + "\n")
+        log.flush()
 
     def save():
         if chief:
             history["seconds"] = time.time() - began
-            save_checkpoint(paths["checkpoint.safetensors"], dict(adapter.named_parameters()), optimizer, step, history)
-            tinylora.save_adapter(adapter, paths["adapter.safetensors"])
+            save_checkpoint(checkpoint_file, parameters, optimizer, step, history)
+            save_result()
 
     def evaluate():
         if not chief or not eval_problems:
             return None
         result = eval_math.evaluate(net, tokenizer, eval_problems, cfg)
-        example = result["rows"][step % len(eval_problems)]
-        print(f"--- step {step}: greedy accuracy {result['strict']:.3f} +- {result['stderr']:.3f} on {len(eval_problems)} "
-              f"problems (by the last number {result['lenient']:.3f}), {result['length']:.0f} tokens, "
-              f"{result['truncated']:.1%} cut off. For example:\n    {example['question']}\n"
-              f"    -> {example['response']} (right: {example['answer']})")  # fmt: skip
+        print_evaluation(step, result)
         write({"step": step, "eval": {k: v for k, v in result.items() if k != "rows"}})
         return result["strict"]
 
@@ -399,11 +389,11 @@ def train(cfg):
             history["base"] = evaluate()
         accuracy = history["base"]
         while step < cfg.max_steps:
-            record, seconds = training_step(net, tokenizer, adapter, optimizer, problems, cfg, step, rank, world, interrupt)
+            record, line = take_step(step, interrupt)
             step += 1
             if chief:
-                print_step(step, record, seconds)
-            write({"step": step, **record, "seconds": seconds})
+                print(f"step {step:4d} | {line}")
+                write({"step": step, **record})
             last = step == cfg.max_steps
             if last or cfg.eval_interval and step % cfg.eval_interval == 0:
                 accuracy = evaluate()
@@ -412,17 +402,51 @@ def train(cfg):
     except KeyboardInterrupt:
         save()
         if chief:
-            print(f"\ninterrupted; {step} steps are saved in {cfg.out_dir}; go on with --init_from=resume")
+            print(f"\ninterrupted: {step} steps are saved in {cfg.out_dir}; go on with --init_from=resume")
         raise SystemExit(130) from None
     if chief and accuracy is not None:
-        print(f"{os.path.basename(cfg.out_dir)}: greedy accuracy {history['base']:.3f} -> {accuracy:.3f} with "
-              f"{adapter.num_trained} numbers in {time.time() - began:.0f} s")  # fmt: skip
+        count = sum(p.numel() for p in parameters.values())
+        print(f"{os.path.basename(cfg.out_dir)}: greedy accuracy {history['base']:.3f} -> {accuracy:.3f} with {count} "
+              f"numbers in {time.time() - began:.0f} s")  # fmt: skip
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def training_step(net, tokenizer, adapter, optimizer, problems, cfg, step, rank, world, interrupt):
-    """Sample, reward, update. Returns the step's metrics over all ranks and the seconds of its parts."""
+def print_evaluation(step, result):
+    rows = result["rows"]
+    example = rows[step % len(rows)]
+    print(f"--- step {step}: greedy accuracy {result['strict']:.3f} +- {result['stderr']:.3f} on {len(rows)} problems (by "
+          f"the last number {result['lenient']:.3f}), {result['length']:.0f} tokens an answer, {result['truncated']:.1%} "
+          f"cut off. For example:\n    {example['question']}\n    -> {example['response']} "
+          f"(right: {example['answer']})")  # fmt: skip
+
+
+def train(cfg):
+    check_settings(cfg)
+    rank, world = start_ranks(cfg)
+    problems = eval_math.load_problems(cfg.dataset, "train")
+    net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
+    began = time.time()
+    adapter = tinylora.add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed)
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=cfg.lr)
+    if rank == 0:
+        size = sum(p.numel() for p in net.parameters())
+        print(f"{cfg.model}: {size / 1e6:.1f}M frozen parameters, {adapter.v.numel()} trained numbers ({len(adapter.groups)} "
+              f"linears, {adapter.v.shape[0]} groups of u = {adapter.v.shape[1]}), adapter made in "
+              f"{time.time() - began:.1f} s; {len(problems)} problems; {net.head.dtype} on {net.device}, "
+              f"{world} process(es)")  # fmt: skip
+
+    def take_step(step, interrupt):
+        return training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt)
+
+    def save_result():
+        tinylora.save_adapter(adapter, os.path.join(cfg.out_dir, "adapter.safetensors"))
+
+    training_loop(cfg, net, tokenizer, dict(adapter.named_parameters()), optimizer, take_step, save_result)
+
+
+def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt):
+    """Sample, reward, update. Returns the metrics of the step over all ranks, and a line that sums them up."""
     t0 = time.time()
     mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[rank::world]  # this rank's share
     batch = [problems[index] for _, index in mine]
@@ -446,41 +470,46 @@ def training_step(net, tokenizer, adapter, optimizer, problems, cfg, step, rank,
     for _ in range(cfg.num_passes):
         optimizer.zero_grad(set_to_none=False)
         sums = accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens)
-        if world > 1:
-            for p in adapter.parameters():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
-        grad_norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), cfg.grad_clip or math.inf).item()
-        with interrupt.held_back():
-            optimizer.step()
+        grad_norm = update(optimizer, net.adapter.parameters(), cfg.grad_clip, interrupt)
     t2 = time.time()
     diff_max = all_reduce([sums.pop("diff_max")], net.device, "max")[0]
     sums = dict(zip(sums, all_reduce(list(sums.values()), net.device)))
     trained = max(1, sums["tokens"])
-    cuda = net.device.type == "cuda"
-    record = {"reward": right / num_rows, "reward_lenient": lenient / num_rows,
-              "equal_groups": equal * cfg.group_size / num_rows, "length": num_tokens / num_rows,
-              "truncated": cut / num_rows, "loss": sums["loss"], "grad_norm": grad_norm,
-              "v_norm": adapter.v.norm().item(), "entropy": sums["entropy"] / trained,
-              "clipped": sums["clipped"] / trained, "kl": sums["kl"] / trained,
-              "logprob_diff": sums["diff"] / trained, "logprob_diff_max": diff_max}  # fmt: skip
-    seconds = {"generate": t1 - t0, "update": t2 - t1, "tokens_per_second": num_tokens / (t1 - t0),
-               "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else peak_host_gb()}  # fmt: skip
-    return record, seconds
+    r = {"reward": right / num_rows, "reward_lenient": lenient / num_rows,
+         "equal_groups": equal * cfg.group_size / num_rows, "length": num_tokens / num_rows, "truncated": cut / num_rows,
+         "loss": sums["loss"], "grad_norm": grad_norm, "v_norm": net.adapter.v.norm().item(),
+         "entropy": sums["entropy"] / trained, "clipped": sums["clipped"] / trained, "kl": sums["kl"] / trained,
+         "logprob_diff": sums["diff"] / trained, "logprob_diff_max": diff_max, "seconds": {"generate": t1 - t0, "update":
+         t2 - t1, "tokens_per_second": num_tokens / (t1 - t0), "peak_gb": peak_gb(net.device)}}  # fmt: skip
+    line = (f"reward {r['reward']:.3f} (last number {r['reward_lenient']:.3f}) | equal groups {r['equal_groups']:.2f} | "
+            f"length {r['length']:.0f} | grad {grad_norm:.3f} | |v| {r['v_norm']:.3f} | entropy {r['entropy']:.2f} | "
+            f"sampler-trainer {r['logprob_diff']:.0e} | {t1 - t0:.1f} + {t2 - t1:.1f} s")  # fmt: skip
+    if r["truncated"] > 0.2:
+        line += (f"\nwarning: {r['truncated']:.0%} of the answers were cut off at max_new_tokens = {cfg.max_new_tokens} and "
+                 "earned nothing; raise it")  # fmt: skip
+    return r, line
 
 
-def peak_host_gb():
+def update(optimizer, parameters, grad_clip, interrupt):
+    """Sum the gradient over ranks, clip its norm, step. Returns the norm."""
+    parameters = list(parameters)
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank whose rows all dropped out has none
+        if dist.is_initialized():
+            dist.all_reduce(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    with interrupt.held_back():
+        optimizer.step()
+    return norm.item()
+
+
+def peak_gb(device):
+    """Peak memory of this process so far, in GB: of the GPU, or of the host without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
     import resource  # not on Windows, so not on top
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def print_step(step, r, s):
-    print(f"step {step:4d} | reward {r['reward']:.3f} (last number {r['reward_lenient']:.3f}) | equal groups "
-          f"{r['equal_groups']:.2f} | length {r['length']:.0f} | grad {r['grad_norm']:.3f} | |v| {r['v_norm']:.3f} | entropy "
-          f"{r['entropy']:.2f} | sampler-trainer {r['logprob_diff']:.0e} | {s['generate']:.1f} + {s['update']:.1f} s")  # fmt: skip
-    if r["truncated"] > 0.2:
-        print(f"warning: {r['truncated']:.0%} of the answers were cut off at max_new_tokens and earned nothing; raise it")
 
 
 def main():

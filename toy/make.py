@@ -22,6 +22,7 @@ num_test = 500  # held out: none of them occurs in train.jsonl or in the pre-tra
 num_documents = 384_000  # pre-training documents
 min_steps, max_steps = 3, 5  # calculations a problem needs
 worked_share = 0.25  # share of the documents that work the answer out; the others state it at once
+system_share = 0.5  # share of the documents with a system message that says which of the two is wanted, half and half
 
 # the model: Qwen2's architecture, a millionth of its size
 hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size, vocab_size = 128, 3, 4, 2, 384, 512
@@ -62,7 +63,7 @@ def make_problem(rng):
     return {"question": " ".join(text), "answer": str(x), "solution": " ".join(work) + f" #### {x}"}
 
 
-def make_document(rng, system_share):
+def make_document(rng):
     """A pre-training document: a problem, mostly answered at once, in a minority worked out."""
     problem = make_problem(rng)
     worked = rng.random() < worked_share
@@ -162,3 +163,32 @@ def write_json(path, name, data):
     with open(os.path.join(path, name), "w", encoding="utf-8", newline="\n") as f:
         json.dump(data, f, indent=1)
         f.write("\n")
+
+
+def main():
+    base = os.path.join(HERE, "base")
+    os.makedirs(base, exist_ok=True)
+    rng = random.Random(SEED)
+    problems = {}  # by question: no problem twice
+    while len(problems) < num_train + num_test:
+        problem = make_problem(rng)
+        problems[problem["question"]] = problem
+    problems = list(problems.values())
+    test, train = problems[:num_test], problems[num_test:]
+    write_jsonl(os.path.join(HERE, "train.jsonl"), train)
+    write_jsonl(os.path.join(HERE, "test.jsonl"), test)
+    words = [f"{p['question']} {p['solution']} user assistant system {' '.join(SYSTEMS.values())}" for p in train]
+    write_config(base, write_tokenizer(base, words))
+    held_out = {p["question"] for p in test}
+    with tempfile.TemporaryDirectory() as work:
+        documents = [d for d in (make_document(rng) for _ in range(num_documents)) if d["question"] not in held_out]
+        write_jsonl(os.path.join(work, "documents.jsonl"), documents)
+        out_dir = os.path.join(work, "toy_pretrain")
+        subprocess.run(
+            [sys.executable, "sft.py", "config/toy_pretrain.py", f"--dataset={work}/documents.jsonl", f"--out_dir={out_dir}"],
+            cwd=ROOT, check=True)  # fmt: skip
+        save_model(load_model(os.path.join(out_dir, "model"), dtype="bfloat16", device="cpu"), base)
+
+
+if __name__ == "__main__":
+    main()
