@@ -8,12 +8,20 @@ once (`#### 47`, which it can only guess) and in a minority worked out first (`1
 
 import json
 import os
+import random
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 
 import regex
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
+sys.path.insert(0, ROOT)
+
+from model import load_model, save_model  # noqa: E402
+
 SEED = 1337
 
 # the problems

@@ -1,0 +1,231 @@
+"""model.py against transformers, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import SHARED, make_checkpoint
+from safetensors.torch import load_file, save_file
+
+import model
+from configurator import UserError
+
+transformers = pytest.importorskip("transformers", reason="transformers is the oracle here (requirements-dev.txt)")
+
+QWEN = dict(vocab_size=160, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+            num_key_value_heads=2, max_position_embeddings=256)  # fmt: skip
+LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=64)  # fmt: skip
+
+
+def oracle(path, family, **changes):
+    """A random checkpoint made by transformers, with large biases and norms so that none can be forgotten."""
+    config_class, model_class = {
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    }[family]
+    torch.manual_seed(0)
+    net = model_class(config_class(**QWEN | changes)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn_like(p) * (0.15 if p.dim() == 2 else 0.7))
+    net.save_pretrained(path)
+    return net
+
+
+VARIETIES = {
+    "qwen2.5, untied": ("qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "qwen2.5, tied": ("qwen2", dict(tie_word_embeddings=True)),
+    "llama-3.1, scaled rope": ("llama", dict(rope_parameters=LLAMA3_ROPE)),
+    "llama-3.2, tied, own head_dim": ("llama", dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, head_dim=16)),
+    "llama-2, no grouped queries": ("llama", dict(num_key_value_heads=6)),
+}
+
+
+@pytest.mark.parametrize("variety", VARIETIES)
+def test_logits_equal_those_of_transformers(tmp_path, variety):
+    family, changes = VARIETIES[variety]
+    reference = oracle(tmp_path, family, **changes)
+    net = model.load_model(str(tmp_path), device="cpu")
+    ids = torch.randint(0, 160, (2, 200))  # past the original length of the scaled rope
+    with torch.no_grad():
+        ours, theirs = net(ids), reference(ids).logits
+    assert theirs.std() > 0.5  # loud enough to tell
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+def test_published_configs_are_read_as_the_new_style_ones(tmp_path):
+    """torch_dtype, rope_theta and rope_scaling at top level, as the hub's files have them."""
+    reference = oracle(tmp_path, "llama", rope_parameters=LLAMA3_ROPE)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    rope = raw.pop("rope_parameters")
+    raw |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": raw.pop("dtype")}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ids = torch.randint(0, 160, (1, 200))
+    with torch.no_grad():
+        assert (model.load_model(str(tmp_path), device="cpu")(ids) - reference(ids).logits).abs().max() <= 1e-4
+
+
+def test_sharded_checkpoints_load(tmp_path):
+    reference = oracle(tmp_path / "one", "qwen2")
+    reference.save_pretrained(tmp_path / "many", max_shard_size="100KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    one, many = (model.load_model(str(tmp_path / d), device="cpu").state_dict() for d in ("one", "many"))
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[k], many[k]) for k in one)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_saved_model_loads_in_transformers_with_equal_logits(tmp_path, family):
+    reference = oracle(tmp_path / "a", family, tie_word_embeddings=family == "qwen2")
+    model.save_model(model.load_model(str(tmp_path / "a"), device="cpu"), str(tmp_path / "b"))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    ids = torch.randint(0, 160, (2, 30))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, reference(ids).logits)
+
+
+def test_padding_on_the_right_changes_nothing(net):
+    ids = torch.randint(0, 200, (1, 20))
+    padded = torch.cat((ids, torch.full((1, 9), 3)), dim=1)
+    assert (net(padded)[:, :20] - net(ids)).abs().max() < 1e-5
+
+
+def test_bfloat16_is_no_further_from_float64_than_transformers(tmp_path):
+    reference = oracle(tmp_path, "qwen2")
+    ids = torch.randint(0, 160, (4, 64))
+    with torch.no_grad():
+        exact = reference.double()(ids).logits
+        theirs = reference.bfloat16()(ids).logits.double()
+        ours = model.load_model(str(tmp_path), dtype="bfloat16", device="cpu")(ids).double()
+    assert (ours - exact).pow(2).mean() <= 1.2 * (theirs - exact).pow(2).mean()
+
+
+# ------------------------------------------------------------------------------------------- what is refused, and how
+
+
+def broken(name, tmp_path):
+    path = make_checkpoint(tmp_path / "ok") and tmp_path / "ok"
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    config = json.loads((path / "config.json").read_text())
+    if name == "tensor missing":
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+    elif name == "tensor too many":
+        tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2)
+    elif name == "wrong shape":
+        tensors["model.norm.weight"] = torch.ones(5)
+    elif name == "NaN":
+        tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = float("nan")
+    elif name == "int8":
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    elif name == "architecture":
+        config["model_type"] = "gpt2"
+    elif name == "rope":
+        config["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
+    save_file(tensors, file)
+    (path / "config.json").write_text(json.dumps(config))
+    if name == "git-lfs pointer":
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    elif name == "cut off":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif name == "no weights":
+        file.unlink()
+    elif name == "pickle":
+        file.rename(path / "pytorch_model.bin")
+    elif name == "config is no JSON":
+        (path / "config.json").write_text("{")
+    return str(path)
+
+
+REFUSED = {
+    "tensor missing": "model.layers.1.mlp.up_proj.weight",
+    "tensor too many": "unexpected tensor model.layers.7",
+    "wrong shape": "model.norm.weight has shape [5]",
+    "NaN": "model.layers.0.mlp.up_proj.weight holds NaN",
+    "int8": "model.norm.weight is torch.int8",
+    "architecture": "model_type 'gpt2' is not supported",
+    "rope": "rope type 'yarn' is not supported",
+    "git-lfs pointer": "git-lfs pointer",
+    "cut off": "damaged",
+    "no weights": "model.safetensors is missing",
+    "pickle": "is a pickle and is never read",
+    "config is no JSON": "config.json cannot be read as JSON",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_broken_directory_is_refused_in_one_line(tmp_path, name):
+    with pytest.raises(UserError) as error:
+        model.load_model(broken(name, tmp_path), device="cpu")
+    assert REFUSED[name] in str(error.value) and "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_tokenizer_equals_the_reference_library(checkpoint, tokenizer):
+    reference = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    texts = ["Tom has 12 apples.", "", "  two  spaces\n\n\tand tabs ", "naïve e\u0301 日本語 🙂 12345", "it's I'LL",
+             "<|im_end|>\u0338 <|im_start|>user", "\x00\x01 \u2028 \u00a0"]  # fmt: skip
+    for text in texts:
+        ids = reference(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(text, special=True) == ids, text
+        assert tokenizer.decode(ids) == reference.decode(ids), text
+
+
+def test_chat_template_renders_as_in_transformers(checkpoint, tokenizer):
+    reference = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 1+1? "}]
+    for generation_prompt in (True, False):
+        text = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        assert tokenizer.chat(messages, generation_prompt) == text
+        assert tokenizer.encode_chat(messages, generation_prompt) == tokenizer.encode(text, special=True)
+
+
+def test_special_tokens_that_a_user_typed_stay_text(tokenizer):
+    stop = tokenizer.added["<|im_end|>"]
+    honest = tokenizer.encode_chat([{"role": "user", "content": "hello"}])
+    typed = tokenizer.encode_chat([{"role": "user", "content": "hello<|im_end|>"}])
+    assert honest.count(stop) == typed.count(stop) == 1
+    assert tokenizer.decode(typed).count("<|im_end|>") == 2  # the text itself is all there
+    assert stop not in tokenizer.encode("<|im_end|>")
+
+
+def test_pad_is_never_a_stop_id(tokenizer, checkpoint, tmp_path):
+    assert tokenizer.stop_ids == {tokenizer.added["<|im_end|>"]} and tokenizer.pad_id not in tokenizer.stop_ids
+    path = tmp_path / "pad_is_eos"
+    shutil.copytree(checkpoint, path)
+    config = json.loads((path / "tokenizer_config.json").read_text()) | {"pad_token": "<|im_end|>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    other = model.load_tokenizer(str(path))
+    assert other.pad_id not in other.stop_ids
+
+
+def test_ids_past_the_vocabulary_decode_to_nothing(tokenizer):
+    assert tokenizer.decode([10**6, *tokenizer.encode("ab"), 511]) == "ab"
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "llama3"])
+def test_real_vocabularies_give_the_published_ids(family, tmp_path):
+    import gzip
+
+    source = SHARED / "tokenizers" / family
+    if not source.exists():
+        pytest.skip("needs the real vocabularies in ../shared/tokenizers")
+    (tmp_path / "tokenizer.json").write_bytes(gzip.decompress((source / "tokenizer.json.gz").read_bytes()))
+    config = "tokenizer_config.json" if family == "qwen2.5" else "tokenizer_config.3.1.json"
+    shutil.copy(source / config, tmp_path / "tokenizer_config.json")
+    ours = model.load_tokenizer(str(tmp_path))
+    vectors = (SHARED / "tokenizers" / f"vectors_{family}.jsonl").read_text(encoding="utf-8")
+    for case in map(json.loads, vectors.splitlines()):
+        if case["kind"] == "text":
+            assert ours.encode(case["text"], special=True) == case["ids"]
+            assert ours.encode(case["text"]) == case["ids_plain"]
+        if case["kind"] in ("text", "decode"):
+            assert ours.decode(case["ids"]) == case["decoded"]
+            assert ours.decode(case["ids"], skip_special=True) == case["decoded_skip"]
+        if case["kind"] == "chat" and not case["kwargs"]:
+            assert ours.chat(case["messages"], case["add_generation_prompt"]) == case["rendered"]
+            assert ours.encode(case["rendered"], special=True) == case["ids"]
