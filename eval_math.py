@@ -1,34 +1,57 @@
 """Maths problems: answer extraction and checking (the checker imports the standard library alone).
 
 The rules follow the conventions that published numbers rest on: the last `\\boxed{}` of hendrycks/math, the `####` of
-GSM8K, the "final answer is" of lm-eval's minerva_math. The comparison is stricter than most: nothing of an answer is ever
-executed, numbers are exact, and what cannot be decided within fixed bounds of time and size counts as wrong.
+GSM8K, the "final answer is" of lm-eval's minerva_math. The comparison is stricter than most: numbers are exact, nothing
+of an answer is ever executed, and what cannot be decided within fixed bounds of time and size counts as wrong.
 """
 import cmath
+import json
 import math
+import os
 import re
 import zlib
+from collections import deque
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
 
+from configurator import UserError, configure, run
+
+model = "toy/base"  # checkpoint directory or hub name
+adapter = ""  # adapter file, or the out_dir of a run; none if empty
+dataset = "toy/test.jsonl"  # a .jsonl file, a folder with test.jsonl, a name in DATASETS, or any hub data set
+split = "test"  # of a folder or hub data set
+num_problems = 0  # how many to ask; 0: all
+system_prompt = ""  # system message; none if empty
+prompt_template = "{question}"  # the user's message
+answer_format = "hash"  # what the prompt asks for and strict scoring reads: hash (#### 42), boxed (\boxed{42}) or any
+num_samples = 1  # answers a problem; accuracy is the mean over all of them
+max_new_tokens = 64  # an answer is cut off after so many, and is wrong
+temperature = 0.0  # 0: greedy
+seed = 1337  # of the sampling
+out_file = ""  # where to write questions, responses and verdicts as .jsonl; nowhere if empty
+dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
+device = "auto"  # auto, cpu, cuda, cuda:1 ...
+
 # --- extraction: which part of a completion is the answer? ------------------------------------------------------------
 
-MAX_ANSWER = 1000        # characters; a longer answer is compared as a string only
-MAX_RESPONSE = 100_000   # characters read, from the end: bounds the time that a runaway completion can take
-END_MARKERS = ('<|im_end|>', '<|endoftext|>', '<|eot_id|>', '<|end_of_text|>', '<|im_start|>user', '</s>')
-PHRASE = re.compile(r'[Aa][Nn][Ss][Ww][Ee][Rr](?:[\s*]*:|\s+[Ii][Ss]\b)[\s*]*:?')
-NUMBER = re.compile(r'(?:(?<![\w)])-)?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)')
+MAX_ANSWER = 1000  # characters; a longer answer is compared as a string only
+MAX_RESPONSE = 100_000  # characters read, from the end: bounds the time that a runaway completion can take
+END_MARKERS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|im_start|>user", "</s>")
+STATEMENTS = {"boxed": re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*"), "hash": re.compile("#{4,}"),
+              "phrase": re.compile(r"[Aa][Nn][Ss][Ww][Ee][Rr](?:[\s*]*:|\s+[Ii][Ss]\b)[\s*]*:?[\s*]*")}
+NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)")
 
 
-def extract_answer(response: str, fmt: str = 'any') -> str | None:
+def extract_answer(response: str, fmt: str = "any") -> str | None:
     r"""The final answer that a completion states, or None. Strict: nothing outside a statement is read.
 
-    A statement is the last `\boxed{...}` or `\fbox{...}`, the line after the last `####`, or the sentence after the last
-    "answer is" or "answer:". The one that ends latest wins, so "the answer is \boxed{5}" is the box. A last box that is
-    open (cut off) or empty is no answer, and nothing earlier replaces it. Text after the first end marker and before the
-    end of a think block is ignored. `fmt` ('any', 'boxed', 'hash', 'phrase') admits one kind of statement only. Grade
-    completions alone: a prompt may contain `\boxed{}`. The rules are those of hendrycks/math, GSM8K and lm-eval.
+    A statement is the last `\boxed{...}` or `\fbox{...}`, the rest of the line after the last `####`, or the rest of
+    the sentence after the last "answer is" or "answer:". The one that ends latest wins, so "the answer is \boxed{5}" is
+    the box. A last box that is open (cut off) or empty is no answer, and nothing earlier replaces it. Text after the
+    first end marker, and a think block, are ignored. `fmt` ('any', 'boxed', 'hash', 'phrase') can admit one kind of
+    statement only. Grade completions alone: a prompt may contain `\boxed{}`. The rules are those of hendrycks/math,
+    GSM8K and lm-eval.
     """
     return _last_statement(_completion(response), fmt)[1]
 
@@ -36,7 +59,7 @@ def extract_answer(response: str, fmt: str = 'any') -> str | None:
 def last_number(response: str) -> str | None:
     """The last number of the text: the lenient reading behind some GSM8K scores. Not for rewards."""
     numbers = NUMBER.findall(_completion(response)[-10 * MAX_ANSWER:])
-    return numbers[-1].replace(',', '') if numbers else None
+    return numbers[-1].replace(",", "") if numbers else None
 
 
 def extract_lenient(response: str) -> str | None:
@@ -48,56 +71,48 @@ def _completion(response: str) -> str:
     """The part of a completion that can hold the answer."""
     for marker in END_MARKERS:
         response = response.partition(marker)[0]
-    after_thinking = response.rpartition('</think>')[2]
+    after_thinking = response.rpartition("</think>")[2]
     return (after_thinking if after_thinking.strip() else response)[-MAX_RESPONSE:]
 
 
-def _last_statement(text: str, fmt: str = 'any') -> tuple[bool, str | None]:
+def _last_statement(text: str, fmt: str = "any") -> tuple[bool, str | None]:
     """(is anything stated, the answer or None)."""
-    found = []   # (where the statement ends, its answer)
-    if fmt in ('any', 'boxed'):
-        found += _last_box(text)
-    if fmt in ('any', 'hash') and '####' in text:
-        found.append((text.rindex('####'), text[text.rindex('####') + 4:].partition('\n')[0]))
-    if fmt in ('any', 'phrase'):
-        found += [(phrase.end(), _sentence(text[phrase.end():])) for phrase in list(PHRASE.finditer(text))[-1:]]
-    return bool(found), _strip_delimiters(max(found)[1]) or None if found else None
+    found = []  # (where the statement ends, its answer)
+    for kind in STATEMENTS if fmt == "any" else [fmt]:
+        for last in deque(STATEMENTS[kind].finditer(text), maxlen=1):
+            line = text[last.end():][:2 * MAX_ANSWER].partition("\n")[0]
+            if kind == "boxed":
+                found.append(_box(text, last.end()))
+            else:
+                found.append((last.end(), line if kind == "hash" else _sentence(line)))
+    if not found:
+        return False, None
+    answer = max(found)[1]
+    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
+        answer = answer.strip(" \t\r\n*$").rstrip(" \t\r\n*$.").removeprefix(opening).removesuffix(closing)
+    return True, answer.strip() or None
 
 
-def _last_box(text: str) -> list[tuple[int, str]]:
-    r"""[(end, content)] of the last \boxed or \fbox; an open box has no content and ends with the text."""
-    _, _, inner = text.rpartition('\\boxed') if text.rfind('\\boxed') > text.rfind('\\fbox') else text.rpartition('\\fbox')
-    if len(inner) == len(text):
-        return []
-    inner = inner.lstrip()
-    start = len(text) - len(inner)
-    if not inner.startswith('{'):   # \boxed 7 is TeX for \boxed{7}
-        token = re.match(r'[\w.,-]{0,50}', inner)[0]
-        return [(start + len(token), token)]
+def _box(text: str, start: int) -> tuple[int, str]:
+    r"""(end, content) of the box whose brace is at `start`; an open box has no content and ends with the text."""
+    if not text.startswith("{", start):  # \boxed 7 is TeX for \boxed{7}
+        token = re.compile(r"[\w.,-]{0,50}").match(text, start)
+        return token.end(), token[0]
     depth = 0
-    for brace in re.finditer(r'\\.|[{}]', inner[:10 * MAX_ANSWER], re.S):   # a backslash takes a brace with it: \{
-        depth += (brace[0] == '{') - (brace[0] == '}')
-        if depth == 0 and brace[0] == '}':
-            return [(start + brace.end(), inner[1:brace.start()])]
-    return [(len(text), '')]
+    for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, start, start + 10 * MAX_ANSWER):  # \{ is no brace
+        depth += (brace[0] == "{") - (brace[0] == "}")
+        if depth == 0 and brace[0] == "}":
+            return brace.end(), text[start + 1:brace.start()]
+    return len(text), ""
 
 
-def _sentence(text: str) -> str:
-    """Up to the end of the line or sentence: a dot before white space, so not in 3.5, and not within braces or $ $."""
-    line = text.lstrip(' \n\t*')[:2 * MAX_ANSWER].partition('\n')[0]
-    for dot in re.finditer(r'\.(?=\s|$)', line):
+def _sentence(line: str) -> str:
+    """Up to the first dot before white space (so not in 3.5) and outside braces and $ $."""
+    for dot in re.finditer(r"\.(?=\s|$)", line):
         before = line[:dot.start()]
-        if before.count('{') == before.count('}') and before.count('$') % 2 == before.count(r'\$') % 2:
+        if before.count("{") == before.count("}") and before.count("$") % 2 == before.count(r"\$") % 2:
             return before
     return line
-
-
-def _strip_delimiters(text: str) -> str:
-    """Without the math delimiters, bold stars and final dot around an answer."""
-    text = re.sub(r'^(?:\s|\*\*|\$|\\[(\[])+', '', text[:10 * MAX_ANSWER])
-    while (shorter := re.sub(r'(?:\*\*|(?<!\\)[\s.$]|\\[)\]])$', '', text)) != text:
-        text = shorter
-    return text
 
 
 # --- comparison: does an answer equal the reference? ------------------------------------------------------------------
@@ -116,27 +131,32 @@ def is_correct(response: str, reference: str) -> bool:
     """
     text = _completion(response)
     stated, answer = _last_statement(text)
-    answer = (answer or '' if stated else text).strip()
+    answer = (answer or "" if stated else text).strip()
     if not answer or max(len(answer), len(reference)) > MAX_ANSWER:
         return bool(answer) and answer == reference.strip()
     return _equal(normalise(answer), normalise(reference))
 
 
-# LaTeX commands and unicode, and their plain spelling: after normalise() one symbol stands for one meaning.
+FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in
+             ("sin", "cos", "tan", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "exp")}
+FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "lg": cmath.log10, "sec": lambda x: 1 / cmath.cos(x),
+              "csc": lambda x: 1 / cmath.sin(x), "cot": lambda x: 1 / cmath.tan(x)}
+# What LaTeX and unicode spell in several ways: after normalise() one symbol stands for one meaning.
 COMMANDS = {name: symbol for symbol, names in {
-    '': '! left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits hline phantom rm bf it',
-    ' ': ', ; : quad qquad', r'\frac': 'dfrac tfrac cfrac', '*': 'times cdot ast', '/': 'div', '≤': 'le leq leqslant',
-    '≥': 'ge geq geqslant', '<': 'lt', '>': 'gt', '≠': 'ne neq', '∈': 'in', '∪': 'cup', '∞': 'infty', '±': 'pm',
-    '∓': 'mp', '≈': 'approx', 'π': 'pi', '°': 'circ degree', "'": 'prime', '|': 'mid vert lvert rvert', '=': 'equiv',
-    '(': 'langle', ')': 'rangle rfloor rceil', '⦃': 'lbrace {', '⦄': 'rbrace }', '%': '%', 'floor(': 'lfloor',
-    'ceil(': 'lceil', '⦃⦄': 'emptyset varnothing'}.items() for name in names.split()} | {' ': ' '}
+    "": "! left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits hline phantom rm bf it",
+    " ": ", ; : quad qquad", r"\frac": "dfrac tfrac cfrac", "*": "times cdot ast", "/": "div", "≤": "le leq leqslant",
+    "≥": "ge geq geqslant", "<": "lt", ">": "gt", "≠": "ne neq", "∈": "in", "∪": "cup", "∞": "infty", "±": "pm",
+    "∓": "mp", "≈": "approx", "π": "pi", "°": "circ degree", "'": "prime", "|": "mid vert lvert rvert", "=": "equiv",
+    "(": "langle", ")": "rangle rfloor rceil", "⦃": "lbrace {", "⦄": "rbrace }", "%": "%", "floor(": "lfloor",
+    "ceil(": "lceil", "⦃⦄": "emptyset varnothing"}.items() for name in names.split()} | {" ": " "}
 UNICODE = str.maketrans({
-    '−': '-', '–': '-', '×': '*', '·': '*', '⋅': '*', '∙': '*', '÷': '/', '⁄': '/', '²': '^2', '³': '^3', '½': r'\frac12 ',
-    '¼': r'\frac14 ', '¾': r'\frac34 ', '⩽': '≤', '⩾': '≥', '′': "'", '’': "'", '，': ',', '：': ':', '（': '(', '）': ')',
-    'θ': r'\theta ', 'α': r'\alpha ', 'β': r'\beta ', 'ω': r'\omega ', 'λ': r'\lambda ', '∅': r'\emptyset ',
+    "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "⁄": "/", "½": r"\frac12 ", "¼": r"\frac14 ",
+    "¾": r"\frac34 ", "⩽": "≤", "⩾": "≥", "′": "'", "’": "'", "，": ",", "：": ":", "（": "(", "）": ")",
+    "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "ω": r"\omega ", "λ": r"\lambda ", "∅": r"\emptyset ",
     **dict.fromkeys('"⦃⦄\u00ad\u200b\u200e\u200f\ufeff')})
-TEXT_MACRO = re.compile(r'\\(?:text(?:bf|it|rm|sf|tt|normal)?|[mh]box|math(?:rm|bf|it|sf|bb|cal)|operatorname)\*?'
-                        r' ?\{([^{}]*)\}')
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+TEXT_MACRO = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|[mh]box|math(?:rm|bf|it|sf|bb|cal)|operatorname)\*?"
+                        r" ?\{([^{}]*)\}")
 
 
 def normalise(text: str) -> str:
@@ -144,47 +164,49 @@ def normalise(text: str) -> str:
 
     \text{cm} becomes "cm" in quotes, the braces of a set ⦃ ⦄, `and` a comma, `or` a semicolon.
     """
-    text = re.sub(r'\s+', ' ', text.translate(UNICODE))
-    text = text.replace(r'\mathbb{R}', r'(-\infty,\infty)').replace(r'\left.', '').replace(r'\right.', '')
-    text = re.sub(r'(?<=[0-9])(?:\{,\}|,\\!) ?(?=[0-9]{3})', '', text)                             # 10{,}000
-    text = re.sub(r'√ ?([0-9]+)', r'\\sqrt{\1}', text).replace('√', r'\sqrt ')
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}", text)
+    text = re.sub(r"\s+", " ", text.translate(UNICODE))
+    text = text.replace(r"\mathbb{R}", r"(-\infty,\infty)").replace(r"\left.", "").replace(r"\right.", "")
+    text = re.sub(r"(?<=[0-9])(?:\{,\}|,\\!) ?(?=[0-9]{3})", "", text)                             # 10{,}000
+    text = re.sub(r"√ ?([0-9]+)", r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
     for _ in range(2):                                                                             # macros in macros
         text = TEXT_MACRO.sub(_quote, text)
-    text = re.sub(r'\\([A-Za-z]+|.)', lambda m: COMMANDS.get(m[1], m[0]), text)
-    text = re.sub(r'(?<!\\)\$', '', text).replace('**', '^').replace('<=', '≤').replace('>=', '≥').replace('!=', '≠')
-    text = re.sub(r'(?<![A-Za-z])(?:np|math)\.', '', text)                                         # program notation
-    text = re.sub(r'(?<![A-Za-z])and(?![A-Za-z])', ',', text)
-    text = re.sub(r'(?<![A-Za-z])or(?![A-Za-z])', ';', text)
-    text = re.sub(r'(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])', _ungroup, text)         # 1,234,567
-    text = re.sub(r' +', ' ', text).rstrip(' .,;:\\').lstrip(' ,;:')
-    if re.fullmatch(r'[-+]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?', text):
-        text = text.replace(' ', '')                                                               # 1 000
-    text = re.sub(r'(?<![\w.}^])([0-9]+) ?\\frac ?(?:([0-9])([0-9])|\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\})',
-                  r'(\1+\2\4/\3\5)', text)                                                         # 1\frac12
-    text = re.sub(r'(?<![\w.}^])([0-9]+) ([0-9]+/[0-9]+)', r'(\1+\2)', text)                       # 1 1/2
-    text = re.sub(r' ?([^\w\s"\\]) ?', r'\1', text)
-    return re.sub(r'\^\{?°\}?', '°', text)
+    text = re.sub(r"\\([A-Za-z]+|.)", lambda m: COMMANDS.get(m[1], m[0]), text)
+    text = re.sub(r"(?<!\\)\$", "", text).replace("**", "^").replace("<=", "≤").replace(">=", "≥").replace("!=", "≠")
+    text = re.sub(r"(?<![A-Za-z])(?:np|math)\.", "", text)                                         # program notation
+    text = re.sub(r"(?<=[0-9]) ?x ?(?=10\^)", "*", text)                                           # 4.5 x 10^33
+    text = re.sub(r"(?<![A-Za-z])and(?![A-Za-z])", ",", text)
+    text = re.sub(r"(?<![A-Za-z])or(?![A-Za-z])", ";", text)
+    text = re.sub(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])", _ungroup, text)         # 1,234,567
+    text = re.sub(r" +", " ", text).rstrip(" .,;:\\").lstrip(" ,;:")
+    if re.fullmatch(r"[-+]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?", text):
+        text = text.replace(" ", "")                                                               # 1 000
+    text = re.sub(r"(?<![\w.}^])([0-9]+) ?\\frac ?(?:([0-9])([0-9])|\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\})",
+                  r"(\1+\2\4/\3\5)", text)                                                         # 1\frac12
+    text = re.sub(r"(?<![\w.}^])([0-9]+) ([0-9]+/[0-9]+)", r"(\1+\2)", text)                       # 1 1/2
+    text = re.sub(r' ?([^\w\s"\\)}\]⦄°%]) ?| ([)}\]⦄°%])', r"\1\2", text)  # a space before a plain unit stays: √3 cm
+    return re.sub(r"\^\{?°\}?", "°", text)
 
 
 def _quote(macro: re.Match) -> str:
     """The content of a text macro: words in quotes, and what is not a word without."""
-    content = macro[1].replace('"', '').strip()
-    if content.strip(' ,') in ('and', 'or') or not re.search('[A-Za-z]', content):
-        return f' {content} '
-    return f'\\{content} ' if content in FUNCTIONS else f'"{content}"'
+    content = macro[1].replace('"', "").strip()
+    if content.strip(" ,") in ("and", "or") or not re.search("[A-Za-z]", content):
+        return f" {content} "
+    return f"\\{content} " if content in FUNCTIONS else f'"{content}"'
 
 
 def _ungroup(number: re.Match) -> str:
     """1,234 without its comma, but not inside brackets, where (20,100) is a pair."""
     before = number.string[:number.start()]
-    inside = sum(map(before.count, '([⦃')) > sum(map(before.count, ')]⦄'))
-    return number[0] if inside else number[0].replace(',', '')
+    inside = sum(map(before.count, "([⦃")) > sum(map(before.count, ")]⦄"))
+    return number[0] if inside else number[0].replace(",", "")
 
 
 # --- structure: lists, relations, unions, tuples, matrices ------------------------------------------------------------
 
-RELATIONS = '=<>≤≥≠∈'
-TURNED = str.maketrans('>≥', '<≤')
+RELATIONS = "=<>≤≥≠∈"
+TURNED = str.maketrans(">≥", "<≤")
 CHOICE = re.compile(r'["(]*([A-Ja-j])[")]*')
 LABELLED_CHOICE = re.compile(r'["(]*([A-J])"?[.:)](?!.*\([A-J]\))')
 
@@ -200,23 +222,20 @@ def _equal(a: str, b: str, depth: int = 0) -> bool:
     if len(list_a) != 1 or len(list_b) != 1:
         return _same_multiset(list_a, list_b, depth)
     (a,), (b,) = list_a, list_b
-    choices = [CHOICE.fullmatch(x) or LABELLED_CHOICE.match(x) for x in (a, b)]
-    if all(choices) and any(map(CHOICE.fullmatch, (a, b))):
-        a, b = (choice[1].upper() if '(' in a + b else choice[1] for choice in choices)
-        return a == b
-    if any(c in RELATIONS for c in a + b):
-        verdict = _same_relation(a, b, depth)
-        if verdict is not None:
-            return verdict
-    if '∪' in a + b:
-        return _same_multiset(_split(a, '∪'), _split(b, '∪'), depth)
-    if r'\begin' in a + b:
+    choice_a, choice_b = (CHOICE.fullmatch(x) or LABELLED_CHOICE.match(x) for x in (a, b))
+    if choice_a and choice_b and (CHOICE.fullmatch(a) or CHOICE.fullmatch(b)):
+        return choice_a[1] == choice_b[1] or "(" in a + b and choice_a[1].upper() == choice_b[1].upper()
+    if _relation(a)[1] or _relation(b)[1]:
+        return _same_relation(*_relation(a), *_relation(b), depth)
+    if "∪" in a + b:
+        return _same_multiset(_split(a, "∪"), _split(b, "∪"), depth)
+    if r"\begin" in a + b:
         return _same_sequence(_matrix(a), _matrix(b), depth)
-    items_a, items_b = (_split(x[1:-1], ',;') if _wrapped(x, '([', ')]') else [x] for x in (a, b))
+    items_a, items_b = (_split(x[1:-1], ",;") if _wrapped(x, "([", ")]") else [x] for x in (a, b))
     if len(items_a) > 1 or len(items_b) > 1:
         return a[0] + a[-1] == b[0] + b[-1] and _same_sequence(items_a, items_b, depth)
-    if ':' in a and ':' in b:
-        return _same_sequence(_split(a, ':'), _split(b, ':'), depth)
+    if ":" in a and ":" in b:
+        return _same_sequence(_split(a, ":"), _split(b, ":"), depth)
     return _same_atom(a, b)
 
 
@@ -238,7 +257,7 @@ def _same_multiset(xs: list[str], ys: list[str], depth: int) -> bool:
 
 def _depths(text: str) -> list[int]:
     """How many brackets are open at each character. Kinds of brackets may mix: (0,1] is an interval."""
-    return list(accumulate((c in '([{⦃') - (c in ')]}⦄') for c in text))
+    return list(accumulate((c in "([{⦃") - (c in ")]}⦄") for c in text))
 
 
 def _split(text: str, separators: str) -> list[str]:
@@ -254,14 +273,14 @@ def _wrapped(text: str, opening: str, closing: str) -> bool:
 
 def _members(text: str) -> list[str]:
     r"""The answers that a bare list, a set or a \pm holds; one for anything else."""
-    if _wrapped(text, '⦃', '⦄'):
-        text = re.sub(r'^[A-Za-z](\||:)', '', text[1:-1])   # ⦃x|-2<x<1⦄
+    if _wrapped(text, "⦃", "⦄"):
+        text = re.sub(r"^[A-Za-z](\||:)", "", text[1:-1])  # ⦃x|-2<x<1⦄
     members = []
-    for item in filter(None, _split(text, ',;')):
-        exact, _, rounded = item.partition('≈')
+    for item in filter(None, _split(text, ",;")):
+        exact, _, rounded = item.partition("≈")
         item = exact if exact and not _is_name(exact) else rounded or item
-        if item.count('±') == 1:
-            members += [item.replace('±', '+').replace('∓', '-'), item.replace('±', '-').replace('∓', '+')]
+        if item.count("±") == 1:
+            members += [item.replace("±", "+").replace("∓", "-"), item.replace("±", "-").replace("∓", "+")]
         else:
             members.append(item)
     return members
@@ -271,90 +290,85 @@ def _relation(text: str) -> tuple[list[str], str]:
     """Sides and the signs between them, with > and ≥ turned round."""
     sides = _split(text, RELATIONS)
     ends = accumulate(len(side) + 1 for side in sides[:-1])
-    signs = ''.join(text[end - 1] for end in ends)
-    return (sides[::-1], signs[::-1].translate(TURNED)) if signs and set(signs) <= set('>≥') else (sides, signs)
+    signs = "".join(text[end - 1] for end in ends)
+    return (sides[::-1], signs[::-1].translate(TURNED)) if signs and set(signs) <= set(">≥") else (sides, signs)
 
 
 def _is_name(text: str, of_sum: bool = False) -> bool:
-    r"""Can this stand before "=" as what was asked for? x, AB, f(3), (x,y), \angle ABC; not 2x + z. m + n if `of_sum`."""
-    return (len(text) <= 30 and bool(re.search('[A-Za-z"]', text)) and not re.search(r'[-*/^|!%=<>≤≥∪π]', text)
-            and not re.match(r'[0-9.]|\\frac|\\sqrt', text) and not re.search(r'(?<![\\A-Za-z])[A-Za-z]{2,} ', text)
-            and ('+' not in text or of_sum and not re.search('[0-9]', text)))
+    r"""Can this stand before "=" as what was asked for? x, f(3), (x,y), \angle ABC; not 2x + z; m + n if `of_sum`."""
+    return (len(text) <= 30 and bool(re.search('[A-Za-z"]', text)) and not re.search(r"[-*/^|!%=<>≤≥∪π]", text)
+            and not re.match(r"[0-9.]|\\frac|\\sqrt", text) and not re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,} ", text)
+            and ("+" not in text or of_sum and not re.search("[0-9]", text)))
 
 
 def _meaning(sides: list[str], signs: str, of_sum: bool = False) -> tuple[str, list[str]]:
     """(name, values): ('x', ['5']) for x = 5, ('x', ['[2,∞)']) for x ≥ 2, an unnamed chain's sides for the rest."""
-    left, right = '[' if signs[0] == '≤' else '(', ']' if signs[-1] == '≤' else ')'
-    if set(signs) <= set('<≤') and len(signs) == 2 and _is_name(sides[1]):
-        return sides[1], [f'{left}{sides[0]},{sides[2]}{right}']
-    if signs in '<≤' and any(map(_is_name, sides)):
-        return (sides[0], [f'(-∞,{sides[1]}{right}']) if _is_name(sides[0]) else (sides[1], [f'{left}{sides[0]},∞)'])
-    if signs in '∈≠' and _is_name(sides[0]):
-        return sides[0], [sides[1] if signs == '∈' else f'(-∞,{sides[1]})∪({sides[1]},∞)']
-    if set(signs) == {'='}:
+    left, right = "[" if signs[0] == "≤" else "(", "]" if signs[-1] == "≤" else ")"
+    if set(signs) <= set("<≤") and len(signs) == 2 and _is_name(sides[1]):
+        return sides[1], [f"{left}{sides[0]},{sides[2]}{right}"]
+    if signs in ("<", "≤") and any(map(_is_name, sides)):
+        return (sides[0], [f"(-∞,{sides[1]}{right}"]) if _is_name(sides[0]) else (sides[1], [f"{left}{sides[0]},∞)"])
+    if signs in ("∈", "≠") and _is_name(sides[0]):
+        return sides[0], [sides[1] if signs == "∈" else f"(-∞,{sides[1]})∪({sides[1]},∞)"]
+    if set(signs) == {"="}:
         if _is_name(sides[0], of_sum):
             return sides[0], sides[1:]
-        return (sides[-1], sides[:-1]) if _is_name(sides[-1]) else ('', sides)
-    return '', []
+        return (sides[-1], sides[:-1]) if _is_name(sides[-1]) else ("", sides)
+    return "", []
 
 
 def _conditions_to_union(text: str) -> str:
     """x < 1 or x > 3 as the union of two intervals."""
-    parts = [_relation(part) for part in text.split(';')] if ';' in text else []
-    values = [_meaning(*part)[1] if part[1] and part[1] != '=' else [] for part in parts]
-    return '∪'.join(value for value, in values) if values and all(map(len, values)) else text
+    parts = [_relation(part) for part in text.split(";")] if ";" in text else []
+    values = [_meaning(*part)[1] if part[1] and part[1] != "=" else [] for part in parts]
+    return "∪".join(value for value, in values) if values and all(map(len, values)) else text
 
 
-def _same_relation(a: str, b: str, depth: int) -> bool | None:
-    """Equations, inequalities and memberships, also against the bare value or set. None: no relation after all."""
-    (sides_a, signs_a), (sides_b, signs_b) = _relation(a), _relation(b)
-    if not signs_a and not signs_b:
-        return None
+def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b: str, depth: int) -> bool:
+    """Equations, inequalities and memberships, of one another or of a bare value or set."""
     if not signs_a or not signs_b:
         _, values = _meaning(sides_a, signs_a, of_sum=True) if signs_a else _meaning(sides_b, signs_b)
-        return bool(values) and all(_equal(value, b if signs_a else a, depth) for value in values)
+        return bool(values) and all(_equal(value, sides_b[0] if signs_a else sides_a[0], depth) for value in values)
     (name_a, values_a), (name_b, values_b) = _meaning(sides_a, signs_a), _meaning(sides_b, signs_b)
     if name_a == name_b and values_a and values_b and all(_equal(x, y, depth) for x in values_a for y in values_b):
         return True
-    if signs_a != signs_b:
-        return False
-    if _same_sequence(sides_a, sides_b, depth) or len(signs_a) > 1:
-        return _same_sequence(sides_a, sides_b, depth)
-    x, y = (_value(f'({left})-({right})') for left, right in (sides_a, sides_b))
-    if not x or not y or 0 in x + y:
-        return False
-    factor = x[0] / y[0]   # 2x = 4 and x - 2 = 0 differ by a factor; for inequalities it must be positive
-    return _same_number(factor, x[1] / y[1]) and (signs_a == '=' or signs_a in '<≤' and factor.real > 0)
+    if signs_a != signs_b or len(signs_a) > 1 or _same_sequence(sides_a, sides_b, depth):
+        return signs_a == signs_b and _same_sequence(sides_a, sides_b, depth)
+    ratio = _value("(({})-({}))/(({})-({}))".format(*sides_a, *sides_b))  # constant for 2x = 4 and x - 2 = 0
+    return bool(ratio) and ratio[0] != 0 and _same_number(*ratio) and (
+        signs_a == "=" or signs_a in "<≤" and ratio[0].real > 0)
 
 
 def _matrix(text: str) -> list[str]:
     r"""The rows of a matrix as tuples, under any kind of bracket; a factor before it goes into the entries."""
-    factor, _, rest = text.partition(r'\begin{')
-    kind, _, rest = rest.partition('}')
-    body, _, end = rest.rpartition(r'\end{' + kind)
-    if not re.fullmatch('[A-Za-z]*matrix|array', kind) or r'\begin' in body or not re.fullmatch(r'\}[])|]?', end):
+    factor, _, rest = text.partition(r"\begin{")
+    kind, _, rest = rest.partition("}")
+    body, _, end = rest.rpartition(r"\end{" + kind)
+    if not re.fullmatch("[A-Za-z]*matrix|array", kind) or r"\begin" in body or not re.fullmatch(r"\}[])|]?", end):
         return []
-    if kind == 'array':
-        body = re.sub(r'^\{[^{}]*\}', '', body)
-    factor = factor.rstrip('[(|*')
-    scale = f'({factor}1)*' if factor == '-' else f'({factor})*' if factor else ''
-    rows = [row.strip() for row in body.split(r'\\')]
-    return ['(' + ','.join(f'{scale}({cell})' for cell in row.split('&')) + ')' for row in rows if row]
+    if kind == "array":
+        body = re.sub(r"^\{[^{}]*\}", "", body)
+    factor = factor.rstrip("[(|*")
+    scale = f"({factor}1)*" if factor == "-" else f"({factor})*" if factor else ""
+    rows = [row.strip() for row in body.split(r"\\")]
+    return ["(" + ",".join(f"{scale}({cell})" for cell in row.split("&")) + ")" for row in rows if row]
 
 
 # --- atoms: words, or expressions with or without a unit --------------------------------------------------------------
 
 UNITS = {name: names.split()[0] for names in (
-    '° degree deg', '% percent percentage pct', '$ dollar usd', '€ euro', '£', 'cent', 'm meter metre', 'mm millimeter',
-    'cm centimeter centimetre', 'km kilometer kilometre', 'in inch inche', 'ft foot feet', 'mi mile', 'yd yard', 'mph',
-    's second sec', 'min minute', 'h hour hr', 'am', 'pm', 'g gram', 'kg kilogram', 'mg', 'lb pound', 'oz ounce',
-    'l liter litre', 'ml', '2 square sq', '3 cubic cu') for name in names.split()}
-NOT_UNITS = frozenset('is are was be not no if but so because since then the this it either neither'.split())
+    "° degree deg", "% percent percentage pct", "$ dollar usd", "€ euro", "£", "cent", "m meter metre", "mm millimeter",
+    "cm centimeter centimetre", "km kilometer kilometre", "in inch inche", "ft foot feet", "mi mile", "yd yard", "mph",
+    "s second sec", "min minute", "h hour hr", "am", "pm", "g gram", "kg kilogram", "mg", "lb pound", "oz ounce",
+    "l liter litre", "ml", "2 square sq", "3 cubic cu") for name in names.split()}
+NOT_UNITS = FUNCTIONS.keys() | set(
+    "is are was be not no if but so because since then the this it either neither sqrt pi mod squared cubed factorial "
+    "half times more less dozen hundred thousand million billion trillion".split())
 
 
 def _same_atom(a: str, b: str) -> bool:
     words_a, words_b = _words(a), _words(b)
-    if words_a == words_b != '' or max(len(words_a), len(words_b)) > 3:
+    if words_a == words_b != "" or max(len(words_a), len(words_b)) > 3:
         return words_a == words_b
     (a, unit_a), (b, unit_b) = _split_unit(a), _split_unit(b)
     if unit_a and unit_b and unit_a != unit_b:
@@ -365,48 +379,47 @@ def _same_atom(a: str, b: str) -> bool:
 
 def _words(text: str) -> str:
     """The letters of a text answer, without case; empty for anything but words."""
-    letters = re.sub(r'[ ".,\']', '', text).strip('()')
-    return letters.casefold() if letters.isalpha() and len(letters) > 1 else ''
+    letters = re.sub(r'[ ".,\']', "", text).strip("()")
+    return letters.casefold() if letters.isalpha() and len(letters) > 1 else ""
 
 
 def _plain(text: str) -> str:
     """What is left to compare as a string: no spaces, no quotes, no braces around one character."""
-    return re.sub(r'(?<![0-9]) | (?![0-9])|"', '', re.sub(r'\{(\w)\}', r'\1', text))
+    return re.sub(r'(?<![0-9]) | (?![0-9])|"', "", re.sub(r"\{(\w)\}", r"\1", text))
 
 
 def _split_unit(text: str) -> tuple[str, str]:
     r"""(value, unit) of 5"cm"^2, 5 square cm, \$5, 5°, 5%. In plain text a unit is known, or words after a space."""
-    if money := re.match(r'(-?)(\\\$|€|£)', text):
+    if money := re.match(r"(-?)(\\\$|€|£)", text):
         return money[1] + text[money.end():], money[2][-1]
-    power = re.search(r'\^\{?[23]\}?$', text)
+    power = re.search(r"\^\{?[23]\}?$", text)
     quote = text.find('"')
-    head = text[:quote] if quote > 0 else re.sub(r'[A-Za-z/. €£]{0,40}$', '', text[:power.start()] if power else text)
-    tail = text[len(head):]
-    words = [word.lower().removesuffix('s') if len(word) > 2 else word.lower() for word in re.findall('[A-Za-z€£]+', tail)]
+    head = text[:quote] if quote > 0 else re.sub(r"[A-Za-z/. €£]{0,40}$", "", text[:power.start()] if power else text)
+    tail = text[len(head):].replace(".", "")
+    words = [w.removesuffix("s") if len(w) > 2 else w for w in re.findall("[a-z€£]+", tail.lower())]
     if quote > 0:
         is_unit = re.fullmatch(r'(?:"[^"]*"(?:\^\{?-?[0-9]\}?)?[ /*]?)+', tail)
+    elif words and UNITS.keys() >= set(words):  # one letter may be a variable: only m^2 and m^3 are taken for units
+        is_unit = len(words[0]) > 1 or words[0] in "€£" or power and words == ["m"]
     else:
-        known = all(word in UNITS for word in words) and (power or len(''.join(words)) > 1 or tail in '€£')
-        is_unit = known or tail[:1] == ' ' and max(map(len, words), default=0) > 2
-    if not is_unit or not 0 < len(words) <= 4 or NOT_UNITS & set(words) or not head.rstrip(' *'):
-        return text, text[-1] if text.endswith(('°', '%')) else ''
-    return head.rstrip(' *'), ' '.join(sorted(UNITS.get(word, word) for word in words + re.findall('[0-9]', tail)))
+        is_unit = tail.startswith(" ") and max(map(len, words), default=0) > 2
+    if not is_unit or not 0 < len(words) <= 4 or NOT_UNITS & set(words) or not head.rstrip(" *"):
+        return text, text[-1] if text.endswith(("°", "%")) else ""
+    return head.rstrip(" *"), " ".join(sorted(UNITS.get(w, w) for w in words + re.findall("[0-9]", tail)))
 
 
 # --- expressions: read and computed at once, exactly as long as possible ----------------------------------------------
 
-MAX_BITS = 8192      # of one exact number: 2^{4181} and 10^{1000} are in reach
-MAX_WORK = 300_000   # bits of all the numbers of one expression
+MAX_BITS = 8192  # of one exact number: 2^{4181} and 10^{1000} are in reach
+MAX_WORK = 300_000  # bits of all the numbers of one expression
 MAX_NESTING = 30
-FUNCTIONS = {name: getattr(cmath, name.replace('arc', 'a')) for name in
-             'sin cos tan arcsin arccos arctan sinh cosh tanh exp'.split()}
-FUNCTIONS |= {'ln': cmath.log, 'log': cmath.log10, 'lg': cmath.log10, 'sec': lambda x: 1 / cmath.cos(x),
-              'csc': lambda x: 1 / cmath.sin(x), 'cot': lambda x: 1 / cmath.tan(x)}
-NAME = rf"""(?:\\[A-Za-z]+|sqrt|floor|ceil|{'|'.join(sorted(FUNCTIONS, reverse=True))}|"[^"]*"|[^\W0-9_]|∞)"""
-TOKEN = re.compile(r'(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)(?P<base>_(?:\{[^{}]*\}|[0-9]+))?'
-                   rf"|(?P<name>{NAME})(?P<index>(?:'|_(?:\{{[^{{}}]*\}}|\w))*)|[^ ]")
-OPAQUE = frozenset(r'\sum \prod \int \lim \cdots \ldots \dots \begin \end \cap \setminus \pmod \bmod'.split())
-CLOSING = {'(': ')', '[': ']', '{': '}', '|': '|'}
+CONSTANTS = {"e": complex(math.e), "i": 1j, "π": complex(math.pi)}
+WORD = rf"""\\[A-Za-z]+|sqrt|floor|ceil|{'|'.join(sorted(FUNCTIONS, reverse=True))}|"[^"]*"|[^\W0-9_]|∞"""
+TOKEN = re.compile(r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)(?P<base>_(?:\{[^{}]*\}|[0-9]+))?"
+                   rf"|(?P<word>{WORD})(?P<index>(?:'|_(?:\{{[^{{}}]*\}}|\w))*)|[^ ]")
+LEVEL = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5, "°": 5, "%": 5}  # a factor without a sign is at 2 too
+CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
+OPAQUE = {r"\sum", r"\prod", r"\int", r"\lim", r"\cdots", r"\ldots", r"\dots", r"\cap", r"\setminus", r"\pmod"}
 Number = Fraction | complex
 
 
@@ -421,9 +434,9 @@ def _same_number(x: Number, y: Number) -> bool:
 
 @lru_cache(maxsize=1024)
 def _value(text: str) -> tuple[Number, ...]:
-    """The expression at two fixed points; () if it is none, or too large. Those that agree at both are taken as equal."""
+    """The expression at two fixed points, () if it is none or too large. What agrees at both is taken as equal."""
     try:
-        return tuple(_Expression(text, point).parse() for point in '12')
+        return tuple(_Expression(text, point).whole() for point in "12")
     except (ValueError, ArithmeticError):
         return ()
 
@@ -432,44 +445,38 @@ def _power(base: Number, exponent: Number) -> Number:
     """base ** exponent, exact if it is rational, and with the real root of a negative number where there is one."""
     if not isinstance(base, Fraction) or not isinstance(exponent, Fraction):
         return complex(base) ** complex(exponent)
-    n = exponent.denominator
-    if abs(exponent.numerator) * (base.numerator.bit_length() + base.denominator.bit_length()) > MAX_BITS or n > 1000:
-        raise ValueError('too large')
+    p, n = exponent.as_integer_ratio()
+    if abs(p) * (base.numerator.bit_length() + base.denominator.bit_length()) > MAX_BITS or n > 1000:
+        raise ValueError("too large")
     if n == 1:
-        return base ** exponent.numerator
+        return base ** p
     if base < 0:
-        sign = complex(-1) ** float(exponent) if n % 2 == 0 else Fraction((-1) ** exponent.numerator)
-        return sign * _power(-base, exponent)
+        return (Fraction((-1) ** p) if n % 2 else complex(-1) ** float(exponent)) * _power(-base, exponent)
     root = Fraction(*(math.isqrt(k) if n == 2 else round(float(k) ** (1 / n)) for k in base.as_integer_ratio()))
     if root.numerator.bit_length() * n <= MAX_BITS and root ** n == base:
-        return root ** exponent.numerator
+        return root ** p
     return complex(base) ** float(exponent)
 
 
 class _Expression:
-    """A recursive-descent reader of
-
-    sum: product {+- product};  product: signed {[*/] signed};  signed: {+-} power;  power: primary {!°%} [^ argument]
-
-    whose methods return values. Names stand for fixed rational numbers, so most expressions stay exact.
-    """
+    """A precedence-climbing reader whose methods return values. Names stand for fixed rational numbers."""
 
     def __init__(self, text: str, point: str):
         self.tokens, self.at, self.point = list(TOKEN.finditer(text)), 0, point
-        self.names, self.nesting, self.work, self.bars, self.degree = 0, 0, 0, 0, Fraction(1)
+        self.nesting, self.work, self.bars, self.degree = 0, 0, 0, Fraction(1)
 
-    def parse(self) -> Number:
-        value = self.sum()
+    def whole(self) -> Number:
+        value = self.read()
         if self.next():
-            raise ValueError('not an expression')
+            raise ValueError("not an expression")
         return value
 
     def next(self) -> str:
-        return self.tokens[self.at][0] if self.at < len(self.tokens) else ''
+        return self.tokens[self.at][0] if self.at < len(self.tokens) else ""
 
-    def take(self, expected: str = '') -> re.Match:
+    def take(self, expected: str = "") -> re.Match:
         if not self.next() or expected and self.next() != expected:
-            raise ValueError('not an expression')
+            raise ValueError("not an expression")
         self.at += 1
         return self.tokens[self.at - 1]
 
@@ -478,102 +485,77 @@ class _Expression:
             bits = value.numerator.bit_length() + value.denominator.bit_length()
             self.work += bits
             if bits > MAX_BITS or self.work > MAX_WORK:
-                raise ValueError('too large')
-        elif not 1e-200 < abs(value) < 1e200:   # near underflow all numbers look alike
-            raise ValueError('out of range')
+                raise ValueError("too large")
+        elif not 1e-200 < abs(value) < 1e200:  # near underflow all numbers look alike
+            raise ValueError("out of range")
         return value
 
-    def sum(self) -> Number:
-        value = self.product()
-        while self.next() in ('+', '-'):
-            term = self.product() if self.take()[0] == '+' else -self.product()
-            value, before = value + term, value
-            if isinstance(value, complex) and not 1e-9 < abs(before) / abs(term) < 1e9:
-                raise ValueError('a term is lost in rounding')
-            value = self.bounded(value)
-        return value
-
-    def product(self) -> Number:
-        value = self.signed()
-        while True:
-            if self.next() in ('*', '/'):
-                value = value * self.signed() if self.take()[0] == '*' else value / self.signed()
-            elif self.starts_factor():
-                value = value * self.power()
+    def read(self, level: int = 0) -> Number:
+        """A value, with all the signs after it that bind more tightly than `level`."""
+        value = self.primary()
+        while LEVEL.get(sign := self.next(), 2 * self.starts_factor()) > level:
+            if sign in LEVEL:
+                self.take()
+            if LEVEL.get(sign) == 5:
+                value = self.marked(value, sign)
+            elif sign == "^":
+                value = _power(value, self.read(3))
+            elif sign in ("+", "-"):
+                term = self.read(1) if sign == "+" else -self.read(1)
+                value, before = value + term, value
+                if isinstance(value, complex) and before and term and not 1e-9 < abs(before) / abs(term) < 1e9:
+                    raise ValueError("a term is lost in rounding")
             else:
-                return value
+                value = value / self.read(2) if sign == "/" else value * self.read(2)
             value = self.bounded(value)
+        return value
 
     def starts_factor(self) -> bool:
         """Does a factor without a sign follow? Two numbers in a row are no product."""
-        if not self.next():
+        if not self.next() or not self.at:
             return False
         token, before = self.tokens[self.at], self.tokens[self.at - 1]
-        return bool(token['name'] or token['number'] and not before['number'] or token[0] in '([{'
-                    or token[0] == '|' and not self.bars)
+        return bool(token["word"] or token["number"] and not before["number"] or token[0] in "([{"
+                    or token[0] == "|" and not self.bars)
 
-    def signed(self) -> Number:
-        sign = 1
-        while self.next() in ('+', '-'):
-            sign = sign if self.take()[0] == '+' else -sign
-        return sign * self.power()
-
-    def power(self) -> Number:
-        base = self.primary()
-        while self.next() in ('!', '°', '%'):
-            mark = self.take()[0]
-            if mark == '!' and isinstance(base, Fraction) and base.denominator == 1 and 0 <= base <= 170:
-                base = Fraction(math.factorial(int(base)))
-            else:
-                base = self.name(f'{base}!') if mark == '!' else base * self.degree if mark == '°' else base
-        if self.next() != '^':
-            return base
-        self.take()
-        return self.bounded(_power(base, self.signed() if self.next() in ('+', '-') else self.primary()))
+    def marked(self, value: Number, mark: str) -> Number:
+        if mark == "!" and isinstance(value, Fraction) and value.denominator == 1 and 0 <= value <= 170:
+            return Fraction(math.factorial(int(value)))
+        return self.name(f"{value}!") if mark == "!" else value * self.degree if mark == "°" else value
 
     def primary(self) -> Number:
+        """A number, a name, a function with its arguments, a group in brackets, or one of these with a sign."""
         self.nesting += 1
         if self.nesting > MAX_NESTING:
-            raise ValueError('too deep')
+            raise ValueError("too deep")
         token = self.take()
-        word = (token['name'] or '').strip('\\')
-        if token['number']:
+        word = (token["word"] or "").strip("\\")
+        if token[0] in ("+", "-"):
+            value = self.read(3) if token[0] == "+" else -self.read(3)
+        elif token["number"]:
             value = self.number(token)
         elif token[0] in CLOSING:
-            self.bars += token[0] == '|'
-            value = self.sum()
+            self.bars += token[0] == "|"
+            value = self.read()
             self.take(CLOSING[token[0]])
-            if token[0] == '|':
+            if token[0] == "|":
                 self.bars -= 1
                 value = abs(value) if isinstance(value, Fraction) else complex(abs(value))
-        elif word == 'frac':
+        elif word == "frac":
             value = self.argument() / self.argument()
-        elif word == 'sqrt':
-            degree = self.primary() if self.next() == '[' else Fraction(2)
+        elif word == "sqrt":
+            degree = self.primary() if self.next() == "[" else Fraction(2)
             value = _power(self.argument(), 1 / degree)
         elif word in FUNCTIONS:
-            value = self.function(word, token['index'])
-        elif word in ('floor', 'ceil', 'binom'):
-            names = self.names
-            arguments = [self.argument() for _ in range(1 + (word == 'binom'))]
-            value = self.whole(word, arguments) if self.names == names else self.name(f'{word}{arguments}')
+            value = self.function(word, token["index"])
+        elif word in ("floor", "ceil", "binom"):  # names for their arguments: no rules of theirs are known here
+            value = self.name(f'{word} {self.argument()} {self.argument() if word == "binom" else ""}')
         elif word and token[0] not in OPAQUE:
-            constants = {'e': complex(math.e), 'i': 1j, 'π': complex(math.pi)}
-            value = constants.get(token[0]) or self.name(token[0].replace('"', ''))
+            value = CONSTANTS.get(token[0]) or self.name(re.sub('["{}]', "", token[0]))
         else:
-            raise ValueError('not an expression')
+            raise ValueError("not an expression")
         self.nesting -= 1
         return self.bounded(value)
-
-    def whole(self, word: str, arguments: list[Number]) -> Fraction:
-        """Floor, ceiling, binomial coefficient of numbers."""
-        if not all(isinstance(x, Fraction) for x in arguments):
-            raise ValueError('inexact')
-        if word != 'binom':
-            return Fraction(getattr(math, word)(arguments[0]))
-        if any(x.denominator > 1 or not 0 <= x <= 500 for x in arguments):
-            raise ValueError('too large')
-        return Fraction(math.comb(*map(int, arguments)))
 
     def argument(self) -> Number:
         r"""What follows \frac or \sqrt: a group or one token, of a number one digit: \frac12 is 1/2."""
@@ -583,31 +565,172 @@ class _Expression:
         return self.primary()
 
     def number(self, token: re.Match) -> Number:
-        mantissa, _, exponent = token['number'].lower().partition('e')
-        whole, _, decimals = mantissa.partition('.')
+        mantissa, _, exponent = token["number"].lower().partition("e")
+        integer, _, decimals = mantissa.partition(".")
         if len(exponent) > 5 or abs(int(exponent or 0)) > 2000:
-            raise ValueError('too large')
-        if (token['base'] or '').strip('_{}') not in ('', '10'):   # 204_5 is a name: bases are not converted
-            return self.name(token[0].lstrip('0').replace('{', '').replace('}', ''))
-        return Fraction(int(whole + decimals), 10 ** len(decimals)) * Fraction(10) ** int(exponent or 0)
+            raise ValueError("too large")
+        if (token["base"] or "").strip("_{}") not in ("", "10"):  # 204_5 is a name: bases are not converted
+            return self.name(re.sub("^0+|[{}]", "", token[0]))
+        return Fraction(int(integer + decimals), 10 ** len(decimals)) * Fraction(10) ** int(exponent or 0)
 
     def name(self, name: str) -> Fraction:
         """A fixed value for a name, another one at the other point."""
-        self.names += 1
-        return Fraction(100 + zlib.crc32((name + self.point).encode('utf-8', 'replace')) % 899, 331)
+        return Fraction(100 + zlib.crc32((name + self.point).encode("utf-8", "replace")) % 899, 331)
 
     def function(self, word: str, index: str) -> Number:
         r"""\sin^2 x, \log_2 8, \cos 2t: an argument without brackets reaches to the next sign or function."""
-        power = self.take() and self.primary() if self.next() == '^' else Fraction(1)
+        power = self.take() and self.primary() if self.next() == "^" else Fraction(1)
         outer, self.degree = self.degree, Fraction(math.pi / 180)
-        if self.next() in CLOSING:
-            value = self.primary()
-        else:
-            value = self.signed()
-            while self.starts_factor() and self.next().strip('\\') not in FUNCTIONS:
-                value = self.bounded(value * self.power())
+        bracket = self.next() in CLOSING
+        value = self.primary() if bracket else self.read(3)
+        while not bracket and self.starts_factor() and self.next().strip("\\") not in FUNCTIONS:
+            value = self.bounded(value * self.read(3))
         self.degree = outer
         value = FUNCTIONS[word](complex(value))
         if index:
-            value /= FUNCTIONS[word](complex(_Expression(index.strip('_{}'), self.point).parse()))
+            value /= FUNCTIONS[word](complex(_Expression(index.strip("_{}"), self.point).whole()))
         return _power(value, power) if value else Fraction(0)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Problems and evaluation. What needs torch is imported inside, so that the checker stays importable without it.
+
+DATASETS = {  # name: hub path, configuration, question column, answer column
+    "gsm8k": ("openai/gsm8k", "main", "question", "answer"),
+    "math500": ("HuggingFaceH4/MATH-500", "default", "problem", "answer"),
+}
+QUESTION_KEYS, ANSWER_KEYS = ("question", "problem", "prompt"), ("answer", "final_answer", "solution")
+
+
+def load_problems(name_or_path: str, split: str = "train") -> list[dict]:
+    """Problems as dicts with at least 'question' and 'answer' (strings; what follows #### in GSM8K's answer column).
+
+    name_or_path: a local .jsonl file, a folder with {split}.jsonl, a name in DATASETS, or a hub data set ('owner/name')
+        whose columns are called question or problem, and answer or solution.
+    Raises UserError naming file and line where a row has no question or answer, for an empty file and an unknown name.
+    """
+    path = os.path.join(name_or_path, f"{split}.jsonl") if os.path.isdir(name_or_path) else name_or_path
+    if path.endswith((".jsonl", ".json")) or os.path.exists(path):
+        rows = _read_jsonl(path)
+    else:
+        rows = _read_hub(name_or_path, split)
+    problems = []
+    for place, row in rows:
+        question = next((row[k] for k in QUESTION_KEYS if isinstance(row.get(k), str)), None)
+        answer = next((str(row[k]) for k in ANSWER_KEYS if isinstance(row.get(k), (str, int, float))), None)
+        if not question or answer is None:
+            raise UserError(f"{place}: needs a question ({', '.join(QUESTION_KEYS)}) and an answer "
+                            f"({', '.join(ANSWER_KEYS)}); it has {', '.join(row) or 'nothing'}")  # fmt: skip
+        problems.append(row | {"question": question, "answer": extract_answer(answer) or answer.strip()})
+    if not problems:
+        raise UserError(f"{path} holds no problems")
+    return problems
+
+
+def _read_jsonl(path):
+    """[(place, row)] of a .jsonl file; blank lines are skipped."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            lines = [(f"{path}, line {i}", line) for i, line in enumerate(f, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"no problems can be read from '{path}': {error}") from None
+    rows = []
+    for place, line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{place}: no JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: a row must be a JSON object")
+        rows.append((place, row))
+    return rows
+
+
+def _read_hub(name, split):
+    """[(place, row)] of a data set on the hub."""
+    if name not in DATASETS and "/" not in name:
+        raise UserError(f"no file and no data set is called '{name}'; known names: {', '.join(DATASETS)}; "
+                        "or give a .jsonl file or a hub name owner/name")  # fmt: skip
+    path, configuration, question, answer = DATASETS.get(name, (name, None, None, None))
+    try:
+        import datasets  # only here: local files need the standard library alone
+    except ImportError:
+        raise UserError(f"'{name}' is on the hub, which needs `pip install datasets`; or give a .jsonl file") from None
+    try:
+        rows = datasets.load_dataset(path, configuration, split=split)
+    except Exception as error:  # the hub client raises many kinds; all mean that the data is not to be had
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"data set '{name}' ({path}, {split}) could not be loaded: {reason}") from None
+    rename = {question: "question", answer: "answer"}
+    return [(f"{path}, row {i}", {rename.get(k, k): v for k, v in row.items()}) for i, row in enumerate(rows)]
+
+
+def score(response: str, truncated: bool, reference: str, answer_format: str) -> dict[str, bool]:
+    """Verdicts on one response. strict: the answer stated in the format the prompt asked for; lenient: any statement,
+    else the last number. A response that was cut off is wrong in both: it had not finished."""
+    if truncated:
+        return {"strict": False, "lenient": False}
+    stated, found = extract_answer(response, answer_format), extract_lenient(response)
+    return {"strict": stated is not None and is_correct(stated, reference),
+            "lenient": found is not None and is_correct(found, reference)}  # fmt: skip
+
+
+def encode_problems(tokenizer, problems, system_prompt, prompt_template):
+    """Prompt ids of problems. The template's {question} is replaced as text: other braces stay what they are."""
+    from sample import encode_prompt
+
+    if "{question}" not in prompt_template:
+        raise UserError("prompt_template must contain {question}")
+    return [encode_prompt(tokenizer, prompt_template.replace("{question}", p["question"]), system_prompt)
+            for p in problems]  # fmt: skip
+
+
+def evaluate(net, tokenizer, problems, cfg, num_samples=1, temperature=0.0):
+    """Ask every problem num_samples times and grade the answers. cfg: settings with system_prompt, prompt_template,
+    answer_format, max_new_tokens and seed.
+
+    Returns {'strict', 'lenient', 'truncated': shares in [0, 1], 'stderr': standard error of strict over problems,
+    'length': mean tokens an answer, 'rows': [{question, answer, response, strict, lenient, truncated}]}.
+    """
+    from sample import generate
+
+    prompts = encode_problems(tokenizer, problems, cfg.system_prompt, cfg.prompt_template)
+    completions = generate(net, tokenizer, prompts, num_samples, cfg.max_new_tokens, temperature, cfg.seed,
+                           progress="evaluating")  # fmt: skip
+    rows = [{"question": p["question"], "answer": p["answer"], "response": c.text, "truncated": c.truncated,
+             "tokens": len(c.ids), **score(c.text, c.truncated, p["answer"], cfg.answer_format)}
+            for p, group in zip(problems, completions) for c in group]  # fmt: skip
+
+    def mean(key):
+        return sum(row[key] for row in rows) / len(rows)
+
+    per_problem = [sum(r["strict"] for r in rows[i : i + num_samples]) / num_samples
+                   for i in range(0, len(rows), num_samples)]  # fmt: skip
+    m = mean("strict")
+    variance = sum((p - m) ** 2 for p in per_problem) / max(1, len(per_problem) - 1)
+    return {"strict": m, "lenient": mean("lenient"), "truncated": mean("truncated"), "length": mean("tokens"),
+            "stderr": math.sqrt(variance / len(per_problem)), "rows": rows}  # fmt: skip
+
+
+def main():
+    from model import load_model, load_tokenizer
+    from tinylora import load_adapter
+
+    cfg = configure(globals())
+    if cfg.answer_format not in ("hash", "boxed", "any") or cfg.num_samples < 1:
+        raise UserError("answer_format must be hash, boxed or any, and num_samples at least 1")
+    problems = load_problems(cfg.dataset, cfg.split)[: cfg.num_problems or None]
+    net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
+    if cfg.adapter:
+        load_adapter(net, cfg.adapter)
+    result = evaluate(net, tokenizer, problems, cfg, cfg.num_samples, cfg.temperature)
+    if cfg.out_file:
+        with open(cfg.out_file, "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in result["rows"])
+    print(f"example: {result['rows'][0]['question']}\n-> {result['rows'][0]['response']}")
+    print(f"{cfg.dataset}: accuracy {result['strict']:.3f} +- {result['stderr']:.3f} (standard error) by the stated "
+          f"answer, {result['lenient']:.3f} by the last number; {len(problems)} problems x {cfg.num_samples}, "
+          f"{result['length']:.0f} tokens an answer, {result['truncated']:.1%} cut off")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)

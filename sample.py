@@ -46,7 +46,7 @@ class KVCache:
 
     def __init__(self, config, rows, length, like):
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
-        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # masked entries count 0 times: must be finite
         self.positions = None  # [B] where each row's next token stands; None while prompts are prefilled
 
     def attend(self, layer, q, k, v):

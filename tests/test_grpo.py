@@ -1,0 +1,312 @@
+"""grpo.py: the objective against numbers worked out by hand, the gradient for any split, and whole runs."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, assert_refused, run_script
+from safetensors.torch import load_file
+
+import grpo
+import tinylora
+from configurator import configure
+
+# ------------------------------------------------------------------------------------------------------ the objective
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
+    std = math.sqrt(4 * 0.25 / 3)  # over G - 1
+    expected = torch.tensor([[0.5 / std, -0.5 / std, -0.5 / std, 0.5 / std], [0.0] * 4, [-0.5, -0.5, -0.5, 1.5]])
+    assert torch.allclose(grpo.group_advantages(rewards), expected, atol=1e-5)  # the third group's std is 1/2
+    assert torch.allclose(grpo.group_advantages(rewards, "dr_grpo")[0], torch.tensor([0.5, -0.5, -0.5, 0.5]))
+
+
+def test_token_weights_by_hand():
+    """Two rows of 2 and 4 tokens, of a batch of 8 rows and 30 tokens."""
+
+    def weights(objective):
+        return grpo.token_weights([2, 4], objective, max_new_tokens=10, num_rows=8, num_tokens=30).tolist()
+
+    assert weights("grpo") == weights("gspo") == pytest.approx([1 / 16, 1 / 32])
+    assert weights("dr_grpo") == pytest.approx([1 / 80, 1 / 80])
+    assert weights("dapo") == pytest.approx([1 / 30, 1 / 30])
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, value, slope, clipped",
+    [
+        (2.0, 1.0, 2.0, 2.0, 0),  # on policy
+        (2.0, 1.1, 2.2, 2.2, 0),
+        (2.0, 1.5, 2.6, 0.0, 1),  # clipped above: 1.3 * 2
+        (2.0, 0.5, 1.0, 1.0, 0),  # a good answer that became rare is not clipped
+        (-2.0, 0.5, -1.6, 0.0, 1),  # clipped below: 0.8 * -2
+        (-2.0, 1.5, -3.0, -3.0, 0),  # a bad answer that became frequent is not clipped
+    ],
+)
+def test_clipped_surrogate_by_hand(advantage, ratio, value, slope, clipped):
+    """One token of weight 1/2: the value of the objective, and its slope in the log-prob."""
+    logp = torch.tensor([[math.log(ratio) - 1.0]], requires_grad=True)
+    loss, count = grpo.policy_loss(logp, torch.tensor([[-1.0]]), torch.tensor([advantage]), torch.tensor([0.5]),
+                                   torch.ones(1, 1), clip_low=0.2, clip_high=0.3)  # fmt: skip
+    loss.backward()
+    assert loss.item() == pytest.approx(-value / 2, abs=1e-6)
+    assert logp.grad.item() == pytest.approx(-slope / 2, abs=1e-6)
+    assert count == clipped
+
+
+def test_gspo_uses_the_sequence_ratio():
+    """Log-ratios 0.3 and -0.1 over two tokens: the ratio of both is exp(0.1)."""
+    logp = torch.tensor([[-0.7, -1.1, 9.0]], requires_grad=True)  # the third is padding
+    mask = torch.tensor([[True, True, False]])
+    loss, _ = grpo.policy_loss(logp, torch.tensor([[-1.0, -1.0, 0.0]]), torch.tensor([1.0]), torch.tensor([1 / 2]), mask,
+                               "gspo")  # fmt: skip
+    loss.backward()
+    assert loss.item() == pytest.approx(-math.exp(0.1), abs=1e-6)
+    assert logp.grad[0].tolist() == pytest.approx([-math.exp(0.1) / 2, -math.exp(0.1) / 2, 0.0], abs=1e-6)
+
+
+def test_k3_by_hand():
+    assert grpo.k3(torch.tensor(-1.0), torch.tensor(-1.5)).item() == pytest.approx(math.exp(-0.5) + 0.5 - 1)
+    assert grpo.k3(torch.tensor(-2.0), torch.tensor(-2.0)) == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_chunked_logprobs_equal_the_full_softmax(chunk):
+    torch.manual_seed(0)
+    hidden, head, targets = torch.randn(23, 8, dtype=torch.double), torch.randn(50, 8).double(), torch.randint(0, 50, (23,))
+    weights = torch.randn(23)
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    logp, entropy = grpo.token_logprobs(ours, head, targets, 0.7, chunk)
+    exact = torch.log_softmax(theirs @ head.T / 0.7, -1)
+    (logp * weights).sum().backward()
+    (exact[range(23), targets] * weights).sum().backward()
+    assert torch.allclose(logp.double(), exact[range(23), targets], atol=1e-5)
+    assert torch.allclose(entropy.double(), -(exact.exp() * exact).sum(-1), atol=1e-5)
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- the gradient
+
+
+def settings(**changes):
+    cfg = SimpleNamespace(objective="grpo", temperature=1.0, micro_batch_tokens=10**6, max_new_tokens=12, clip_low=0.2,
+                          clip_high=0.2, kl_coef=0.0)  # fmt: skip
+    return SimpleNamespace(**vars(cfg) | changes)
+
+
+def random_rows(count=9, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        return torch.randint(5, 200, (int(torch.randint(low, high, (1,), generator=rng)),), generator=rng).tolist()
+
+    rows = [grpo.Row(ids(3, 9), ids(1, 12), [], float(torch.randn(1, generator=rng))) for _ in range(count)]
+    for row in rows:
+        row.sampler_logprobs = [-1.0] * len(row.ids)
+    return rows
+
+
+def gradient(net, tokenizer, rows, cfg, parts=None):
+    """The gradient of v over rows, given all at once or in parts as if by several ranks."""
+    for row in rows:
+        row.old_logprobs = None if cfg.objective == "grpo" else torch.full((len(row.ids),), -5.0, dtype=net.head.dtype)
+    net.adapter.zero_grad()
+    total = sum(len(row.ids) for row in rows)
+    for part in parts or [rows]:
+        grpo.accumulate_gradient(net, tokenizer, part, cfg, len(rows), total)
+    return net.adapter.v.grad.clone()
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dr_grpo", "dapo", "gspo"])
+def test_gradient_is_the_same_for_any_split(net, tokenizer, objective):
+    tinylora.add_adapter(net, u=3, n_tie=4)
+    torch.nn.init.normal_(net.adapter.v, std=0.2)
+    rows = random_rows()
+    cfg = settings(objective=objective, kl_coef=0.1)
+    whole = gradient(net, tokenizer, rows, cfg)
+    splits = [settings(**vars(cfg) | {"micro_batch_tokens": tokens}) for tokens in (1, 30, 60)]
+    splits = [gradient(net, tokenizer, rows, split) for split in splits]
+    ranks = gradient(net, tokenizer, rows, cfg, [rows[0::3], rows[1::3], rows[2::3]])
+    assert whole.norm() > 0
+    for other in [*splits, ranks]:
+        assert (other - whole).norm() <= 1e-5 * whole.norm()
+
+
+def test_on_policy_gradient_is_that_of_the_advantage_weighted_log_likelihood(net, tokenizer):
+    """One prompt and row at a time through the plain forward pass, in float64."""
+    rows = random_rows(5)
+    tinylora.add_adapter(net, u=3, n_tie=4)
+    ours = gradient(net, tokenizer, rows, settings())
+    net.double()
+    for linear in tinylora.adapted_linears(net).values():
+        linear.US, linear.Vt = linear.US.double(), linear.Vt.double()
+    net.adapter.double().zero_grad()
+    loss = 0
+    for row in rows:
+        logits = net(torch.tensor([row.prompt + row.ids]))[0, len(row.prompt) - 1 : -1]
+        logp = torch.log_softmax(logits, -1)[range(len(row.ids)), row.ids]
+        loss = loss - row.advantage * logp.mean() / len(rows)
+    loss.backward()
+    assert (ours - net.adapter.v.grad).norm() <= 1e-4 * ours.norm()
+
+
+def test_the_stop_token_is_trained(net, tokenizer):
+    """A gradient step on an answer that ends with the stop token makes stopping there likelier."""
+    [stop] = tokenizer.stop_ids
+    adapter = tinylora.add_adapter(net, u=2, n_tie=1)
+    row = grpo.Row([7, 8, 9], [stop], [-1.0], advantage=1.0)
+
+    def stop_logprob():
+        with torch.no_grad():
+            return torch.log_softmax(net(torch.tensor([[7, 8, 9]]))[0, -1], -1)[stop].item()
+
+    before = stop_logprob()
+    grpo.accumulate_gradient(net, tokenizer, [row], settings(), 1, 1)
+    with torch.no_grad():
+        adapter.v -= 1e-3 * adapter.v.grad / adapter.v.grad.norm()
+    assert stop_logprob() > before
+
+
+def test_micro_batches_keep_all_rows_within_the_bound():
+    rows = random_rows(50)
+    batches = list(grpo.micro_batches(rows, 40))
+    assert sorted(id(r) for b in batches for r in b) == sorted(map(id, rows))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(len(r.prompt) + len(r.ids) for r in batch) <= 40
+    assert list(grpo.micro_batches([], 40)) == []
+
+
+def test_every_epoch_visits_every_problem_once():
+    seen = [index for step in range(20) for _, index in grpo.batch_positions(step, 5, 20, seed=3)]
+    for epoch in range(5):
+        assert sorted(seen[20 * epoch : 20 * epoch + 20]) == list(range(20))
+    assert seen[:20] != seen[20:40]
+    assert grpo.batch_positions(7, 5, 20, seed=3) == grpo.batch_positions(7, 5, 20, seed=3)
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+def args(checkpoint, problems, out_dir, **changes):
+    options = dict(model=checkpoint, dataset=problems, eval_dataset=problems, out_dir=out_dir, max_steps=3, batch_size=3,
+                   group_size=4, max_new_tokens=8, eval_size=5, answer_format="any", device="cpu") | changes  # fmt: skip
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+@pytest.fixture
+def lucky(monkeypatch):
+    """A reward that random weights can earn, so that there is something to learn: an even number of tokens."""
+    import eval_math
+
+    def score(response, truncated, reference, answer_format):
+        right = len(response) % 2 == 0
+        return {"strict": right, "lenient": right}
+
+    monkeypatch.setattr(eval_math, "score", score)
+
+
+def run(*arguments):
+    grpo.train(configure(vars(grpo), list(arguments)))
+
+
+def log_of(out_dir):
+    lines = [json.loads(line) for line in open_text(Path(out_dir) / "log.jsonl").splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+    return lines
+
+
+def open_text(path):
+    return path.read_text(encoding="utf-8")
+
+
+def test_a_run_writes_log_adapter_and_checkpoint_and_repeats_itself(checkpoint, problems, tmp_path, lucky, capsys):
+    for name in ("a", "b"):
+        run(*args(checkpoint, problems, tmp_path / name, kl_coef=0.1, num_passes=2))
+    out = capsys.readouterr().out
+    assert re.search(r"^b: greedy accuracy [01]\.\d{3} -> [01]\.\d{3} with 14 numbers in \d+ s$", out, re.M)
+    assert "for example" in out.lower()
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+    steps = [line for line in log_of(tmp_path / "a") if "reward" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3] and all(line["logprob_diff_max"] < 1e-4 for line in steps)
+    assert all(0 <= line["kl"] < 1 for line in steps) and steps[-1]["kl"] > 0
+    v = load_file(tmp_path / "a" / "adapter.safetensors")["v"]
+    assert v.shape == (14, 1) and v.abs().sum() > 0
+    assert torch.equal(v, load_file(tmp_path / "b" / "adapter.safetensors")["v"])
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(checkpoint, problems, tmp_path, lucky):
+    run(*args(checkpoint, problems, tmp_path / "whole", max_steps=4))
+    run(*args(checkpoint, problems, tmp_path / "parts", max_steps=2))
+    run(*args(checkpoint, problems, tmp_path / "parts", max_steps=4, init_from="resume"))
+    assert torch.equal(*(load_file(tmp_path / d / "adapter.safetensors")["v"] for d in ("whole", "parts")))
+    steps = [[line for line in log_of(tmp_path / d) if "reward" in line] for d in ("whole", "parts")]
+    assert steps[0] == steps[1]
+
+
+def test_ctrl_c_saves_and_exits_cleanly(checkpoint, problems, tmp_path):
+    process = subprocess.Popen([sys.executable, "-u", "grpo.py", *args(checkpoint, problems, tmp_path / "run",
+        max_steps=10000, eval_interval=0)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.time() + 120
+    while not (log.exists() and '"step": 2' in log.read_text()) and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "steps are saved" in out and "Traceback" not in err, err
+    saved = int(re.search(r"interrupted: (\d+) steps", out)[1])
+    assert saved >= 2
+    done = run_script("grpo.py", *args(checkpoint, problems, tmp_path / "run", max_steps=saved + 1, init_from="resume"))
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in log_of(tmp_path / "run") if "reward" in line] == list(range(1, saved + 2))
+
+
+def test_a_second_run_moves_the_first_aside(checkpoint, problems, tmp_path):
+    for _ in range(2):
+        run(*args(checkpoint, problems, tmp_path / "run", max_steps=1, eval_dataset=""))
+    assert (tmp_path / "run.1" / "log.jsonl").exists() and (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_two_processes_learn_what_one_does(checkpoint, problems, tmp_path):
+    """torchrun with 2 ranks over gloo: the same rewards, and the same v up to rounding."""
+    options = dict(max_steps=2, batch_size=4, eval_dataset="", kl_coef=0.5, temperature=2.0)
+    run(*args(checkpoint, problems, tmp_path / "one", **options))
+    done = run_script("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", "grpo.py",
+                      *args(checkpoint, problems, tmp_path / "two", **options))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / d / "checkpoint.safetensors") for d in ("one", "two"))
+    key = next(k for k in one if k.endswith("exp_avg_sq"))
+    assert torch.allclose(one[key], two[key], rtol=1e-3) and one.keys() == two.keys()
+    assert [line["length"] for line in log_of(tmp_path / "one")] == [line["length"] for line in log_of(tmp_path / "two")]
+
+
+REFUSED = {
+    "missing model directory": (dict(model="nowhere"), "no model directory at 'nowhere'"),
+    "unknown data set": (dict(dataset="gsm9k"), "'gsm9k'"),
+    "missing data file": (dict(dataset="nowhere.jsonl"), "nowhere.jsonl"),
+    "group of one": (dict(group_size=1), "group_size must be at least 2"),
+    "top_p in training": (dict(top_p=0.9), "top_p"),
+    "greedy training": (dict(temperature=0.0), "temperature must be above 0"),
+    "unknown objective": (dict(objective="ppo"), "objective must be"),
+    "unknown method": (dict(method="dora"), "method 'dora' is unknown"),
+    "wrong type": (dict(max_steps="many"), "--max_steps wants an int"),
+    "unknown key": (dict(learning_rate=1), "learning_rate"),
+    "nothing to resume": (dict(init_from="resume"), "no checkpoint can be read"),
+    "prompt longer than the context": (dict(prompt_template="{question}" * 40), "the model's context holds"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_gets_one_line_and_exit_code_2(checkpoint, problems, tmp_path, name):
+    changes, words = REFUSED[name]
+    assert_refused(run_script("grpo.py", *args(checkpoint, problems, tmp_path / "run", **changes)), words)
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
