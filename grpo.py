@@ -363,7 +363,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, take_step, save_re
     eval_problems = eval_math.load_problems(cfg.eval_dataset, "test")[: cfg.eval_size or None] if cfg.eval_dataset else []
     if chief:
         prepare_out_dir(cfg)
-        log = open_log(os.path.join(cfg.out_dir, "log.jsonl"), step)
+    log = open_log(os.path.join(cfg.out_dir, "log.jsonl"), step) if chief else None
     interrupt, began = Interrupt(), time.time() - history["seconds"]
 
     def write(record):
@@ -404,6 +404,9 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, take_step, save_re
         if chief:
             print(f"\ninterrupted: {step} steps are saved in {cfg.out_dir}; go on with --init_from=resume")
         raise SystemExit(130) from None
+    finally:
+        if chief:
+            log.close()
     if chief and accuracy is not None:
         count = sum(p.numel() for p in parameters.values())
         print(f"{os.path.basename(cfg.out_dir)}: greedy accuracy {history['base']:.3f} -> {accuracy:.3f} with {count} "
@@ -467,10 +470,12 @@ def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, i
          int((rewards.std(dim=1) == 0).sum()), sum(c.truncated for c in completions)], net.device)  # fmt: skip
     if not cfg.kl_coef:
         rows = [row for row in rows if row.advantage]  # the others have no gradient
+    passes = []
     for _ in range(cfg.num_passes):
         optimizer.zero_grad(set_to_none=False)
-        sums = accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens)
+        passes.append(accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens))
         grad_norm = update(optimizer, net.adapter.parameters(), cfg.grad_clip, interrupt)
+    sums = passes[0] | {"clipped": passes[-1]["clipped"]}  # the first pass scores with the weights that sampled
     t2 = time.time()
     diff_max = all_reduce([sums.pop("diff_max")], net.device, "max")[0]
     sums = dict(zip(sums, all_reduce(list(sums.values()), net.device)))

@@ -40,7 +40,8 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
-        h = F.linear(x, self.Vt).float() @ self.adapter.R[self.index].T  # [..., r], in fp32 so that v is not rounded
+        R = self.adapter.R[self.index]
+        h = F.linear(x, self.Vt).to(R.dtype) @ R.T  # [..., r], in fp32 so that v is not rounded
         return y + F.linear(h.to(x.dtype), self.US)
 
 
