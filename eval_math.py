@@ -71,8 +71,8 @@ def _completion(response: str) -> str:
     """The part of a completion that can hold the answer."""
     for marker in END_MARKERS:
         response = response.partition(marker)[0]
-    after_thinking = response.rpartition("</think>")[2]
-    return (after_thinking if after_thinking.strip() else response)[-MAX_RESPONSE:]
+    thinking, _, rest = response.rpartition("</think>")
+    return (rest if rest.strip() else thinking)[-MAX_RESPONSE:]
 
 
 def _last_statement(text: str, fmt: str = "any") -> tuple[bool, str | None]:
@@ -208,7 +208,7 @@ def _ungroup(number: re.Match) -> str:
 RELATIONS = "=<>≤≥≠∈"
 TURNED = str.maketrans(">≥", "<≤")
 CHOICE = re.compile(r'["(]*([A-Ja-j])[")]*')
-LABELLED_CHOICE = re.compile(r'["(]*([A-J])"?[.:)](?!.*\([A-J]\))')
+LABELLED_CHOICE = re.compile(r'["(]*([A-J])(?:"?[.:]|"?\) |\)"(?=[0-9\\ ]))(?!.*\([A-J]\))')
 
 
 def _equal(a: str, b: str, depth: int = 0) -> bool:
@@ -296,9 +296,11 @@ def _relation(text: str) -> tuple[list[str], str]:
 
 def _is_name(text: str, of_sum: bool = False) -> bool:
     r"""Can this stand before "=" as what was asked for? x, f(3), (x,y), \angle ABC; not 2x + z; m + n if `of_sum`."""
-    return (len(text) <= 30 and bool(re.search('[A-Za-z"]', text)) and not re.search(r"[-*/^|!%=<>≤≥∪π]", text)
-            and not re.match(r"[0-9.]|\\frac|\\sqrt", text) and not re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,} ", text)
-            and ("+" not in text or of_sum and not re.search("[0-9]", text)))
+    if len(text) > 30 or not re.search('[A-Za-z"]', text) or text.strip(' "') in NOT_UNITS:
+        return False
+    if "+" in text and not (of_sum and text.replace("+", "").isalpha()):
+        return False
+    return not re.search(r"^[0-9.]|\\frac|\\sqrt|\\\$|[-*/^|!%=<>≤≥∪π]|(?<![\\A-Za-z])[A-Za-z]{2,} ", text)
 
 
 def _meaning(sides: list[str], signs: str, of_sum: bool = False) -> tuple[str, list[str]]:
@@ -334,8 +336,9 @@ def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b
         return True
     if signs_a != signs_b or len(signs_a) > 1 or _same_sequence(sides_a, sides_b, depth):
         return signs_a == signs_b and _same_sequence(sides_a, sides_b, depth)
+    difference = _value("({})-({})".format(*sides_a))
     ratio = _value("(({})-({}))/(({})-({}))".format(*sides_a, *sides_b))  # constant for 2x = 4 and x - 2 = 0
-    return bool(ratio) and ratio[0] != 0 and _same_number(*ratio) and (
+    return bool(ratio) and not _same_number(*difference) and _same_number(*ratio) and (
         signs_a == "=" or signs_a in "<≤" and ratio[0].real > 0)
 
 
@@ -410,13 +413,15 @@ def _split_unit(text: str) -> tuple[str, str]:
 
 # --- expressions: read and computed at once, exactly as long as possible ----------------------------------------------
 
-MAX_BITS = 8192  # of one exact number: 2^{4181} and 10^{1000} are in reach
+MAX_BITS = 16_384  # of one exact number: 2^{5000} and 10^{3000} are in reach
 MAX_WORK = 300_000  # bits of all the numbers of one expression
 MAX_NESTING = 30
 CONSTANTS = {"e": complex(math.e), "i": 1j, "π": complex(math.pi)}
-WORD = rf"""\\[A-Za-z]+|sqrt|floor|ceil|{'|'.join(sorted(FUNCTIONS, reverse=True))}|"[^"]*"|[^\W0-9_]|∞"""
+KNOWN = "|".join(sorted([*FUNCTIONS, "sqrt", "floor", "ceil"], reverse=True))
 TOKEN = re.compile(r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)(?P<base>_(?:\{[^{}]*\}|[0-9]+))?"
-                   rf"|(?P<word>{WORD})(?P<index>(?:'|_(?:\{{[^{{}}]*\}}|\w))*)|[^ ]")
+                   rf'|(?P<word>\\[A-Za-z]+|{KNOWN}|"[^"]*"|(?![ei])[A-Za-z]\([0-9]+\)|[^\W0-9_]|∞)'
+                   r"(?P<index>(?:'|_(?:\{[^{}]*\}|\w))*)|[^ ]")
+PROSE = re.compile(rf"(?<![\\A-Za-z])(?!(?:{KNOWN}|pi)\b)(?:(?:[A-Za-z]{{3,}}|no) |(?<= )[A-Za-z]{{3,}})")
 LEVEL = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5, "°": 5, "%": 5}  # a factor without a sign is at 2 too
 CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
 OPAQUE = {r"\sum", r"\prod", r"\int", r"\lim", r"\cdots", r"\ldots", r"\dots", r"\cap", r"\setminus", r"\pmod"}
@@ -435,6 +440,8 @@ def _same_number(x: Number, y: Number) -> bool:
 @lru_cache(maxsize=1024)
 def _value(text: str) -> tuple[Number, ...]:
     """The expression at two fixed points, () if it is none or too large. What agrees at both is taken as equal."""
+    if PROSE.search(text):
+        return ()
     try:
         return tuple(_Expression(text, point).whole() for point in "12")
     except (ValueError, ArithmeticError):
@@ -463,7 +470,7 @@ class _Expression:
 
     def __init__(self, text: str, point: str):
         self.tokens, self.at, self.point = list(TOKEN.finditer(text)), 0, point
-        self.nesting, self.work, self.bars, self.degree = 0, 0, 0, Fraction(1)
+        self.nesting, self.work, self.bars, self.names, self.degree = 0, 0, 0, 0, Fraction(1)
 
     def whole(self) -> Number:
         value = self.read()
@@ -528,7 +535,7 @@ class _Expression:
         self.nesting += 1
         if self.nesting > MAX_NESTING:
             raise ValueError("too deep")
-        token = self.take()
+        token, names = self.take(), self.names
         word = (token["word"] or "").strip("\\")
         if token[0] in ("+", "-"):
             value = self.read(3) if token[0] == "+" else -self.read(3)
@@ -540,7 +547,7 @@ class _Expression:
             self.take(CLOSING[token[0]])
             if token[0] == "|":
                 self.bars -= 1
-                value = abs(value) if isinstance(value, Fraction) else complex(abs(value))
+                value = self.absolute(value, self.names > names)
         elif word == "frac":
             value = self.argument() / self.argument()
         elif word == "sqrt":
@@ -556,6 +563,12 @@ class _Expression:
             raise ValueError("not an expression")
         self.nesting -= 1
         return self.bounded(value)
+
+    def absolute(self, value: Number, has_names: bool) -> Number:
+        """With names in it |x| is a name for its square: the points are positive, and would make |x| equal to x."""
+        if has_names:
+            return self.name(f"|{value * value}|")
+        return abs(value) if isinstance(value, Fraction) else complex(abs(value))
 
     def argument(self) -> Number:
         r"""What follows \frac or \sqrt: a group or one token, of a number one digit: \frac12 is 1/2."""
@@ -575,6 +588,7 @@ class _Expression:
 
     def name(self, name: str) -> Fraction:
         """A fixed value for a name, another one at the other point."""
+        self.names += 1
         return Fraction(100 + zlib.crc32((name + self.point).encode("utf-8", "replace")) % 899, 331)
 
     def function(self, word: str, index: str) -> Number:
@@ -590,6 +604,7 @@ class _Expression:
         if index:
             value /= FUNCTIONS[word](complex(_Expression(index.strip("_{}"), self.point).whole()))
         return _power(value, power) if value else Fraction(0)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Problems and evaluation. What needs torch is imported inside, so that the checker stays importable without it.

@@ -1,0 +1,107 @@
+"""configurator.py: every setting is known, typed, printed and saved; nothing is dropped in silence."""
+
+import pytest
+from conftest import assert_refused, run_script
+
+import configurator
+from configurator import UserError, configure
+
+SCRIPT = '''"""A script.
+
+    python script.py
+"""
+import os
+
+# what it does
+name = "toy"  # a name
+steps = 10  # how many
+rate = 0.5  # how fast
+loud = False  # whether it shouts
+CONSTANT = 3
+
+def main():
+    inner = 1
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    namespace = {"__file__": str(path)}
+    exec(compile(SCRIPT, str(path), "exec"), namespace)
+    return namespace
+
+
+def config_file(tmp_path, text):
+    path = tmp_path / "config.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_are_the_block(script):
+    assert vars(configure(script, [])) == dict(name="toy", steps=10, rate=0.5, loud=False)
+
+
+def test_overrides_apply_from_left_to_right_and_are_printed(script, tmp_path, capsys):
+    file = config_file(tmp_path, "steps = 5\nrate = 2\n_private = 1\n")
+    cfg = configure(script, ["--steps=7", file, "--loud=true", "--name=a=b --c"])
+    assert vars(cfg) == dict(name="a=b --c", steps=5, rate=2.0, loud=True) and type(cfg.rate) is float
+    out = capsys.readouterr().out
+    assert f"steps = 5 (default 7; {file})" in out and "name = 'a=b --c' (default 'toy'; command line)" in out
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("--stepps=3", "unknown setting 'stepps' in the command line; did you mean 'steps'?"),
+        ("--CONSTANT=3", "unknown setting 'CONSTANT'"),
+        ("--inner=3", "unknown setting 'inner'"),
+        ("--zzz=3", "--help lists the settings"),
+        ("--steps", "write --steps=..."),
+        ("--steps=1.5", "--steps wants an int, got '1.5'"),
+        ("--steps=", "--steps wants an int, got ''"),
+        ("--rate=fast", "--rate wants a number, got 'fast'"),
+        ("--rate=nan", "finite"),
+        ("--loud=maybe", "--loud wants True or False, got 'maybe'"),
+        ("config/nowhere.py", "no config file at 'config/nowhere.py'"),
+        ("steps=3", "Did you mean --steps=3?"),
+    ],
+)
+def test_a_wrong_argument_is_refused_with_the_cure(script, argument, words):
+    with pytest.raises(UserError) as error:
+        configure(script, [argument])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("stepz = 3", "did you mean 'steps'?"),
+        ("steps = '3'", "wants int, got '3'"),
+        ("steps = True", "wants int, got True"),
+        ("1 / 0", "failed: ZeroDivisionError"),
+        ("steps = (", "failed: SyntaxError"),
+    ],
+)
+def test_a_wrong_config_file_is_refused(script, tmp_path, text, words):
+    with pytest.raises(UserError, match="config.py") as error:
+        configure(script, [config_file(tmp_path, text)])
+    assert words in str(error.value)
+
+
+def test_saved_settings_are_a_config_file(script, tmp_path):
+    cfg = configure(script, ["--name=it's\\n", "--rate=1e-7"])
+    configurator.save_settings(cfg, tmp_path / "saved.py")
+    assert configure(script, [str(tmp_path / "saved.py")]) == cfg
+
+
+def test_text_on_the_command_line_is_never_executed(script):
+    assert configure(script, ["--name=__import__('os').getcwd()"]).name == "__import__('os').getcwd()"
+
+
+@pytest.mark.parametrize("name", ["grpo.py", "sft.py", "sample.py", "eval_math.py"])
+def test_help_prints_the_block_with_its_comments(name):
+    done = run_script(name, "--help")
+    assert done.returncode == 0 and "seed = " in done.stdout and '# checkpoint directory or hub name' in done.stdout
+    assert_refused(run_script(name, "--sead=3"), "did you mean 'seed'?")
