@@ -142,30 +142,36 @@ def top_svd(W, rank, tol=1e-6, block=8, max_rounds=60):
     magnitude is made positive (the first, if several are).
     """
     W = W.detach().float()
-    if min(W.shape) <= 4 * (rank + block):  # small: the exact routine
-        U, S, Vt = torch.linalg.svd(W, full_matrices=False)
-        U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
-    else:
-        generator = torch.Generator().manual_seed(0)  # the start decides the rounds needed, not the result
-        X = torch.randn(W.shape[1], max(block, rank + 4), generator=generator).to(W.device)
-        X = torch.linalg.qr(X).Q
-        basis, images = X, W @ X  # V-side basis [n, k] and its image under W [m, k]
-        for _ in range(max_rounds):
-            values, vectors = torch.linalg.eigh((images.T @ images).double())  # Rayleigh-Ritz, ascending
-            top = vectors[:, -rank:].flip(-1).float()
-            V, WV, S2 = basis @ top, images @ top, values[-rank:].flip(-1).float()
-            residual = (W.T @ WV - V * S2).norm(dim=0) / S2
-            if residual.max() < tol or basis.shape[1] + X.shape[1] > min(W.shape):
-                break
-            X = W.T @ images[:, -X.shape[1] :]
-            for _ in range(2):  # twice is enough (Kahan)
-                X = X - basis @ (basis.T @ X)
-            X = torch.linalg.qr(X).Q
-            basis, images = torch.cat((basis, X), 1), torch.cat((images, W @ X), 1)
-        S = WV.norm(dim=0)
-        U, Vt = WV / S, V.T
+    U, S, Vt = _lanczos(W, rank, tol, block, max_rounds) or torch.linalg.svd(W, full_matrices=False)
+    U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
     sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()  # [1, r]
     return U * sign, S, Vt * sign.T
+
+
+def _lanczos(W, rank, tol, block, max_rounds):
+    """U, S, Vt of the top `rank` triplets, or None where the basis would fill the space or max_rounds are not enough."""
+    generator = torch.Generator().manual_seed(0)  # the start decides the rounds needed, not the result
+    X = torch.randn(W.shape[1], max(block, rank + 4), generator=generator).to(W.device)
+    if min(W.shape) < 2 * X.shape[1]:
+        return None
+    X = torch.linalg.qr(X).Q
+    basis, images = X, W @ X  # V-side basis [n, k] and its image under W [m, k]
+    for _ in range(max_rounds):
+        values, vectors = torch.linalg.eigh((images.T @ images).double())  # Rayleigh-Ritz, ascending
+        top = vectors[:, -rank:].flip(-1).float()
+        V, WV, S2 = basis @ top, images @ top, values[-rank:].flip(-1).float()
+        residual = (W.T @ WV - V * S2).norm(dim=0) / S2
+        if residual.max() < tol:
+            S = WV.norm(dim=0)
+            return WV / S, S, V.T
+        if basis.shape[1] + X.shape[1] > min(W.shape):
+            return None
+        X = W.T @ images[:, -X.shape[1] :]
+        for _ in range(2):  # orthogonalising twice is enough (Kahan)
+            X = X - basis @ (basis.T @ X)
+        X = torch.linalg.qr(X).Q
+        basis, images = torch.cat((basis, X), 1), torch.cat((images, W @ X), 1)
+    return None
 
 
 @torch.no_grad()
