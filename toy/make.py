@@ -27,9 +27,9 @@ SEED = 1337
 # the problems
 num_train = 2000  # problems for GRPO
 num_test = 500  # held out: none of them occurs in train.jsonl or in the pre-training documents
-num_documents = 384_000  # pre-training documents
+num_documents = 256_000  # pre-training documents
 min_steps, max_steps = 3, 5  # calculations a problem needs
-worked_share = 0.25  # share of the documents that work the answer out; the others state it at once
+worked_share = 0.4  # share of the documents that work the answer out; the others state it at once
 system_share = 0.5  # share of the documents with a system message that says which of the two is wanted, half and half
 
 # the model: Qwen2's architecture, a millionth of its size
