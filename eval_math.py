@@ -634,7 +634,7 @@ def load_problems(name_or_path: str, split: str = "train") -> list[dict]:
         answer = next((str(row[k]) for k in ANSWER_KEYS if isinstance(row.get(k), (str, int, float))), None)
         if not question or answer is None:
             raise UserError(f"{place}: needs a question ({', '.join(QUESTION_KEYS)}) and an answer "
-                            f"({', '.join(ANSWER_KEYS)}); it has {', '.join(row) or 'nothing'}")  # fmt: skip
+                            f"({', '.join(ANSWER_KEYS)}); it has {', '.join(row) or 'nothing'}")
         problems.append(row | {"question": question, "answer": extract_answer(answer) or answer.strip()})
     if not problems:
         raise UserError(f"{path} holds no problems")
@@ -664,7 +664,7 @@ def _read_hub(name, split):
     """[(place, row)] of a data set on the hub."""
     if name not in DATASETS and "/" not in name:
         raise UserError(f"no file and no data set is called '{name}'; known names: {', '.join(DATASETS)}; "
-                        "or give a .jsonl file or a hub name owner/name")  # fmt: skip
+                        "or give a .jsonl file or a hub name owner/name")
     path, configuration, question, answer = DATASETS.get(name, (name, None, None, None))
     try:
         import datasets  # only here: local files need the standard library alone
@@ -686,7 +686,7 @@ def score(response: str, truncated: bool, reference: str, answer_format: str) ->
         return {"strict": False, "lenient": False}
     stated, found = extract_answer(response, answer_format), extract_lenient(response)
     return {"strict": stated is not None and is_correct(stated, reference),
-            "lenient": found is not None and is_correct(found, reference)}  # fmt: skip
+            "lenient": found is not None and is_correct(found, reference)}
 
 
 def encode_problems(tokenizer, problems, system_prompt, prompt_template):
@@ -696,7 +696,7 @@ def encode_problems(tokenizer, problems, system_prompt, prompt_template):
     if "{question}" not in prompt_template:
         raise UserError("prompt_template must contain {question}")
     return [encode_prompt(tokenizer, prompt_template.replace("{question}", p["question"]), system_prompt)
-            for p in problems]  # fmt: skip
+            for p in problems]
 
 
 def evaluate(net, tokenizer, problems, cfg, num_samples=1, temperature=0.0):
@@ -710,20 +710,20 @@ def evaluate(net, tokenizer, problems, cfg, num_samples=1, temperature=0.0):
 
     prompts = encode_problems(tokenizer, problems, cfg.system_prompt, cfg.prompt_template)
     completions = generate(net, tokenizer, prompts, num_samples, cfg.max_new_tokens, temperature, cfg.seed,
-                           progress="evaluating")  # fmt: skip
+                           progress="evaluating")
     rows = [{"question": p["question"], "answer": p["answer"], "response": c.text, "truncated": c.truncated,
              "tokens": len(c.ids), **score(c.text, c.truncated, p["answer"], cfg.answer_format)}
-            for p, group in zip(problems, completions) for c in group]  # fmt: skip
+            for p, group in zip(problems, completions) for c in group]
 
     def mean(key):
         return sum(row[key] for row in rows) / len(rows)
 
     per_problem = [sum(r["strict"] for r in rows[i : i + num_samples]) / num_samples
-                   for i in range(0, len(rows), num_samples)]  # fmt: skip
+                   for i in range(0, len(rows), num_samples)]
     m = mean("strict")
     variance = sum((p - m) ** 2 for p in per_problem) / max(1, len(per_problem) - 1)
     return {"strict": m, "lenient": mean("lenient"), "truncated": mean("truncated"), "length": mean("tokens"),
-            "stderr": math.sqrt(variance / len(per_problem)), "rows": rows}  # fmt: skip
+            "stderr": math.sqrt(variance / len(per_problem)), "rows": rows}
 
 
 def main():
@@ -744,7 +744,7 @@ def main():
     print(f"example: {result['rows'][0]['question']}\n-> {result['rows'][0]['response']}")
     print(f"{cfg.dataset}: accuracy {result['strict']:.3f} +- {result['stderr']:.3f} (standard error) by the stated "
           f"answer, {result['lenient']:.3f} by the last number; {len(problems)} problems x {cfg.num_samples}, "
-          f"{result['length']:.0f} tokens an answer, {result['truncated']:.1%} cut off")  # fmt: skip
+          f"{result['length']:.0f} tokens an answer, {result['truncated']:.1%} cut off")
 
 
 if __name__ == "__main__":

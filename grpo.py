@@ -142,7 +142,7 @@ def token_logprobs(hidden, head, targets, temperature, chunk=2048):
         return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
 
     parts = [checkpoint(of_chunk, hidden[i : i + chunk], targets[i : i + chunk], use_reentrant=False)
-             for i in range(0, len(targets), chunk)]  # fmt: skip
+             for i in range(0, len(targets), chunk)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
@@ -189,9 +189,10 @@ def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
                 row.old_logprobs = row_logp[: len(row.ids)]
         old_logp = pad([row.old_logprobs for row in batch], logp)
         advantages = torch.tensor([row.advantage for row in batch], device=logp.device)
-        weights = token_weights([len(row.ids) for row in batch], cfg.objective, cfg.max_new_tokens, num_rows, num_tokens)
-        weights = weights.to(logp.device)
-        loss, clipped = policy_loss(logp, old_logp, advantages, weights, mask, cfg.objective, cfg.clip_low, cfg.clip_high)
+        lengths = [len(row.ids) for row in batch]
+        weights = token_weights(lengths, cfg.objective, cfg.max_new_tokens, num_rows, num_tokens).to(logp.device)
+        loss, clipped = policy_loss(logp, old_logp, advantages, weights, mask, cfg.objective, cfg.clip_low,
+                                    cfg.clip_high)
         if cfg.kl_coef:
             net.adapter.enabled = False  # v = 0 is the reference policy
             with torch.no_grad():
@@ -226,7 +227,7 @@ def batch_positions(step, batch_size, num_problems, seed):
     """Which problems step `step` takes: (position, index) pairs. Every epoch is a fresh permutation, a function of
     (seed, epoch) alone, so that a resumed run goes on in the same order without any saved state."""
     return [(position, int(epoch_order(seed, position // num_problems, num_problems)[position % num_problems]))
-            for position in range(step * batch_size, (step + 1) * batch_size)]  # fmt: skip
+            for position in range(step * batch_size, (step + 1) * batch_size)]
 
 
 @lru_cache(maxsize=2)
@@ -248,7 +249,7 @@ def check_settings(cfg):
          "batch_size, max_new_tokens, num_passes and micro_batch_tokens must be at least 1, max_steps at least 0"),
         (min(cfg.lr, cfg.clip_low, cfg.clip_high, cfg.kl_coef, cfg.grad_clip) < 0, "lr, clip_low, clip_high, kl_coef "
          "and grad_clip must not be negative"),
-    ]  # fmt: skip
+    ]
     for is_bad, message in bad:
         if is_bad:
             raise UserError(message)
@@ -360,7 +361,8 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, take_step, save_re
     step, history = 0, {"seconds": 0.0, "base": None}
     if cfg.init_from == "resume":
         step, history = load_checkpoint(checkpoint_file, parameters, optimizer)
-    eval_problems = eval_math.load_problems(cfg.eval_dataset, "test")[: cfg.eval_size or None] if cfg.eval_dataset else []
+    eval_problems = eval_math.load_problems(cfg.eval_dataset, "test") if cfg.eval_dataset else []
+    eval_problems = eval_problems[: cfg.eval_size or None]
     if chief:
         prepare_out_dir(cfg)
     log = open_log(os.path.join(cfg.out_dir, "log.jsonl"), step) if chief else None
@@ -410,7 +412,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, take_step, save_re
     if chief and accuracy is not None:
         count = sum(p.numel() for p in parameters.values())
         print(f"{os.path.basename(cfg.out_dir)}: greedy accuracy {history['base']:.3f} -> {accuracy:.3f} with {count} "
-              f"numbers in {time.time() - began:.0f} s")  # fmt: skip
+              f"numbers in {time.time() - began:.0f} s")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -418,10 +420,10 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, take_step, save_re
 def print_evaluation(step, result):
     rows = result["rows"]
     example = rows[step % len(rows)]
-    print(f"--- step {step}: greedy accuracy {result['strict']:.3f} +- {result['stderr']:.3f} on {len(rows)} problems (by "
-          f"the last number {result['lenient']:.3f}), {result['length']:.0f} tokens an answer, {result['truncated']:.1%} "
-          f"cut off. For example:\n    {example['question']}\n    -> {example['response']} "
-          f"(right: {example['answer']})")  # fmt: skip
+    print(f"--- step {step}: greedy accuracy {result['strict']:.3f} +- {result['stderr']:.3f} on {len(rows)} problems "
+          f"(by the last number {result['lenient']:.3f}), {result['length']:.0f} tokens an answer, "
+          f"{result['truncated']:.1%} cut off. For example:\n    {example['question']}\n    -> {example['response']} "
+          f"(right: {example['answer']})")
 
 
 def train(cfg):
@@ -434,10 +436,10 @@ def train(cfg):
     optimizer = torch.optim.Adam(adapter.parameters(), lr=cfg.lr)
     if rank == 0:
         size = sum(p.numel() for p in net.parameters())
-        print(f"{cfg.model}: {size / 1e6:.1f}M frozen parameters, {adapter.v.numel()} trained numbers ({len(adapter.groups)} "
-              f"linears, {adapter.v.shape[0]} groups of u = {adapter.v.shape[1]}), adapter made in "
-              f"{time.time() - began:.1f} s; {len(problems)} problems; {net.head.dtype} on {net.device}, "
-              f"{world} process(es)")  # fmt: skip
+        print(f"{cfg.model}: {size / 1e6:.1f}M frozen parameters, {adapter.v.numel()} trained numbers "
+              f"({len(adapter.groups)} linears, {adapter.v.shape[0]} groups of u = {adapter.v.shape[1]}), adapter made "
+              f"in {time.time() - began:.1f} s; {len(problems)} problems; {net.head.dtype} on {net.device}, "
+              f"{world} process(es)")
 
     def take_step(step, interrupt):
         return training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt)
@@ -448,51 +450,67 @@ def train(cfg):
     training_loop(cfg, net, tokenizer, dict(adapter.named_parameters()), optimizer, take_step, save_result)
 
 
-def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt):
-    """Sample, reward, update. Returns the metrics of the step over all ranks, and a line that sums them up."""
-    t0 = time.time()
-    mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[rank::world]  # this rank's share
+def rollout(net, tokenizer, problems, cfg, step, rank, world):
+    """Sample a group of answers to each problem of this rank's share, and reward them. Returns the rows, and sums over
+    all ranks: rows, tokens, right, lenient, equal (rows in groups without a winner), truncated."""
+    mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[rank::world]
     batch = [problems[index] for _, index in mine]
     prompts = eval_math.encode_problems(tokenizer, batch, cfg.system_prompt, cfg.prompt_template)
     groups = generate(net, tokenizer, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature, cfg.seed,
-                      prompt_ids=[position for position, _ in mine], progress=f"step {step + 1}")  # fmt: skip
-    t1 = time.time()
+                      prompt_ids=[position for position, _ in mine], progress=f"step {step + 1}")
     scores = [[eval_math.score(c.text, c.truncated, problem["answer"], cfg.answer_format) for c in group]
-              for problem, group in zip(batch, groups)]  # fmt: skip
+              for problem, group in zip(batch, groups)]
     rewards = torch.tensor([[float(s["strict"]) for s in group] for group in scores]).view(-1, cfg.group_size)  # [P, G]
     advantages = group_advantages(rewards, cfg.objective)
     rows = [Row(prompt, c.ids, c.logprobs, advantages[i, j].item())
-            for i, (prompt, group) in enumerate(zip(prompts, groups)) for j, c in enumerate(group)]  # fmt: skip
-    completions = [c for group in groups for c in group]
-    num_rows, num_tokens, right, lenient, equal, cut = all_reduce(
-        [len(rows), sum(len(row.ids) for row in rows), rewards.sum().item(),
-         sum(s["lenient"] for group in scores for s in group),
-         int((rewards.std(dim=1) == 0).sum()), sum(c.truncated for c in completions)], net.device)  # fmt: skip
+            for i, (prompt, group) in enumerate(zip(prompts, groups)) for j, c in enumerate(group)]
+    counts = {"rows": len(rows), "tokens": sum(len(row.ids) for row in rows), "right": rewards.sum().item(),
+              "lenient": sum(s["lenient"] for group in scores for s in group),
+              "equal": int((rewards.std(dim=1) == 0).sum()) * cfg.group_size,
+              "truncated": sum(c.truncated for group in groups for c in group)}
+    return rows, dict(zip(counts, all_reduce(list(counts.values()), net.device)))
+
+
+def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt):
+    """Sample, reward, update. Returns the metrics of the step over all ranks, and a line that sums them up."""
+    t0 = time.time()
+    rows, n = rollout(net, tokenizer, problems, cfg, step, rank, world)
+    t1 = time.time()
     if not cfg.kl_coef:
         rows = [row for row in rows if row.advantage]  # the others have no gradient
     passes = []
     for _ in range(cfg.num_passes):
         optimizer.zero_grad(set_to_none=False)
-        passes.append(accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens))
+        passes.append(accumulate_gradient(net, tokenizer, rows, cfg, n["rows"], n["tokens"]))
         grad_norm = update(optimizer, net.adapter.parameters(), cfg.grad_clip, interrupt)
-    sums = passes[0] | {"clipped": passes[-1]["clipped"]}  # the first pass scores with the weights that sampled
     t2 = time.time()
-    diff_max = all_reduce([sums.pop("diff_max")], net.device, "max")[0]
+    sums = passes[0] | {"clipped": passes[-1]["clipped"]}  # the first pass scores with the weights that sampled
+    [diff_max] = all_reduce([sums.pop("diff_max")], net.device, "max")
     sums = dict(zip(sums, all_reduce(list(sums.values()), net.device)))
-    trained = max(1, sums["tokens"])
-    r = {"reward": right / num_rows, "reward_lenient": lenient / num_rows,
-         "equal_groups": equal * cfg.group_size / num_rows, "length": num_tokens / num_rows, "truncated": cut / num_rows,
-         "loss": sums["loss"], "grad_norm": grad_norm, "v_norm": net.adapter.v.norm().item(),
-         "entropy": sums["entropy"] / trained, "clipped": sums["clipped"] / trained, "kl": sums["kl"] / trained,
-         "logprob_diff": sums["diff"] / trained, "logprob_diff_max": diff_max, "seconds": {"generate": t1 - t0, "update":
-         t2 - t1, "tokens_per_second": num_tokens / (t1 - t0), "peak_gb": peak_gb(net.device)}}  # fmt: skip
-    line = (f"reward {r['reward']:.3f} (last number {r['reward_lenient']:.3f}) | equal groups {r['equal_groups']:.2f} | "
-            f"length {r['length']:.0f} | grad {grad_norm:.3f} | |v| {r['v_norm']:.3f} | entropy {r['entropy']:.2f} | "
-            f"sampler-trainer {r['logprob_diff']:.0e} | {t1 - t0:.1f} + {t2 - t1:.1f} s")  # fmt: skip
+    record = {"reward": n["right"] / n["rows"], "reward_lenient": n["lenient"] / n["rows"],
+              "equal_groups": n["equal"] / n["rows"], "length": n["tokens"] / n["rows"],
+              "truncated": n["truncated"] / n["rows"], "loss": sums.pop("loss"), "grad_norm": grad_norm,
+              "v_norm": net.adapter.v.norm().item()}
+    scored = sums.pop("tokens")  # of the rows that have a gradient; over them go the means of the rest
+    record |= {key: total / scored if scored else None for key, total in sums.items()} | {"diff_max": diff_max}
+    record["seconds"] = {"generate": t1 - t0, "update": t2 - t1, "tokens_per_second": n["tokens"] / (t1 - t0),
+                         "peak_gb": peak_gb(net.device)}
+    return record, summary(record, cfg)
+
+
+def summary(r, cfg):
+    """The line of a step on the screen."""
+    line = (f"reward {r['reward']:.3f} (last number {r['reward_lenient']:.3f}) | length {r['length']:.0f} | |v| "
+            f"{r['v_norm']:.3f} | grad {r['grad_norm']:.3f} | equal groups {r['equal_groups']:.2f} | ")
+    if r["entropy"] is None:
+        line += "no gradient: in every group all answers earned the same | "
+    else:
+        line += f"entropy {r['entropy']:.2f} | sampler-trainer {r['diff']:.0e} | "
+    line += f"{r['seconds']['generate']:.1f} + {r['seconds']['update']:.1f} s"
     if r["truncated"] > 0.2:
-        line += (f"\nwarning: {r['truncated']:.0%} of the answers were cut off at max_new_tokens = {cfg.max_new_tokens} and "
-                 "earned nothing; raise it")  # fmt: skip
-    return r, line
+        line += (f"\nwarning: {r['truncated']:.0%} of the answers were cut off at max_new_tokens = "
+                 f"{cfg.max_new_tokens} and earned nothing; raise it")
+    return line
 
 
 def update(optimizer, parameters, grad_clip, interrupt):

@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding in the half-split layout of the checkpoints. x [B, T, H, hd]; cos, sin [B, T, 1, hd]."""
+    """Rotary position embedding in the checkpoints' half-split layout. x [B, T, H, hd]; cos, sin [B, T, 1, hd]."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin
 
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         dim, q_dim, kv_dim = (config.hidden_size, config.num_attention_heads * config.head_dim,
-                              config.num_key_value_heads * config.head_dim)  # fmt: skip
+                              config.num_key_value_heads * config.head_dim)
         self.q_proj = nn.Linear(dim, q_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(dim, kv_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(dim, kv_dim, bias=config.qkv_bias)
@@ -175,7 +175,7 @@ def rope_frequencies(config):
         return inv_freq
     scaling = config.rope_scaling
     low, high, old_len = (scaling["low_freq_factor"], scaling["high_freq_factor"],
-                          scaling["original_max_position_embeddings"])  # fmt: skip
+                          scaling["original_max_position_embeddings"])
     wavelen = 2 * math.pi / inv_freq
     smooth = ((old_len / wavelen - low) / (high - low)).clamp(0, 1)  # 0: stretched, 1: left alone, between: blended
     return (1 - smooth) * inv_freq / scaling["factor"] + smooth * inv_freq
@@ -313,7 +313,7 @@ def load_model(path, dtype=None, device=None):
             raise UserError(f"{path}: config.json ties the embeddings but lm_head.weight differs from embed_tokens")
         del shapes["lm_head.weight"]
     missing = [name for name in shapes if name not in tensors and not
-               (name == "lm_head.weight" and config.tie_word_embeddings)]  # fmt: skip
+               (name == "lm_head.weight" and config.tie_word_embeddings)]
     if missing:
         raise UserError(f"{path}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -350,7 +350,7 @@ def _checked(file, name, tensor, shapes):
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
-                   "vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json")  # fmt: skip
+                   "vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json")
 
 
 def save_model(model, path, tokenizer_from=None):
@@ -408,7 +408,8 @@ class Tokenizer:
         self.added = {t["content"]: t["id"] for t in data.get("added_tokens", [])}
         self.special_ids = {t["id"] for t in data.get("added_tokens", []) if t.get("special")}
         self.nfc = "NFC" in json.dumps(data.get("normalizer"))
-        self.bpe = tiktoken.Encoding("bpe", pat_str=_split_pattern(file, data), mergeable_ranks=ranks, special_tokens={})
+        pattern = _split_pattern(file, data)
+        self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.pieces = {i: token for token, i in ranks.items()} | {i: t.encode() for t, i in self.added.items()}
         self.cut = re.compile("|".join(re.escape(t) for t in sorted(self.added, key=len, reverse=True)) or r"(?!)")
         adds_bos = "TemplateProcessing" in json.dumps(data.get("post_processor"))  # Llama puts one before raw text
@@ -433,7 +434,7 @@ class Tokenizer:
         """The file's pad token if it is no stop id, else any id that is none. Padding is masked: its value is inert."""
         pad = self.added.get(_token_text(extra.get("pad_token")))
         return pad if pad is not None and pad not in self.stop_ids else next(
-            i for i in range(len(self.pieces)) if i not in self.stop_ids)  # fmt: skip
+            i for i in range(len(self.pieces)) if i not in self.stop_ids)
 
     def encode(self, text, special=False):
         """Text -> list of ids. special=True recognises added tokens such as <|im_start|>; no BOS is put in front."""

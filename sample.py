@@ -97,7 +97,7 @@ def row_uniforms(seed, prompt_id, sample_id, count):
 
 @torch.inference_mode()
 def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0, seed=0, prompt_ids=None,
-             progress=None):  # fmt: skip
+             progress=None):
     """Sample n completions of every prompt.
 
     prompts: a list of token-id lists, or of strings (encoded as raw text, with the BOS the checkpoint asks for).
@@ -110,10 +110,10 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     context = model.config.max_position_embeddings
     if n < 1 or max_new_tokens < 1 or temperature < 0:
         raise UserError(f"n and max_new_tokens must be at least 1 and temperature 0 or more; got n={n}, "
-                        f"max_new_tokens={max_new_tokens}, temperature={temperature}")  # fmt: skip
+                        f"max_new_tokens={max_new_tokens}, temperature={temperature}")
     for i, p in enumerate(prompts):
         if not 0 < len(p) < context:
-            raise UserError(f"prompt {i} has {len(p)} tokens; the model's context holds 1 to {context - 1} and the answer")
+            raise UserError(f"prompt {i} has {len(p)} tokens; the model's context holds 1 to {context - 1} of them")
     prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
     wave = max(1, max_rows(model, max(map(len, prompts), default=0) + max_new_tokens) // n)
     bar = tqdm(total=len(prompts) * n, desc=progress, unit="row", leave=False, disable=None if progress else True)
@@ -121,7 +121,7 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     for start in range(0, len(prompts), wave):  # as many prompts at a time as fit in memory
         part = slice(start, start + wave)
         out += _generate_wave(model, tokenizer, prompts[part], n, max_new_tokens, temperature, seed, prompt_ids[part],
-                              bar)  # fmt: skip
+                              bar)
     bar.close()
     return out
 
@@ -172,7 +172,8 @@ def _generate_wave(model, tokenizer, prompts, n, max_new_tokens, temperature, se
         positions = (lengths[alive] + t).clamp(max=config.max_position_embeddings - 1)
         hidden = model.model(token[:, None], positions[:, None], cache.at(positions))[:, 0]  # [B, D]
     out = [[] for _ in prompts]
-    for (i, _), row, logps, count, stop in zip(rows, ids.tolist(), logprobs.tolist(), counts.tolist(), stopped.tolist()):
+    results = zip(rows, ids.tolist(), logprobs.tolist(), counts.tolist(), stopped.tolist())
+    for (i, _), row, logps, count, stop in results:
         text = tokenizer.decode(row[: count - stop], skip_special=True)
         out[i].append(Completion(row[:count], logps[:count], text, not stop))
     return out
@@ -212,7 +213,7 @@ def main():
         tinylora.load_adapter(net, cfg.adapter)
     ids = encode_prompt(tokenizer, cfg.prompt, cfg.system_prompt, cfg.chat)
     [completions] = generate(net, tokenizer, [ids], cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.seed,
-                             progress="sampling")  # fmt: skip
+                             progress="sampling")
     for c in completions:
         print(f"{c.text}{' [cut off]' if c.truncated else ''}\n---")
 

@@ -74,7 +74,7 @@ def check_settings(cfg):
         (cfg.answer_format not in ("hash", "boxed", "any"), "answer_format must be hash, boxed or any"),
         (min(cfg.batch_size, cfg.max_new_tokens, cfg.micro_batch_tokens) < 1 or cfg.max_steps < 0,
          "batch_size, max_new_tokens and micro_batch_tokens must be at least 1, max_steps at least 0"),
-    ]  # fmt: skip
+    ]
     for is_bad, message in bad:
         if is_bad:
             raise UserError(message)
@@ -122,7 +122,7 @@ def train(cfg):
     )
     if rank == 0:
         print(f"{cfg.model}: training {sum(p.numel() for p in parameters.values())} numbers ({cfg.method}) on "
-              f"{len(problems)} rows; {net.head.dtype} on {net.device}, {world} process(es)")  # fmt: skip
+              f"{len(problems)} rows; {net.head.dtype} on {net.device}, {world} process(es)")
 
     def take_step(step, interrupt):
         t0 = time.time()
@@ -142,7 +142,7 @@ def train(cfg):
         [loss_sum] = all_reduce([loss_sum], net.device)
         seconds = time.time() - t0
         record = {"loss": loss_sum, "grad_norm": grad_norm, "lr": learning_rate(step, cfg), "tokens": num_tokens,
-                  "seconds": {"step": seconds, "peak_gb": peak_gb(net.device)}}  # fmt: skip
+                  "seconds": {"step": seconds, "peak_gb": peak_gb(net.device)}}
         return record, f"loss {loss_sum:.4f} | grad {grad_norm:.3f} | lr {record['lr']:.2e} | {seconds:.2f} s"
 
     def save_result():

@@ -108,7 +108,7 @@ def adapted_linears(model):
     """The flat list of linears in forward order, {name: module}."""
     return {f"model.layers.{i}.{part}.{name}": getattr(getattr(block, part), name)
             for i, block in enumerate(model.model.layers) for name in LINEARS
-            for part in [("self_attn" if name in LINEARS[:4] else "mlp")]}  # fmt: skip
+            for part in [("self_attn" if name in LINEARS[:4] else "mlp")]}
 
 
 def tying_groups(N, n_tie, tie="tiled"):
@@ -149,7 +149,7 @@ def top_svd(W, rank, tol=1e-6, block=8, max_rounds=60):
 
 
 def _lanczos(W, rank, tol, block, max_rounds):
-    """U, S, Vt of the top `rank` triplets, or None where the basis would fill the space or max_rounds are not enough."""
+    """U, S, Vt of the top `rank` triplets, or None where the basis fills the space or max_rounds do not suffice."""
     generator = torch.Generator().manual_seed(0)  # the start decides the rounds needed, not the result
     X = torch.randn(W.shape[1], max(block, rank + 4), generator=generator).to(W.device)
     if min(W.shape) < 2 * X.shape[1]:

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 
+import make  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import make  # noqa: E402
 import model  # noqa: E402
 
 torch.set_num_threads(2)
@@ -27,7 +27,7 @@ def make_checkpoint(path, seed=0, **changes):
     ids = make.write_tokenizer(str(path), words)
     make.write_config(str(path), ids)
     raw = json.loads((path / "config.json").read_text()) | dict(hidden_size=32, intermediate_size=48,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, torch_dtype="float32") | changes  # fmt: skip
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, torch_dtype="float32") | changes
     (path / "config.json").write_text(json.dumps(raw))
     net = model.Transformer(model.load_config(str(path)))
     generator = torch.Generator().manual_seed(seed)
@@ -66,7 +66,7 @@ def run_script(*args, cwd=ROOT, **env):
     """Run a script as a user would; returns the finished process with its output as text."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"} | env
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=environment, capture_output=True, text=True,
-                          timeout=600)  # fmt: skip
+                          timeout=600)
 
 
 def assert_refused(process, *words):

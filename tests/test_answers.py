@@ -119,7 +119,7 @@ EQUAL = [  # answer, reference
     (r"\left\lfloor \frac{n}{2} \right\rfloor + 1", r"1+\lfloor n/2 \rfloor"), ("204_5", "204_{5}"),
     (r"\textbf{(B)}", "B"), ("(c)", r"\text{(C)}"), ("C. x = 42", "C"), ("Monday", r"\text{monday}"),
     (r"\text{A, C}", "C,A"), ("x != 3", r"x \ne 3"), ("b > a > c", "c < a < b"),
-]  # fmt: skip
+]
 DIFFERENT = [
     ("5", "6"), ("-5", "5"), ("12345679", "12345678"), ("10^{401}", "10^{400}"), ("1e500", "1e400"), ("0.3333", "1/3"),
     ("3.14", r"\pi"), (r"1\tfrac56", r"\frac56"), ("50", "0.5"), ("0.5", r"50\%"), ("1675", "16.75"), ("5!", "5"),
@@ -139,7 +139,7 @@ DIFFERENT = [
     (r"\frac{1}{9330}", r"\frac{19}{330}"), (r"28\sqrt2", "28"), ("3d", "3D"), ("|x|", "x"),
     (r"\sin^3 y", r"\sin^2 y"), ("x^2-1", "x^2+1"), (r"\frac10", r"\frac20"), ("-f(0)", "f(0)"), ("2516_9", "2516_8"),
     ("A", "B"), ("(A) or (B)", "A"), ("E*2", "E"), ("CBAD", "ABCD"), (r"\text{oddd}", r"\text{odd}"), ("Yes", "no"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("answer, reference", EQUAL)
@@ -211,7 +211,7 @@ SHORT_HOSTILE = [
     r"\{" * 4 + ",".join(map(str, range(200))) + r"\}" * 4, ";".join(f"x<{i}" for i in range(150)), "2^" * 400 + "2",
     r"\sin" * 200 + "x", "__import__('os').system('false')", "\0", "\ud800", "\u202e5\u202c", "²", "٣", "1_000",
     "e^{e^{e^{e^{e}}}}", r"10^{-400}\pi",
-]  # fmt: skip
+]
 LONG_HOSTILE = {  # one unit of each, to be repeated
     "digits": "9", "braces": "{", "open boxes": r"\boxed{", "empty boxes": r"\boxed{}", "boxes": r"\boxed{1}",
     "boxed words": r"\boxed ",
@@ -222,7 +222,7 @@ LONG_HOSTILE = {  # one unit of each, to be repeated
     "surrogates": "\ud800", "bidi": "\u202e", "letters": "a", "thoughts": "</think>", "markers": "<|im_end|",
     "fractions": r"\frac",
     "texts": r"\text{",
-}  # fmt: skip
+}
 
 
 def forms(text):
@@ -281,7 +281,7 @@ PIECES = st.sampled_from(list("0123456789abxyei.,:;()[]{}<>=+-*/^_!%$|&'\"\\ \n"
     r"\begin{pmatrix}",
     r"\end{pmatrix}", r"\\", r"\sin ", r"\log_", r"\{", r"\}", "^{", "√", "∪", "π", "°", "1e9", "10^", r"\binom",
     r"\lfloor ",
-])  # fmt: skip
+])
 
 
 @settings(max_examples=300, deadline=None)

@@ -23,10 +23,11 @@ def write(tmp_path, *rows):
 def test_problems_come_from_files_and_folders_in_the_usual_columns(tmp_path):
     rows = [{"question": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": 4}, "\r\n",
             {"question": "3+3?", "answer": "Well, 3+3=<<3+3=6>>6.\n#### 6"},
-            {"problem": "4+4?", "solution": "It is $\\boxed{8}$."}]  # fmt: skip
+            {"problem": "4+4?", "solution": "It is $\\boxed{8}$."}]
     path = write(tmp_path, *rows)
     problems = eval_math.load_problems(path)
-    assert [(p["question"], p["answer"]) for p in problems] == [("1+1?", "2"), ("2+2?", "4"), ("3+3?", "6"), ("4+4?", "8")]
+    pairs = [(p["question"], p["answer"]) for p in problems]
+    assert pairs == [("1+1?", "2"), ("2+2?", "4"), ("3+3?", "6"), ("4+4?", "8")]
     (tmp_path / "data.jsonl").rename(tmp_path / "test.jsonl")
     assert eval_math.load_problems(str(tmp_path), "test") == problems
 
@@ -93,7 +94,8 @@ def test_accuracy_and_its_standard_error_by_hand(tokenizer, monkeypatch):
         return [[Completion([5] * 4, [0.0] * 4, text, False) for text in group] for group in texts]
 
     monkeypatch.setattr(sample, "generate", fake)
-    cfg = SimpleNamespace(system_prompt="", prompt_template="{question}", answer_format="hash", max_new_tokens=9, seed=0)
+    cfg = SimpleNamespace(system_prompt="", prompt_template="{question}", answer_format="hash", max_new_tokens=9,
+                          seed=0)
     result = eval_math.evaluate(None, tokenizer, [{"question": "?", "answer": "1"}] * 3, cfg, num_samples=2)
     assert result["strict"] == 0.5 and result["length"] == 4 and result["truncated"] == 0
     assert result["stderr"] == pytest.approx(math.sqrt(0.25 / 3))  # per-problem scores 1, 0.5, 0
@@ -102,7 +104,7 @@ def test_accuracy_and_its_standard_error_by_hand(tokenizer, monkeypatch):
 def test_the_script_prints_accuracy_and_writes_responses(checkpoint, problems, tmp_path):
     out = tmp_path / "responses.jsonl"
     done = run_script("eval_math.py", f"--model={checkpoint}", f"--dataset={problems}", "--num_problems=6",
-                      "--num_samples=2", "--temperature=1", "--max_new_tokens=4", f"--out_file={out}")  # fmt: skip
+                      "--num_samples=2", "--temperature=1", "--max_new_tokens=4", f"--out_file={out}")
     assert re.search(r"accuracy \d\.\d{3} \+- \d\.\d{3} \(standard error\)", done.stdout), done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 12 and {"question", "answer", "response", "strict", "lenient", "truncated"} <= rows[0].keys()

@@ -14,9 +14,9 @@ from configurator import UserError
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here (requirements-dev.txt)")
 
 QWEN = dict(vocab_size=160, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
-            num_key_value_heads=2, max_position_embeddings=256)  # fmt: skip
+            num_key_value_heads=2, max_position_embeddings=256)
 LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                   original_max_position_embeddings=64)  # fmt: skip
+                   original_max_position_embeddings=64)
 
 
 def oracle(path, family, **changes):
@@ -38,7 +38,8 @@ VARIETIES = {
     "qwen2.5, untied": ("qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "qwen2.5, tied": ("qwen2", dict(tie_word_embeddings=True)),
     "llama-3.1, scaled rope": ("llama", dict(rope_parameters=LLAMA3_ROPE)),
-    "llama-3.2, tied, own head_dim": ("llama", dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, head_dim=16)),
+    "llama-3.2, tied, own head_dim": (
+        "llama", dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, head_dim=16)),
     "llama-2, no grouped queries": ("llama", dict(num_key_value_heads=6)),
 }
 
@@ -168,7 +169,7 @@ def test_a_broken_directory_is_refused_in_one_line(tmp_path, name):
 def test_tokenizer_equals_the_reference_library(checkpoint, tokenizer):
     reference = transformers.AutoTokenizer.from_pretrained(checkpoint)
     texts = ["Tom has 12 apples.", "", "  two  spaces\n\n\tand tabs ", "naïve e\u0301 日本語 🙂 12345", "it's I'LL",
-             "<|im_end|>\u0338 <|im_start|>user", "\x00\x01 \u2028 \u00a0"]  # fmt: skip
+             "<|im_end|>\u0338 <|im_start|>user", "\x00\x01 \u2028 \u00a0"]
     for text in texts:
         ids = reference(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.encode(text, special=True) == ids, text

@@ -15,8 +15,8 @@ from configurator import configure
 
 
 def args(checkpoint, problems, out_dir, **changes):
-    options = dict(model=checkpoint, dataset=problems, eval_dataset=problems, out_dir=out_dir, max_steps=2, batch_size=6,
-                   max_new_tokens=4, eval_size=4, device="cpu") | changes  # fmt: skip
+    options = dict(model=checkpoint, dataset=problems, eval_dataset=problems, out_dir=out_dir, max_steps=2,
+                   batch_size=6, max_new_tokens=4, eval_size=4, device="cpu") | changes
     return [f"--{key}={value}" for key, value in options.items()]
 
 
@@ -51,7 +51,8 @@ def open_lines(path):
 
 
 def test_pretraining_from_random_weights_learns_saves_a_checkpoint_and_resumes(checkpoint, problems, tmp_path):
-    options = dict(method="full", random_init=True, lr=3e-3, lr_schedule="cosine", warmup_steps=2, beta2=0.95, max_steps=8)
+    options = dict(method="full", random_init=True, lr=3e-3, lr_schedule="cosine", warmup_steps=2, beta2=0.95,
+                   max_steps=8)
     run(*args(checkpoint, problems, tmp_path / "whole", **options, save_interval=4))
     first, *_, last = losses(tmp_path / "whole")
     assert abs(first - math.log(512)) < 0.5 and last < first - 0.5
@@ -88,6 +89,6 @@ def test_an_adapter_learns_and_is_saved(checkpoint, problems, tmp_path):
 
 @pytest.mark.parametrize("changes, words", [(dict(method="lora_xxs"), "method must be"),
                                             (dict(random_init=True), "random_init goes with"),
-                                            (dict(lr_schedule="steps"), "lr_schedule must be")])  # fmt: skip
+                                            (dict(lr_schedule="steps"), "lr_schedule must be")])
 def test_wrong_settings_are_refused(checkpoint, problems, tmp_path, changes, words):
     assert_refused(run_script("sft.py", *args(checkpoint, problems, tmp_path / "run", **changes)), words)

@@ -51,7 +51,7 @@ def make_problem(rng):
     text, work = [f"{name} has {x} {thing}."], []
     for _ in range(rng.randint(min_steps, max_steps)):
         moves = [m for m in "++--*/" if (m != "+" or x < 98) and (m != "-" or x > 2) and (m != "/" or x % 2 == 0)
-                 and (m != "*" or x < 49)]  # fmt: skip
+                 and (m != "*" or x < 49)]
         move = rng.choice(moves)
         if move == "+":
             b = rng.randint(1, min(20, 99 - x))
@@ -90,7 +90,7 @@ def write_jsonl(path, rows):
 
 # the tokenizer: byte-level BPE in the format of Qwen2's tokenizer.json
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-           r"|\s+(?!\S)|\s+")  # fmt: skip
+           r"|\s+(?!\S)|\s+")
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -139,19 +139,19 @@ def write_tokenizer(path, texts):
     for a, b in merges:
         vocab.setdefault(a + b, len(vocab))
     added = [{"id": len(vocab) + i, "content": t, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": True} for i, t in enumerate(SPECIALS)]  # fmt: skip
+              "normalized": False, "special": True} for i, t in enumerate(SPECIALS)]
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
              "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-             "vocab": vocab, "merges": [f"{a} {b}" for a, b in merges]}  # fmt: skip
+             "vocab": vocab, "merges": [f"{a} {b}" for a, b in merges]}
     write_json(path, "tokenizer.json", {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": {"type": "NFC"},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}, "post_processor": None,
-        "decoder": byte_level, "model": model})  # fmt: skip
+        "decoder": byte_level, "model": model})
     write_json(path, "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>", "chat_template": TEMPLATE, "clean_up_tokenization_spaces": False})  # fmt: skip
+        "pad_token": "<|endoftext|>", "chat_template": TEMPLATE, "clean_up_tokenization_spaces": False})
     return {t["content"]: t["id"] for t in added}
 
 
@@ -163,7 +163,7 @@ def write_config(path, special_ids):
         "num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "hidden_act": "silu",
         "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
         "use_sliding_window": False, "attention_dropout": 0.0, "initializer_range": 0.02, "torch_dtype": "bfloat16",
-        "bos_token_id": None, "eos_token_id": stop})  # fmt: skip
+        "bos_token_id": None, "eos_token_id": stop})
     write_json(path, "generation_config.json", {"eos_token_id": stop, "pad_token_id": special_ids["<|endoftext|>"]})
 
 
@@ -192,9 +192,8 @@ def main():
         documents = [d for d in (make_document(rng) for _ in range(num_documents)) if d["question"] not in held_out]
         write_jsonl(os.path.join(work, "documents.jsonl"), documents)
         out_dir = os.path.join(work, "toy_pretrain")
-        subprocess.run(
-            [sys.executable, "sft.py", "config/toy_pretrain.py", f"--dataset={work}/documents.jsonl", f"--out_dir={out_dir}"],
-            cwd=ROOT, check=True)  # fmt: skip
+        subprocess.run([sys.executable, "sft.py", "config/toy_pretrain.py", f"--dataset={work}/documents.jsonl",
+                        f"--out_dir={out_dir}"], cwd=ROOT, check=True)
         save_model(load_model(os.path.join(out_dir, "model"), dtype="bfloat16", device="cpu"), base)
 
 
