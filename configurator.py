@@ -14,7 +14,7 @@ import math
 import os
 import runpy
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 
 class UserError(Exception):
@@ -57,8 +57,12 @@ def save_settings(settings, path):
 
 def run(main):
     """Call main(), and turn a UserError into one line on stderr and exit code 2."""
+    sys.stdout.reconfigure(line_buffering=True)  # a log in a file or a pipe is as fresh as one on the screen
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -92,7 +96,7 @@ def _read_config(path):
         values = runpy.run_path(path)
     except Exception as error:
         raise UserError(f"config file '{path}' failed: {type(error).__name__}: {error}") from None
-    return {name: value for name, value in values.items() if not name.startswith("_")}
+    return {k: v for k, v in values.items() if not k.startswith("_") and not isinstance(v, ModuleType)}
 
 
 def _lookup(settings, name, where):

@@ -17,6 +17,7 @@ import signal
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 
 import numpy as np
@@ -261,7 +262,8 @@ def start_ranks(cfg):
         return 0, 1
     if torch.cuda.is_available() and cfg.device == "auto":
         cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    dist.init_process_group("nccl" if str(cfg.device).startswith("cuda") else "gloo")
+    backend = "nccl" if str(cfg.device).startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while rank 0 evaluates
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -402,6 +404,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, take_step, save_re
             if last or cfg.save_interval and step % cfg.save_interval == 0:
                 save()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C does not cut the saving short
         save()
         if chief:
             print(f"\ninterrupted: {step} steps are saved in {cfg.out_dir}; go on with --init_from=resume")
@@ -431,6 +434,7 @@ def train(cfg):
     rank, world = start_ranks(cfg)
     problems = eval_math.load_problems(cfg.dataset, "train")
     net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
+    prepare_problems(net, tokenizer, problems, cfg)
     began = time.time()
     adapter = tinylora.add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed)
     optimizer = torch.optim.Adam(adapter.parameters(), lr=cfg.lr)
@@ -450,12 +454,22 @@ def train(cfg):
     training_loop(cfg, net, tokenizer, dict(adapter.named_parameters()), optimizer, take_step, save_result)
 
 
+def prepare_problems(net, tokenizer, problems, cfg):
+    """Encode every problem's prompt once, and find one that is too long now rather than after an hour."""
+    context = net.config.max_position_embeddings
+    prompts = eval_math.encode_problems(tokenizer, problems, cfg.system_prompt, cfg.prompt_template)
+    for i, (problem, prompt) in enumerate(zip(problems, prompts)):
+        if len(prompt) >= context:
+            raise UserError(f"{cfg.dataset}: problem {i + 1} has a prompt of {len(prompt)} tokens, longer than the "
+                            f"model's context of {context}")
+        problem["prompt"] = prompt
+
+
 def rollout(net, tokenizer, problems, cfg, step, rank, world):
     """Sample a group of answers to each problem of this rank's share, and reward them. Returns the rows, and sums over
     all ranks: rows, tokens, right, lenient, equal (rows in groups without a winner), truncated."""
     mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[rank::world]
-    batch = [problems[index] for _, index in mine]
-    prompts = eval_math.encode_problems(tokenizer, batch, cfg.system_prompt, cfg.prompt_template)
+    batch, prompts = [problems[index] for _, index in mine], [problems[index]["prompt"] for _, index in mine]
     groups = generate(net, tokenizer, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature, cfg.seed,
                       prompt_ids=[position for position, _ in mine], progress=f"step {step + 1}")
     scores = [[eval_math.score(c.text, c.truncated, problem["answer"], cfg.answer_format) for c in group]
