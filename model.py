@@ -294,30 +294,33 @@ def load_model(path, dtype=None, device=None):
             raise UserError("dtype must be auto, float32, bfloat16 or float16")
     with torch.device("meta"):  # shapes only: the numbers come from the files, straight to the device
         model = Transformer(config)
+    tensors = _read_weights(path, model, device, dtype)
+    missing = [name for name in model.state_dict() if name not in tensors]
+    if missing:
+        raise UserError(f"{path}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _read_weights(path, model, device, dtype):
+    """{name: tensor} of all weight files, each checked against the model's shapes."""
     shapes = {name: p.shape for name, p in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]  # some tied files hold a second copy
+    embedding = "model.embed_tokens.weight"
+    shapes.setdefault("lm_head.weight", shapes[embedding])  # some tied files hold a second copy of the embedding
     tensors = {}
     for file in _weight_files(path):
         try:
             with safe_open(file, framework="pt") as f:
                 for name in f.keys():
-                    if name.endswith("rotary_emb.inv_freq"):  # old LLaMA-2 files store it
-                        continue
-                    tensors[name] = _checked(file, name, f.get_tensor(name), shapes).to(device, dtype)
+                    if not name.endswith("rotary_emb.inv_freq"):  # old LLaMA-2 files store it
+                        tensors[name] = _checked(file, name, f.get_tensor(name), shapes).to(device, dtype)
         except (SafetensorError, OSError) as error:
             hint = "; a 130-byte file is a git-lfs pointer" if os.path.getsize(file) < 1000 else ""
             raise UserError(f"{file} is damaged or no safetensors file ({error}{hint}); download it again") from None
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:
-        if not torch.equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]):
-            raise UserError(f"{path}: config.json ties the embeddings but lm_head.weight differs from embed_tokens")
-        del shapes["lm_head.weight"]
-    missing = [name for name in shapes if name not in tensors and not
-               (name == "lm_head.weight" and config.tie_word_embeddings)]
-    if missing:
-        raise UserError(f"{path}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+    if model.config.tie_word_embeddings and embedding in tensors:
+        if not torch.equal(tensors.pop("lm_head.weight", tensors[embedding]), tensors[embedding]):
+            raise UserError(f"{path}: config.json ties the embeddings, but lm_head.weight is not a copy of {embedding}")
+    return tensors
 
 
 def _weight_files(path):

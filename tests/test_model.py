@@ -230,3 +230,14 @@ def test_real_vocabularies_give_the_published_ids(family, tmp_path):
         if case["kind"] == "chat" and not case["kwargs"]:
             assert ours.chat(case["messages"], case["add_generation_prompt"]) == case["rendered"]
             assert ours.encode(case["rendered"], special=True) == case["ids"]
+
+
+def test_a_tied_file_may_hold_an_equal_copy_of_the_embedding_but_no_other(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    file = tmp_path / "copy" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+    model.load_model(str(tmp_path / "copy"), device="cpu")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file)
+    with pytest.raises(UserError, match="lm_head.weight is not a copy"):
+        model.load_model(str(tmp_path / "copy"), device="cpu")

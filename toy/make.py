@@ -27,7 +27,7 @@ SEED = 1337
 # the problems
 num_train = 2000  # problems for GRPO
 num_test = 500  # held out: none of them occurs in train.jsonl or in the pre-training documents
-num_documents = 256_000  # pre-training documents
+num_documents = 205_000  # pre-training documents
 min_steps, max_steps = 3, 5  # calculations a problem needs
 worked_share = 0.4  # share of the documents that work the answer out; the others state it at once
 system_share = 0.5  # share of the documents with a system message that says which of the two is wanted, half and half
@@ -54,10 +54,10 @@ def make_problem(rng):
                  and (m != "*" or x < 49)]
         move = rng.choice(moves)
         if move == "+":
-            b = rng.randint(1, min(20, 99 - x))
+            b = rng.randint(1, min(9, 99 - x))
             y, line, step = x + b, rng.choice(PLUS), f"{x}+{b}"
         elif move == "-":
-            b = rng.randint(1, min(20, x - 1))
+            b = rng.randint(1, min(9, x - 1))
             y, line, step = x - b, rng.choice(MINUS), f"{x}-{b}"
         elif move == "*":
             b = 3 if x <= 33 and rng.random() < 0.4 else 2
