@@ -53,11 +53,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        h = x.float()  # both families normalise in fp32 and round before the weight is multiplied
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return h.to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # computes in fp32 inside
 
 
 def rotate(x, cos, sin):

@@ -14,6 +14,6 @@ max_steps = 350  # 3 epochs of 7,473 problems
 batch_size = 64
 group_size = 4
 max_new_tokens = 1024  # the paper allows 4,096; answers average some 250 tokens
-micro_batch_tokens = 16384
+micro_batch_tokens = 8192  # some 4.4 MB of activations a token at 7B
 eval_interval = 50
 save_interval = 10
