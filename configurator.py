@@ -108,7 +108,7 @@ def _lookup(settings, name, where):
 
 
 def _override(settings, name, value, where):
-    if value != settings[name]:
+    if value != settings[name] and os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
         print(f"{name} = {value!r} (default {settings[name]!r}; {where})")
     settings[name] = value
 

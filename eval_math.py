@@ -22,7 +22,7 @@ adapter = ""  # adapter file, or the out_dir of a run; none if empty
 dataset = "toy/test.jsonl"  # a .jsonl file, a folder with test.jsonl, a name in DATASETS, or any hub data set
 split = "test"  # of a folder or hub data set
 num_problems = 0  # how many to ask; 0: all
-system_prompt = ""  # system message; none if empty
+system_prompt = ""  # system message; empty: what the chat template puts there, if anything
 prompt_template = "{question}"  # the user's message
 answer_format = "hash"  # what the prompt asks for and strict scoring reads: hash (#### 42), boxed (\boxed{42}) or any
 num_samples = 1  # answers a problem; accuracy is the mean over all of them
@@ -131,7 +131,12 @@ def is_correct(response: str, reference: str) -> bool:
     """
     text = _completion(response)
     stated, answer = _last_statement(text)
-    answer = (answer or "" if stated else text).strip()
+    return same_answer(answer or "" if stated else text, reference)
+
+
+def same_answer(answer: str, reference: str) -> bool:
+    """is_correct for an answer that has been extracted already."""
+    answer = answer.strip()
     if not answer or max(len(answer), len(reference)) > MAX_ANSWER:
         return bool(answer) and answer == reference.strip()
     return _equal(normalise(answer), normalise(reference))
@@ -617,7 +622,8 @@ QUESTION_KEYS, ANSWER_KEYS = ("question", "problem", "prompt"), ("answer", "fina
 
 
 def load_problems(name_or_path: str, split: str = "train") -> list[dict]:
-    """Problems as dicts with at least 'question' and 'answer' (strings; what follows #### in GSM8K's answer column).
+    """Problems as dicts with at least the strings 'question', 'answer' (the final one: of a worked answer, as in
+    GSM8K's answer column, what it states) and 'solution' (the worked answer where there is one, else the answer).
 
     name_or_path: a local .jsonl file, a folder with {split}.jsonl, a name in DATASETS, or a hub data set ('owner/name')
         whose columns are called question or problem, and answer or solution.
@@ -635,7 +641,9 @@ def load_problems(name_or_path: str, split: str = "train") -> list[dict]:
         if not question or answer is None:
             raise UserError(f"{place}: needs a question ({', '.join(QUESTION_KEYS)}) and an answer "
                             f"({', '.join(ANSWER_KEYS)}); it has {', '.join(row) or 'nothing'}")
-        problems.append(row | {"question": question, "answer": extract_answer(answer) or answer.strip()})
+        solution = row.get("solution") if isinstance(row.get("solution"), str) else answer
+        final = extract_answer(answer) or answer.strip()
+        problems.append(row | {"question": question, "answer": final, "solution": solution})
     if not problems:
         raise UserError(f"{path} holds no problems")
     return problems
@@ -685,8 +693,8 @@ def score(response: str, truncated: bool, reference: str, answer_format: str) ->
     if truncated:
         return {"strict": False, "lenient": False}
     stated, found = extract_answer(response, answer_format), extract_lenient(response)
-    return {"strict": stated is not None and is_correct(stated, reference),
-            "lenient": found is not None and is_correct(found, reference)}
+    return {"strict": stated is not None and same_answer(stated, reference),
+            "lenient": found is not None and same_answer(found, reference)}
 
 
 def encode_problems(tokenizer, problems, system_prompt, prompt_template):
@@ -731,16 +739,22 @@ def main():
     from tinylora import load_adapter
 
     cfg = configure(globals())
-    if cfg.answer_format not in ("hash", "boxed", "any") or cfg.num_samples < 1:
-        raise UserError("answer_format must be hash, boxed or any, and num_samples at least 1")
+    if cfg.answer_format not in ("hash", "boxed", "any"):
+        raise UserError("answer_format must be hash, boxed or any")
+    if cfg.num_samples < 1 or min(cfg.num_problems, cfg.seed) < 0:
+        raise UserError("num_samples must be at least 1, num_problems and seed at least 0")
+    try:
+        out = open(cfg.out_file, "w", encoding="utf-8") if cfg.out_file else None  # now, not after the evaluation
+    except OSError as error:
+        raise UserError(f"out_file cannot be written: {error}") from None
     problems = load_problems(cfg.dataset, cfg.split)[: cfg.num_problems or None]
     net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
     if cfg.adapter:
         load_adapter(net, cfg.adapter)
     result = evaluate(net, tokenizer, problems, cfg, cfg.num_samples, cfg.temperature)
-    if cfg.out_file:
-        with open(cfg.out_file, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(row) + "\n" for row in result["rows"])
+    if out:
+        with out:
+            out.writelines(json.dumps(row) + "\n" for row in result["rows"])
     print(f"example: {result['rows'][0]['question']}\n-> {result['rows'][0]['response']}")
     print(f"{cfg.dataset}: accuracy {result['strict']:.3f} +- {result['stderr']:.3f} (standard error) by the stated "
           f"answer, {result['lenient']:.3f} by the last number; {len(problems)} problems x {cfg.num_samples}, "

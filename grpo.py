@@ -14,11 +14,13 @@ import json
 import math
 import os
 import signal
+import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -38,7 +40,7 @@ from sample import generate
 model = "toy/base"  # checkpoint directory or hub name
 dataset = "toy/train.jsonl"  # problems: a .jsonl file, a folder with train.jsonl, or a name (eval_math.py lists them)
 eval_dataset = "toy/test.jsonl"  # held-out problems, greedy accuracy
-system_prompt = ""  # system message; none if empty
+system_prompt = ""  # system message; empty: what the chat template puts there, if anything
 prompt_template = "{question}"  # the user's message
 answer_format = "hash"  # what the prompt asks for and the reward reads: hash (#### 42), boxed (\boxed{42}) or any
 out_dir = "out/toy"  # log, checkpoints, adapter
@@ -60,8 +62,8 @@ temperature = 1.0  # of the sampling; the trainer divides its logits by it too
 top_p = 1.0  # only 1.0: the policy ratio is biased when sampling from a cut distribution
 top_k = 0  # only 0, likewise
 objective = "grpo"  # grpo, dr_grpo, dapo, gspo
-clip_low = 0.2  # the policy ratio is clipped to 1 - clip_low ...
-clip_high = 0.2  # ... 1 + clip_high; dapo: 0.28
+clip_low = 0.0  # the policy ratio is clipped below at 1 - clip_low; 0: the objective's own, in CLIP below
+clip_high = 0.0  # and above at 1 + clip_high; 0: likewise. Clipping acts from the second pass on
 kl_coef = 0.0  # k3 penalty towards the base model; paper: 0 on GSM8K, 0.001 on MATH
 num_passes = 1  # optimiser passes over each batch; 1 is exactly on policy
 grad_clip = 1.0  # bound on the gradient's norm; 0: none
@@ -73,6 +75,8 @@ save_interval = 25  # steps between checkpoints
 dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
 
+
+CLIP = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}  # their papers' bounds
 
 # ------------------------------------------------------------------------------------------ the objective, in pieces
 
@@ -183,6 +187,7 @@ def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
     """Add the gradient of the objective over `rows` to the adapter; num_rows and num_tokens are those of the whole
     global batch. Returns sums over tokens: {clipped, kl, entropy, diff, diff_max, tokens}, and the loss."""
     sums = dict(loss=0.0, clipped=0.0, kl=0.0, entropy=0.0, diff=0.0, diff_max=0.0, tokens=0)
+    clip_low, clip_high = (own or default for own, default in zip((cfg.clip_low, cfg.clip_high), CLIP[cfg.objective]))
     for batch in micro_batches(rows, cfg.micro_batch_tokens):
         logp, entropy, mask = completion_logprobs(net, tokenizer, batch, cfg.temperature)
         for row, row_logp in zip(batch, logp.detach()):
@@ -192,8 +197,7 @@ def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
         advantages = torch.tensor([row.advantage for row in batch], device=logp.device)
         lengths = [len(row.ids) for row in batch]
         weights = token_weights(lengths, cfg.objective, cfg.max_new_tokens, num_rows, num_tokens).to(logp.device)
-        loss, clipped = policy_loss(logp, old_logp, advantages, weights, mask, cfg.objective, cfg.clip_low,
-                                    cfg.clip_high)
+        loss, clipped = policy_loss(logp, old_logp, advantages, weights, mask, cfg.objective, clip_low, clip_high)
         if cfg.kl_coef:
             net.adapter.enabled = False  # v = 0 is the reference policy
             with torch.no_grad():
@@ -243,13 +247,13 @@ def check_settings(cfg):
         (cfg.top_p != 1.0 or cfg.top_k != 0, "top_p and top_k must stay 1.0 and 0 in training: sampling from a cut "
          "distribution biases the policy ratio (use temperature)"),
         (cfg.temperature <= 0, "temperature must be above 0 in training: greedy groups are all alike"),
-        (cfg.objective not in ("grpo", "dr_grpo", "dapo", "gspo"), "objective must be grpo, dr_grpo, dapo or gspo"),
+        (cfg.objective not in CLIP, f"objective must be one of {', '.join(CLIP)}"),
         (cfg.answer_format not in ("hash", "boxed", "any"), "answer_format must be hash, boxed or any"),
         (cfg.init_from not in ("scratch", "resume"), "init_from must be scratch or resume"),
         (min(cfg.batch_size, cfg.max_new_tokens, cfg.num_passes, cfg.micro_batch_tokens) < 1 or cfg.max_steps < 0,
          "batch_size, max_new_tokens, num_passes and micro_batch_tokens must be at least 1, max_steps at least 0"),
-        (min(cfg.lr, cfg.clip_low, cfg.clip_high, cfg.kl_coef, cfg.grad_clip) < 0, "lr, clip_low, clip_high, kl_coef "
-         "and grad_clip must not be negative"),
+        (min(cfg.lr, cfg.clip_low, cfg.clip_high, cfg.kl_coef, cfg.grad_clip, cfg.seed, cfg.eval_size) < 0,
+         "lr, clip_low, clip_high, kl_coef, grad_clip, seed and eval_size must not be negative"),
     ]
     for is_bad, message in bad:
         if is_bad:
@@ -257,14 +261,12 @@ def check_settings(cfg):
 
 
 def start_ranks(cfg):
-    """Join the processes of torchrun, if that is what started us. Returns rank and world size."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    if torch.cuda.is_available() and cfg.device == "auto":
-        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    backend = "nccl" if str(cfg.device).startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while rank 0 evaluates
-    return dist.get_rank(), dist.get_world_size()
+    """Join the processes of torchrun, if that is what started us. Returns rank, world size and this rank's device."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1, cfg.device
+    on_gpu = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))  # the others wait for evaluations
+    return dist.get_rank(), dist.get_world_size(), f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device
 
 
 def all_reduce(values, device, op="sum"):
@@ -277,66 +279,76 @@ def all_reduce(values, device, op="sum"):
 
 
 class Interrupt:
-    """Ctrl-C as an exception wherever the state of the run is whole, and held back while it is being changed."""
+    """Ctrl-C raises KeyboardInterrupt at once while answers are sampled, when nothing has changed since the last step;
+    from hold() on, when the update begins, it waits for release(), when step count, weights and log agree again."""
 
-    def __init__(self):
-        self.shielded = self.requested = False
-        signal.signal(signal.SIGINT, self.handle)
+    def __enter__(self):
+        self.held = self.requested = False
+        self.previous = signal.signal(signal.SIGINT, self.handle)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.previous)
 
     def handle(self, *_):
         self.requested = True
-        if not self.shielded:
+        if not self.held:
             raise KeyboardInterrupt
 
-    @contextmanager
-    def held_back(self):
-        self.shielded = True
-        yield
-        self.shielded = False
+    def hold(self):
+        self.held = True
+
+    def release(self):
+        self.held = False
         if self.requested:
             raise KeyboardInterrupt
 
 
-def save_checkpoint(path, parameters, optimizer, step, history):
-    """Parameters, Adam's moments, step and `history` (what the last line of the run reports) in one safetensors file,
-    written aside and then renamed: a run killed at any moment leaves the previous one whole."""
+def save_checkpoint(path, parameters, optimizer, step, history, identity):
+    """Parameters, Adam's moments, step, `history` (what the last line of the run reports) and `identity` (what the
+    parameters mean) in one safetensors file, written aside and then renamed: a run killed at any moment leaves the
+    previous one whole."""
     tensors = {f"param.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": value.cpu().contiguous() for key, value in state.items()}
-    save_file(tensors, path + ".tmp", metadata={"step": str(step), "history": json.dumps(history)})
+    info = {"step": step, "history": history, "identity": identity}
+    save_file(tensors, path + ".tmp", metadata={key: json.dumps(value) for key, value in info.items()})
     os.replace(path + ".tmp", path)
 
 
-def load_checkpoint(path, parameters, optimizer):
-    """Restore what save_checkpoint wrote; returns step and history."""
+def load_checkpoint(path, parameters, optimizer, identity):
+    """Restore what save_checkpoint wrote; returns step and history. Raises UserError for one of other settings."""
     try:
         with safe_open(path, framework="pt") as f:
-            info, tensors = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}
+            info = {key: json.loads(value) for key, value in f.metadata().items()}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot resume: no checkpoint can be read from {path} ({error})") from None
-    for name, p in parameters.items():
-        if name not in (n.removeprefix("param.") for n in tensors) or tensors[f"param.{name}"].shape != p.shape:
-            raise UserError(f"cannot resume: {path} was made with other adapter settings ({name} does not fit)")
-        p.data.copy_(tensors[f"param.{name}"])
+    different = [key for key in identity if info["identity"].get(key) != identity[key]]
+    if different:
+        raise UserError(f"cannot resume: {path} was made with another {', '.join(different)}")
     state = {}
-    for key in (k for k in tensors if k.startswith("optimizer.")):
-        _, i, field = key.split(".")
-        state.setdefault(int(i), {})[field] = tensors[key]
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "param":
+            parameters[name].data.copy_(tensor)
+        else:
+            i, _, field = name.partition(".")
+            state.setdefault(int(i), {})[field] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return int(info["step"]), json.loads(info["history"])
+    return info["step"], info["history"]
 
 
 def prepare_out_dir(cfg):
-    """A fresh run moves an earlier one in its out_dir aside, so that nothing is overwritten."""
-    if cfg.init_from == "scratch" and os.path.exists(os.path.join(cfg.out_dir, "log.jsonl")):
-        n = 1
-        while os.path.exists(f"{cfg.out_dir}.{n}"):
-            n += 1
-        os.rename(cfg.out_dir, f"{cfg.out_dir}.{n}")
-        print(f"moved the earlier run in {cfg.out_dir} to {cfg.out_dir}.{n}")
+    """Make out_dir and save the settings there. A fresh run moves an earlier one aside: nothing is overwritten."""
     try:
+        if cfg.init_from == "scratch" and os.path.exists(os.path.join(cfg.out_dir, "log.jsonl")):
+            aside = next(name for n in count(1) if not os.path.exists(name := f"{os.path.normpath(cfg.out_dir)}.{n}"))
+            os.rename(cfg.out_dir, aside)
+            print(f"moved the earlier run in {cfg.out_dir} to {aside}")
         os.makedirs(cfg.out_dir, exist_ok=True)
-        save_settings(cfg, os.path.join(cfg.out_dir, "settings.py"))
+        repeat = SimpleNamespace(**vars(cfg) | {"init_from": "scratch"})
+        save_settings(repeat, os.path.join(cfg.out_dir, "settings.py"))
     except OSError as error:
         raise UserError(f"out_dir '{cfg.out_dir}' cannot be written: {error}") from None
 
@@ -346,76 +358,82 @@ def open_log(path, step):
     lines = []
     if step and os.path.exists(path):
         with open(path, encoding="utf-8") as f:
-            lines = [line for line in f if json.loads(line)["step"] <= step]
+            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
     log = open(path, "w", encoding="utf-8")
     log.writelines(lines)
     return log
 
 
-def training_loop(cfg, net, tokenizer, parameters, optimizer, take_step, save_result):
+def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step, save_result):
     """The loop of grpo.py and sft.py: resume, evaluate, take steps, log, save, and give way to Ctrl-C.
 
-    parameters: {name: trained parameter}. take_step(step, interrupt) changes them, and returns a dict of metrics for
-    the log and a line for the screen. save_result() writes what the run is for, beside the checkpoint.
+    parameters: {name: trained parameter}. identity: settings without which they mean something else.
+    take_step(step, interrupt) changes them; it returns a dict of metrics for the log and a line for the screen.
+    save_result() writes what the run is for, beside the checkpoint.
     """
-    chief = not dist.is_initialized() or dist.get_rank() == 0  # the one process that writes
-    checkpoint_file = os.path.join(cfg.out_dir, "checkpoint.safetensors")
-    step, history = 0, {"seconds": 0.0, "base": None}
-    if cfg.init_from == "resume":
-        step, history = load_checkpoint(checkpoint_file, parameters, optimizer)
-    eval_problems = eval_math.load_problems(cfg.eval_dataset, "test") if cfg.eval_dataset else []
+    chief = not dist.is_initialized() or dist.get_rank() == 0  # the one process that evaluates and writes
+    eval_problems = eval_math.load_problems(cfg.eval_dataset, "test") if cfg.eval_dataset and chief else []
     eval_problems = eval_problems[: cfg.eval_size or None]
+    checkpoint_file = os.path.join(cfg.out_dir, "checkpoint.safetensors")
+    step, history = 0, {"seconds": 0.0, "base": None, "accuracy": None, "evaluated": None}
+    if cfg.init_from == "resume":
+        step, history = load_checkpoint(checkpoint_file, parameters, optimizer, identity)
     if chief:
         prepare_out_dir(cfg)
     log = open_log(os.path.join(cfg.out_dir, "log.jsonl"), step) if chief else None
-    interrupt, began = Interrupt(), time.time() - history["seconds"]
+    began = time.time() - history["seconds"]
 
     def write(record):
-        log.write(json.dumps(record) + "\n")
-        log.flush()
+        if chief:
+            log.write(json.dumps(record) + "\n")
+            log.flush()
 
     def save():
         if chief:
             history["seconds"] = time.time() - began
-            save_checkpoint(checkpoint_file, parameters, optimizer, step, history)
+            save_checkpoint(checkpoint_file, parameters, optimizer, step, history, identity)
             save_result()
 
     def evaluate():
-        if not chief or not eval_problems:
-            return None
-        result = eval_math.evaluate(net, tokenizer, eval_problems, cfg)
-        print_evaluation(step, result)
-        write({"step": step, "eval": {k: v for k, v in result.items() if k != "rows"}})
-        return result["strict"]
+        if eval_problems:
+            result = eval_math.evaluate(net, tokenizer, eval_problems, cfg)
+            print_evaluation(step, result)
+            write({"step": step, "eval": {k: v for k, v in result.items() if k != "rows"}})
+            history.update(accuracy=result["strict"], evaluated=step)
 
     try:
-        if history["base"] is None:
-            history["base"] = evaluate()
-        accuracy = history["base"]
-        while step < cfg.max_steps:
-            record, line = take_step(step, interrupt)
-            step += 1
-            if chief:
-                print(f"step {step:4d} | {line}")
-                write({"step": step, **record})
-            last = step == cfg.max_steps
-            if last or cfg.eval_interval and step % cfg.eval_interval == 0:
-                accuracy = evaluate()
-            if last or cfg.save_interval and step % cfg.save_interval == 0:
+        with Interrupt() as interrupt:
+            try:
+                if step == 0:
+                    evaluate()
+                    history["base"] = history["accuracy"]
+                while step < cfg.max_steps:
+                    record, line = take_step(step, interrupt)
+                    step += 1
+                    write({"step": step, **record})
+                    if chief:
+                        print(f"step {step:4d} | {line}")
+                    interrupt.release()
+                    if cfg.eval_interval and step % cfg.eval_interval == 0:
+                        evaluate()
+                    if cfg.save_interval and step % cfg.save_interval == 0:
+                        save()
+                if history["evaluated"] != step:
+                    evaluate()
                 save()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C does not cut the saving short
-        save()
-        if chief:
-            print(f"\ninterrupted: {step} steps are saved in {cfg.out_dir}; go on with --init_from=resume")
-        raise SystemExit(130) from None
+            except KeyboardInterrupt:
+                interrupt.hold()  # an impatient second Ctrl-C does not cut the saving short
+                save()
+                if chief:
+                    print(f"\ninterrupted: {step} steps are saved in {cfg.out_dir}; go on with --init_from=resume")
+                raise SystemExit(130) from None
     finally:
         if chief:
             log.close()
-    if chief and accuracy is not None:
-        count = sum(p.numel() for p in parameters.values())
-        print(f"{os.path.basename(cfg.out_dir)}: greedy accuracy {history['base']:.3f} -> {accuracy:.3f} with {count} "
-              f"numbers in {time.time() - began:.0f} s")
+    if chief and history["base"] is not None:
+        numbers = sum(p.numel() for p in parameters.values())
+        print(f"{os.path.basename(os.path.normpath(cfg.out_dir))}: greedy accuracy {history['base']:.3f} -> "
+              f"{history['accuracy']:.3f} with {numbers} numbers in {time.time() - began:.0f} s")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -431,9 +449,9 @@ def print_evaluation(step, result):
 
 def train(cfg):
     check_settings(cfg)
-    rank, world = start_ranks(cfg)
+    rank, world, device = start_ranks(cfg)
     problems = eval_math.load_problems(cfg.dataset, "train")
-    net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
+    net, tokenizer = load_model(cfg.model, cfg.dtype, device), load_tokenizer(cfg.model)
     prepare_problems(net, tokenizer, problems, cfg)
     began = time.time()
     adapter = tinylora.add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed)
@@ -451,7 +469,8 @@ def train(cfg):
     def save_result():
         tinylora.save_adapter(adapter, os.path.join(cfg.out_dir, "adapter.safetensors"))
 
-    training_loop(cfg, net, tokenizer, dict(adapter.named_parameters()), optimizer, take_step, save_result)
+    parameters = dict(adapter.named_parameters())
+    training_loop(cfg, net, tokenizer, parameters, optimizer, adapter.meta, take_step, save_result)
 
 
 def prepare_problems(net, tokenizer, problems, cfg):
@@ -471,7 +490,7 @@ def rollout(net, tokenizer, problems, cfg, step, rank, world):
     mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[rank::world]
     batch, prompts = [problems[index] for _, index in mine], [problems[index]["prompt"] for _, index in mine]
     groups = generate(net, tokenizer, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature, cfg.seed,
-                      prompt_ids=[position for position, _ in mine], progress=f"step {step + 1}")
+                      prompt_ids=[position for position, _ in mine], progress=f"step {step + 1}" if rank == 0 else None)
     scores = [[eval_math.score(c.text, c.truncated, problem["answer"], cfg.answer_format) for c in group]
               for problem, group in zip(batch, groups)]
     rewards = torch.tensor([[float(s["strict"]) for s in group] for group in scores]).view(-1, cfg.group_size)  # [P, G]
@@ -490,15 +509,17 @@ def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, i
     t0 = time.time()
     rows, n = rollout(net, tokenizer, problems, cfg, step, rank, world)
     t1 = time.time()
+    interrupt.hold()
     if not cfg.kl_coef:
         rows = [row for row in rows if row.advantage]  # the others have no gradient
     passes = []
     for _ in range(cfg.num_passes):
         optimizer.zero_grad(set_to_none=False)
         passes.append(accumulate_gradient(net, tokenizer, rows, cfg, n["rows"], n["tokens"]))
-        grad_norm = update(optimizer, net.adapter.parameters(), cfg.grad_clip, interrupt)
+        grad_norm = update(optimizer, net.adapter.parameters(), cfg.grad_clip)
     t2 = time.time()
-    sums = passes[0] | {"clipped": passes[-1]["clipped"]}  # the first pass scores with the weights that sampled
+    # Clipping, like grad_norm, is of the last pass; the rest of the first, which scores with the weights that sampled.
+    sums = passes[0] | {"clipped": passes[-1]["clipped"]}
     [diff_max] = all_reduce([sums.pop("diff_max")], net.device, "max")
     sums = dict(zip(sums, all_reduce(list(sums.values()), net.device)))
     record = {"reward": n["right"] / n["rows"], "reward_lenient": n["lenient"] / n["rows"],
@@ -522,31 +543,36 @@ def summary(r, cfg):
         line += f"entropy {r['entropy']:.2f} | sampler-trainer {r['diff']:.0e} | "
     line += f"{r['seconds']['generate']:.1f} + {r['seconds']['update']:.1f} s"
     if r["truncated"] > 0.2:
-        line += (f"\nwarning: {r['truncated']:.0%} of the answers were cut off at max_new_tokens = "
-                 f"{cfg.max_new_tokens} and earned nothing; raise it")
+        line += (f"\nwarning: {r['truncated']:.0%} of the answers were cut off and earned nothing; raise "
+                 f"max_new_tokens (now {cfg.max_new_tokens})")
     return line
 
 
-def update(optimizer, parameters, grad_clip, interrupt):
+def update(optimizer, parameters, grad_clip):
     """Sum the gradient over ranks, clip its norm, step. Returns the norm."""
     parameters = list(parameters)
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank whose rows all dropped out has none
         if dist.is_initialized():
             dist.all_reduce(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    with interrupt.held_back():
-        optimizer.step()
-    return norm.item()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
+    if not math.isfinite(norm):
+        raise UserError("the gradient is not finite; nothing was changed by this step. Lower lr, or use "
+                        "--dtype=bfloat16 or float32")
+    optimizer.step()
+    return norm
 
 
 def peak_gb(device):
-    """Peak memory of this process so far, in GB: of the GPU, or of the host without one."""
+    """Peak memory of this process so far, in GB: of the GPU, or of the host without one (None if it does not say)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource  # not on Windows, so not on top
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def main():

@@ -248,8 +248,14 @@ def load_config(path):
         need(not raw.get(key), f"{key} is not supported")
     need(kind == "qwen2" or not raw.get("attention_bias"), "attention_bias is not supported for llama")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    need(isinstance(rope, dict), "its rope settings are not a JSON object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     need(rope_type in ("default", "llama3"), f"rope type {rope_type!r} is not supported (default and llama3 are)")
+    for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        need(rope_type == "default" or isinstance(rope.get(key), (int, float)), f"its llama3 rope settings lack {key}")
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        need(raw.get(key) is None or isinstance(raw[key], int), f"{key} must be a whole number, not {raw.get(key)!r}")
     try:
         heads = raw["num_attention_heads"]
         return Config(
@@ -261,7 +267,7 @@ def load_config(path):
             num_key_value_heads=raw.get("num_key_value_heads") or heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            max_position_embeddings=raw.get("max_position_embeddings", 2048 if kind == "llama" else 32768),
+            max_position_embeddings=raw.get("max_position_embeddings") or (2048 if kind == "llama" else 32768),
             rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
             rope_scaling=rope if rope_type == "llama3" else None,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -313,8 +319,9 @@ def _read_weights(path, model, device, dtype):
         except (SafetensorError, OSError) as error:
             hint = "; a 130-byte file is a git-lfs pointer" if os.path.getsize(file) < 1000 else ""
             raise UserError(f"{file} is damaged or no safetensors file ({error}{hint}); download it again") from None
-    if model.config.tie_word_embeddings and embedding in tensors:
-        if not torch.equal(tensors.pop("lm_head.weight", tensors[embedding]), tensors[embedding]):
+    if model.config.tie_word_embeddings and "lm_head.weight" in tensors:
+        copy = tensors.pop("lm_head.weight")
+        if not torch.equal(copy, tensors.get(embedding, copy)):
             raise UserError(f"{path}: config.json ties the embeddings, but lm_head.weight is not a copy of {embedding}")
     return tensors
 
@@ -393,16 +400,17 @@ class Tokenizer:
         file = os.path.join(path, "tokenizer.json")
         data = read_json(file)
         extra = _read_optional(os.path.join(path, "tokenizer_config.json"))
-        if data.get("model", {}).get("type") != "BPE" or data["model"].get("byte_fallback"):
+        bpe = data.get("model", {}) if isinstance(data, dict) else {}
+        if bpe.get("type") != "BPE" or bpe.get("byte_fallback"):
             raise UserError(f"{file}: only byte-level BPE tokenizers are supported")
         alphabet = _byte_alphabet()
         try:
-            ranks = {bytes(alphabet[c] for c in token): i for token, i in data["model"]["vocab"].items()}
-        except KeyError as error:
-            raise UserError(f"{file}: {error} is no byte-level character; not a byte-level BPE vocabulary") from None
-        merges = [m.split(" ") if isinstance(m, str) else m for m in data["model"]["merges"]]
-        order = [data["model"]["vocab"][a + b] for a, b in merges]
-        if any(a > b for a, b in zip(order, order[1:])) and not data["model"].get("ignore_merges"):
+            ranks = {bytes(alphabet[c] for c in token): i for token, i in bpe["vocab"].items()}
+            merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
+            order = [bpe["vocab"][a + b] for a, b in merges]
+        except (KeyError, ValueError, AttributeError) as error:
+            raise UserError(f"{file}: not a byte-level BPE vocabulary with its merges ({error!r})") from None
+        if any(a > b for a, b in zip(order, order[1:])) and not bpe.get("ignore_merges"):
             raise UserError(f"{file}: merges are not in the order of their ids, which tiktoken needs")
         self.added = {t["content"]: t["id"] for t in data.get("added_tokens", [])}
         self.special_ids = {t["id"] for t in data.get("added_tokens", []) if t.get("special")}
@@ -414,11 +422,13 @@ class Tokenizer:
         adds_bos = "TemplateProcessing" in json.dumps(data.get("post_processor"))  # Llama puts one before raw text
         self.bos_ids = [self.added[_token_text(extra["bos_token"])]] if adds_bos and extra.get("bos_token") else []
         self.special_texts = {k: _token_text(extra.get(k)) or "" for k in ("bos_token", "eos_token")}
-        self.stop_ids = self._stop_ids(path, extra)
+        self._eos = self.added.get(_token_text(extra.get("eos_token")))
+        self.stop_ids = self._stop_ids(path)
+        self.eos_id = self._eos if self._eos in self.stop_ids else min(self.stop_ids)  # what ends a turn in training
         self.pad_id = self._pad_id(extra)
         self.template = _chat_template(path, extra)
 
-    def _stop_ids(self, path, extra):
+    def _stop_ids(self, path):
         """eos_token_id of generation_config.json, else of config.json, else the tokenizer's eos_token: a set of ids.
 
         Nothing else is read there: its temperature, top_p and repetition_penalty would change the sampled policy.
@@ -426,8 +436,13 @@ class Tokenizer:
         for name in ("generation_config.json", "config.json"):
             stop = _read_optional(os.path.join(path, name)).get("eos_token_id")
             if stop is not None:
-                return frozenset(stop if isinstance(stop, list) else [stop])
-        return frozenset(i for t, i in self.added.items() if t == _token_text(extra.get("eos_token")))
+                stop = stop if isinstance(stop, list) else [stop]
+                if not all(isinstance(i, int) for i in stop):
+                    raise UserError(f"{os.path.join(path, name)}: eos_token_id must be a token id or a list of them")
+                return frozenset(stop)
+        if self._eos is None:
+            raise UserError(f"{path}: no stop token is named (eos_token_id in generation_config.json or config.json)")
+        return frozenset([self._eos])
 
     def _pad_id(self, extra):
         """The file's pad token if it is no stop id, else any id that is none. Padding is masked: its value is inert."""
@@ -463,7 +478,11 @@ class Tokenizer:
         """Render messages [{'role': ..., 'content': ...}] with the checkpoint's own template (a jinja2 sandbox)."""
         if self.template is None:
             raise UserError("this checkpoint has no chat template")
-        return self.template.render(messages=messages, add_generation_prompt=generation_prompt, **self.special_texts)
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=generation_prompt,
+                                        **self.special_texts)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template fails: {error}") from None
 
     def encode_chat(self, messages, generation_prompt=True):
         """Ids of the rendered chat, where the special tokens are the template's: those a user typed stay text."""
@@ -484,7 +503,10 @@ def load_tokenizer(path):
 
 
 def _read_optional(file):
-    return read_json(file) if os.path.exists(file) else {}
+    data = read_json(file) if os.path.exists(file) else {}
+    if not isinstance(data, dict):
+        raise UserError(f"{file} is not a JSON object")
+    return data
 
 
 def _token_text(token):

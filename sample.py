@@ -4,7 +4,6 @@
     python sample.py --model=Qwen/Qwen2.5-7B-Instruct --adapter=out/qwen7b_u13 --prompt="What is 17 * 23?"
 """
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,7 @@ from model import load_model, load_tokenizer
 model = "toy/base"  # checkpoint directory or hub name
 adapter = ""  # adapter file, or the out_dir of a run; none if empty
 prompt = "Tom has 3 apples. Tom finds 4 more. Then the number doubles. How many apples are there now?"
-system_prompt = ""  # system message of the chat; none if empty
+system_prompt = ""  # system message of the chat; empty: what the chat template puts there, if anything
 chat = True  # wrap the prompt in the checkpoint's chat template, if it has one
 num_samples = 3  # completions to show
 max_new_tokens = 256  # a completion is cut off after so many
@@ -85,7 +84,7 @@ def sample_tokens(logits, temperature, uniforms):
     else:
         cdf = logprobs.exp().cumsum(-1)
         ids = torch.searchsorted(cdf, (uniforms[:, None] * cdf[:, -1:]), right=True).squeeze(1)
-        ids = ids.clamp(max=logits.shape[1] - 1)  # u * total may round up to total
+        ids = ids.clamp(max=logits.shape[1] - 1)  # NaN would point past the end; the trainer reports it
     return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
 
 
@@ -130,11 +129,19 @@ def max_rows(model, length, limit=1024):
     """How many rows of this length the KV cache may hold: a third of the free memory (dropping rows copies it)."""
     c = model.config
     row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * length * model.head.element_size()
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(limit, free // 3 // row))
+    return max(1, min(limit, free_memory(model.device) // 3 // row))
+
+
+def free_memory(device):
+    """Bytes that can still be allocated on the GPU, or on the host (where the system does not say: 4 GB)."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reusable
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 * 10**9
 
 
 def _generate_wave(model, tokenizer, prompts, n, max_new_tokens, temperature, seed, prompt_ids, bar):

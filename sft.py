@@ -28,12 +28,21 @@ from grpo import (
     training_loop,
     update,
 )
-from model import Transformer, init_weights, load_config, load_model, load_tokenizer, pick_device, save_model
+from model import (
+    Transformer,
+    checkpoint_dir,
+    init_weights,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    save_model,
+)
 
 model = "toy/base"  # checkpoint directory or hub name
 dataset = "toy/train.jsonl"  # rows with question and solution: a .jsonl file, a folder, or a name (eval_math.py)
 eval_dataset = "toy/test.jsonl"  # held-out problems, greedy accuracy; none if empty
-system_prompt = ""  # system message where a row brings none; none if empty
+system_prompt = ""  # system message where a row brings none; empty: what the chat template puts there
 prompt_template = "{question}"  # the user's message
 answer_format = "hash"  # what strict scoring reads: hash (#### 42), boxed (\boxed{42}) or any
 out_dir = "out/toy_sft"  # log, checkpoints, result
@@ -69,6 +78,11 @@ def check_settings(cfg):
     bad = [
         (cfg.method not in ("tinylora", "lora_xs", "full"), "method must be tinylora, lora_xs or full"),
         (cfg.random_init and cfg.method != "full", "random_init goes with method = full"),
+        (cfg.method == "full" and cfg.dtype not in ("auto", "float32"), "method = full trains float32 weights: small "
+         "steps are rounded away in 16 bits"),
+        (min(cfg.lr, cfg.weight_decay, cfg.grad_clip, cfg.warmup_steps, cfg.seed, cfg.eval_size) < 0
+         or not 0 <= cfg.beta2 < 1, "lr, weight_decay, grad_clip, warmup_steps, seed and eval_size must not be "
+         "negative, beta2 in [0, 1)"),
         (cfg.lr_schedule not in ("constant", "cosine"), "lr_schedule must be constant or cosine"),
         (cfg.init_from not in ("scratch", "resume"), "init_from must be scratch or resume"),
         (cfg.answer_format not in ("hash", "boxed", "any"), "answer_format must be hash, boxed or any"),
@@ -88,23 +102,26 @@ def learning_rate(step, cfg):
     return rate
 
 
-def supervised_row(tokenizer, problem, cfg):
+def supervised_row(tokenizer, problem, cfg, context):
     """A row of the data as tokens: the chat prompt, then the solution and a stop token."""
     [prompt] = eval_math.encode_problems(
         tokenizer, [problem], problem.get("system", cfg.system_prompt), cfg.prompt_template
     )
-    ids = tokenizer.encode(problem.get("solution") or problem["answer"]) + [min(tokenizer.stop_ids)]
+    ids = tokenizer.encode(problem["solution"]) + [tokenizer.eos_id]
+    if len(prompt) + len(ids) > context:
+        raise UserError(f"{cfg.dataset}: a row of {len(prompt) + len(ids)} tokens is longer than the model's context "
+                        f"of {context}; it begins: {problem['question'][:60]!r}")
     return Row(prompt, ids, sampler_logprobs=[], advantage=1.0)
 
 
-def build(cfg):
+def build(cfg, device):
     """The model and what of it is trained, {name: parameter}."""
     if cfg.random_init:
-        net = Transformer(load_config(cfg.model))
+        net = Transformer(load_config(checkpoint_dir(cfg.model)))
         init_weights(net, cfg.seed)
-        net = net.to(pick_device(cfg.device))
+        net = net.to(pick_device(device))
     else:
-        net = load_model(cfg.model, cfg.dtype, cfg.device)
+        net = load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device)
     if cfg.method == "full":
         return net.requires_grad_(True), dict(net.named_parameters())
     adapter = tinylora.add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed)
@@ -113,10 +130,10 @@ def build(cfg):
 
 def train(cfg):
     check_settings(cfg)
-    rank, world = start_ranks(cfg)
+    rank, world, device = start_ranks(cfg)
     problems = eval_math.load_problems(cfg.dataset, "train")
     tokenizer = load_tokenizer(cfg.model)
-    net, parameters = build(cfg)
+    net, parameters = build(cfg, device)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay
     )
@@ -125,9 +142,11 @@ def train(cfg):
               f"{len(problems)} rows; {net.head.dtype} on {net.device}, {world} process(es)")
 
     def take_step(step, interrupt):
+        interrupt.hold()
         t0 = time.time()
         mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[rank::world]
-        rows = [supervised_row(tokenizer, problems[index], cfg) for _, index in mine]
+        context = net.config.max_position_embeddings
+        rows = [supervised_row(tokenizer, problems[index], cfg, context) for _, index in mine]
         [num_tokens] = all_reduce([sum(len(row.ids) for row in rows)], net.device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
@@ -138,7 +157,7 @@ def train(cfg):
             loss = -logp.sum() / num_tokens  # logp is 0 outside the solution; num_tokens is the global batch's
             loss.backward()
             loss_sum += loss.item()
-        grad_norm = update(optimizer, parameters.values(), cfg.grad_clip, interrupt)
+        grad_norm = update(optimizer, parameters.values(), cfg.grad_clip)
         [loss_sum] = all_reduce([loss_sum], net.device)
         seconds = time.time() - t0
         record = {"loss": loss_sum, "grad_norm": grad_norm, "lr": learning_rate(step, cfg), "tokens": num_tokens,
@@ -147,11 +166,12 @@ def train(cfg):
 
     def save_result():
         if cfg.method == "full":
-            save_model(net, os.path.join(cfg.out_dir, "model"), tokenizer_from=cfg.model)
+            save_model(net, os.path.join(cfg.out_dir, "model"), tokenizer_from=checkpoint_dir(cfg.model))
         else:
             tinylora.save_adapter(net.adapter, os.path.join(cfg.out_dir, "adapter.safetensors"))
 
-    training_loop(cfg, net, tokenizer, parameters, optimizer, take_step, save_result)
+    identity = {"method": "full"} if cfg.method == "full" else net.adapter.meta
+    training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step, save_result)
 
 
 def main():

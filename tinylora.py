@@ -36,13 +36,15 @@ class AdaptedLinear(nn.Linear):
         linear.__class__ = cls  # in place: same parameters, same names, one more term in forward
         linear.index, linear.US, linear.Vt = index, US, Vt
         object.__setattr__(linear, "adapter", adapter)  # not a submodule: the model's state dict stays the checkpoint's
-        return linear
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
         R = self.adapter.R[self.index]
         h = F.linear(x, self.Vt).to(R.dtype) @ R.T  # [..., r], in fp32 so that v is not rounded
-        return y + F.linear(h.to(x.dtype), self.US)
+        update = F.linear(h.to(x.dtype), self.US)
+        # One addmm, so that W x + update is rounded once: added to an output that is already bf16, an update below
+        # half a unit in its last place would be lost for every token alike.
+        y = torch.addmm(update.flatten(0, -2), x.flatten(0, -2), self.weight.T).view_as(update)
+        return y if self.bias is None else y + self.bias
 
 
 class Adapter(nn.Module):
@@ -100,7 +102,7 @@ def add_adapter(model, method="tinylora", rank=2, u=13, n_tie=0, tie="tiled", se
         dtype = linear.weight.dtype
         AdaptedLinear.adapt(linear, adapter, index, (U * S).to(dtype).contiguous(), Vt.to(dtype).contiguous())
     object.__setattr__(model, "adapter", adapter)
-    model.model.register_forward_pre_hook(adapter.refresh)
+    adapter.hook = model.model.register_forward_pre_hook(adapter.refresh)
     return adapter
 
 
@@ -141,25 +143,25 @@ def top_svd(W, rank, tol=1e-6, block=8, max_rounds=60):
     Signs: (u, v) and (-u, -v) are both right but give different updates, so the entry of u that is largest in
     magnitude is made positive (the first, if several are).
     """
-    W = W.detach().float()
+    W = W.detach().double()  # W^T W squares the spread of the spectrum: too much for fp32 where one value towers
     U, S, Vt = _lanczos(W, rank, tol, block, max_rounds) or torch.linalg.svd(W, full_matrices=False)
     U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
     sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()  # [1, r]
-    return U * sign, S, Vt * sign.T
+    return (U * sign).float(), S.float(), (Vt * sign.T).float()
 
 
 def _lanczos(W, rank, tol, block, max_rounds):
     """U, S, Vt of the top `rank` triplets, or None where the basis fills the space or max_rounds do not suffice."""
     generator = torch.Generator().manual_seed(0)  # the start decides the rounds needed, not the result
-    X = torch.randn(W.shape[1], max(block, rank + 4), generator=generator).to(W.device)
+    X = torch.randn(W.shape[1], max(block, rank + 4), generator=generator).to(W)
     if min(W.shape) < 2 * X.shape[1]:
         return None
     X = torch.linalg.qr(X).Q
     basis, images = X, W @ X  # V-side basis [n, k] and its image under W [m, k]
     for _ in range(max_rounds):
-        values, vectors = torch.linalg.eigh((images.T @ images).double())  # Rayleigh-Ritz, ascending
-        top = vectors[:, -rank:].flip(-1).float()
-        V, WV, S2 = basis @ top, images @ top, values[-rank:].flip(-1).float()
+        values, vectors = torch.linalg.eigh(images.T @ images)  # Rayleigh-Ritz, ascending
+        top = vectors[:, -rank:].flip(-1)
+        V, WV, S2 = basis @ top, images @ top, values[-rank:].flip(-1)
         residual = (W.T @ WV - V * S2).norm(dim=0) / S2
         if residual.max() < tol:
             S = WV.norm(dim=0)
@@ -182,7 +184,10 @@ def merge(model):
     for linear in adapted_linears(model).values():
         update = linear.US.float() @ adapter.R[linear.index] @ linear.Vt.float()
         linear.weight.copy_((linear.weight.float() + update).to(linear.weight.dtype))
-    adapter.v.zero_()  # with v = 0 what is left of the adapter does nothing
+        linear.__class__ = nn.Linear
+        del linear.adapter, linear.index, linear.US, linear.Vt
+    adapter.hook.remove()
+    del model.adapter
     return model
 
 
@@ -205,12 +210,15 @@ def load_adapter(model, path):
         raise UserError(f"no adapter can be read from '{path}': {error}") from None
     if info.get("format") != FORMAT:
         raise UserError(f"{path}: format {info.get('format')!r}, this version reads {FORMAT!r}")
-    meta = json.loads(info["settings"])
-    linears, sigma = meta.pop("linears"), meta.pop("sigma")
+    try:
+        meta = json.loads(info["settings"])
+        linears, sigma = meta.pop("linears"), meta.pop("sigma")
+    except (KeyError, ValueError, AttributeError):
+        raise UserError(f"{path}: the settings in its metadata cannot be read") from None
     if linears != len(adapted_linears(model)):
         raise UserError(f"{path} is for a model of {linears} linears, this one has {len(adapted_linears(model))}")
     adapter = add_adapter(model, **meta)
-    if not np.allclose(sigma, adapter.meta["sigma"], rtol=1e-2):
+    if not np.allclose(sigma, adapter.meta["sigma"], rtol=1e-3):
         raise UserError(f"{path} was trained on another base model: its singular values differ")
     if v.shape != adapter.v.shape:
         raise UserError(f"{path}: v has shape {list(v.shape)}, its settings say {list(adapter.v.shape)}")

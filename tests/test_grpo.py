@@ -303,7 +303,9 @@ REFUSED = {
     "wrong type": (dict(max_steps="many"), "--max_steps wants an int"),
     "unknown key": (dict(learning_rate=1), "learning_rate"),
     "nothing to resume": (dict(init_from="resume"), "no checkpoint can be read"),
-    "prompt longer than the context": (dict(prompt_template="{question}" * 40), "longer than the model's context of 512"),
+    "prompt longer than the context": (
+        dict(prompt_template="{question}" * 40),
+        "longer than the model's context of 512"),
 }
 
 

@@ -27,12 +27,12 @@ SEED = 1337
 # the problems
 num_train = 2000  # problems for GRPO
 num_test = 500  # held out: none of them occurs in train.jsonl or in the pre-training documents
-num_documents = 205_000  # pre-training documents
-min_steps, max_steps = 3, 5  # calculations a problem needs
+num_documents = 166_000  # pre-training documents
+min_steps, max_steps = 3, 6  # calculations a problem needs
 worked_share = 0.4  # share of the documents that work the answer out; the others state it at once
 system_share = 0.5  # share of the documents with a system message that says which of the two is wanted, half and half
 
-# the model: Qwen2's architecture, a millionth of its size
+# the model: Qwen2's architecture, a ten-thousandth of the size of the 7B
 hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size, vocab_size = 128, 3, 4, 2, 384, 512
 
 NAMES = "Tom Ann Sam Mia Ben Eva Leo Zoe Max Ida Jon Amy".split()
@@ -50,7 +50,7 @@ def make_problem(rng):
     x = rng.randint(2, 40)
     text, work = [f"{name} has {x} {thing}."], []
     for _ in range(rng.randint(min_steps, max_steps)):
-        moves = [m for m in "++--*/" if (m != "+" or x < 98) and (m != "-" or x > 2) and (m != "/" or x % 2 == 0)
+        moves = [m for m in "+-*/" if (m != "+" or x < 98) and (m != "-" or x > 2) and (m != "/" or x % 2 == 0)
                  and (m != "*" or x < 49)]
         move = rng.choice(moves)
         if move == "+":
