@@ -28,6 +28,7 @@ def test_problems_come_from_files_and_folders_in_the_usual_columns(tmp_path):
     problems = eval_math.load_problems(path)
     pairs = [(p["question"], p["answer"]) for p in problems]
     assert pairs == [("1+1?", "2"), ("2+2?", "4"), ("3+3?", "6"), ("4+4?", "8")]
+    assert problems[2]["solution"] == "Well, 3+3=<<3+3=6>>6.\n#### 6" and problems[0]["solution"] == "2"
     (tmp_path / "data.jsonl").rename(tmp_path / "test.jsonl")
     assert eval_math.load_problems(str(tmp_path), "test") == problems
 
@@ -70,6 +71,7 @@ def test_gsm8k_as_published_loads():
         (r"\boxed{2}", False, "hash", False, True),  # right, but not as asked
         (r"\boxed{2}", False, "boxed", True, True),
         ("2 + 2 is 4", False, "any", False, False),
+        ("#### 5. The answer is 2", False, "hash", False, True),  # the line after #### says something else
         ("", False, "any", False, False),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -15,9 +16,12 @@ import torch
 from conftest import ROOT, assert_refused, run_script
 from safetensors.torch import load_file
 
+import eval_math
 import grpo
+import model
+import sample
 import tinylora
-from configurator import configure
+from configurator import UserError, configure
 
 # ------------------------------------------------------------------------------------------------------ the objective
 
@@ -98,8 +102,8 @@ def test_chunked_logprobs_equal_the_full_softmax(chunk):
 
 
 def settings(**changes):
-    cfg = SimpleNamespace(objective="grpo", temperature=1.0, micro_batch_tokens=10**6, max_new_tokens=12, clip_low=0.2,
-                          clip_high=0.2, kl_coef=0.0)
+    cfg = SimpleNamespace(objective="grpo", temperature=1.0, micro_batch_tokens=10**6, max_new_tokens=12, clip_low=0.0,
+                          clip_high=0.0, kl_coef=0.0)
     return SimpleNamespace(**vars(cfg) | changes)
 
 
@@ -141,22 +145,55 @@ def test_gradient_is_the_same_for_any_split(net, tokenizer, objective):
         assert (other - whole).norm() <= 1e-5 * whole.norm()
 
 
-def test_on_policy_gradient_is_that_of_the_advantage_weighted_log_likelihood(net, tokenizer):
-    """One prompt and row at a time through the plain forward pass, in float64."""
-    rows = random_rows(5)
-    tinylora.add_adapter(net, u=3, n_tie=4)
-    ours = gradient(net, tokenizer, rows, settings())
-    net.double()
+def plain_logprobs(net, row):
+    """Log-probs of a row's tokens, one row at a time through the plain forward pass."""
+    logits = net(torch.tensor([row.prompt + row.ids]))[0, len(row.prompt) - 1 : -1]
+    return torch.log_softmax(logits, -1)[range(len(row.ids)), row.ids]
+
+
+def in_float64(net):
+    net.double().adapter.double()
     for linear in tinylora.adapted_linears(net).values():
         linear.US, linear.Vt = linear.US.double(), linear.Vt.double()
-    net.adapter.double().zero_grad()
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_gradient_is_that_of_the_textbook_formula(net, tokenizer, checkpoint, kl_coef):
+    """On policy: -A mean(log p) a row, plus kl_coef times the mean of k3 against the model without adapter."""
+    rows, base = random_rows(5), model.load_model(checkpoint, device="cpu").double()
+    torch.nn.init.normal_(tinylora.add_adapter(net, u=3, n_tie=4).v, std=0.2)
+    ours = gradient(net, tokenizer, rows, settings(kl_coef=kl_coef))
+    in_float64(net)
+    net.adapter.zero_grad()
     loss = 0
     for row in rows:
-        logits = net(torch.tensor([row.prompt + row.ids]))[0, len(row.prompt) - 1 : -1]
-        logp = torch.log_softmax(logits, -1)[range(len(row.ids)), row.ids]
-        loss = loss - row.advantage * logp.mean() / len(rows)
+        logp, ref = plain_logprobs(net, row), plain_logprobs(base, row)
+        kl = (ref - logp).exp() - (ref - logp) - 1
+        loss = loss + (-row.advantage * logp.mean() + kl_coef * kl.mean()) / len(rows)
     loss.backward()
     assert (ours - net.adapter.v.grad).norm() <= 1e-4 * ours.norm()
+
+
+def test_later_passes_keep_the_ratio_to_the_policy_of_the_first(net, tokenizer):
+    rows = random_rows(6)
+    adapter, cfg = tinylora.add_adapter(net, u=3, n_tie=4), settings(clip_low=0.1, clip_high=0.1)
+    gradient(net, tokenizer, rows, cfg)  # the first pass notes the old log-probs
+    with torch.no_grad():
+        old = [plain_logprobs(net, row) for row in rows]
+        adapter.v += 0.1
+    adapter.zero_grad()
+    sums = grpo.accumulate_gradient(net, tokenizer, rows, cfg, 6, sum(len(row.ids) for row in rows))
+    ours = adapter.v.grad.clone()
+    adapter.zero_grad()
+    loss, clipped = 0, 0
+    for row, old_logp in zip(rows, old):
+        ratio = (plain_logprobs(net, row) - old_logp).exp()
+        terms = torch.stack((ratio * row.advantage, ratio.clamp(0.9, 1.1) * row.advantage))
+        loss = loss - terms.min(0).values.mean() / 6
+        clipped += int((terms[1] < terms[0]).sum())
+    loss.backward()
+    assert 0 < clipped == sums["clipped"] < sum(len(row.ids) for row in rows)  # some are clipped, not all
+    assert (ours - adapter.v.grad).norm() <= 1e-4 * ours.norm()
 
 
 def test_the_stop_token_is_trained(net, tokenizer):
@@ -205,9 +242,7 @@ def args(checkpoint, problems, out_dir, **changes):
 
 @pytest.fixture
 def lucky(monkeypatch):
-    """A reward that random weights can earn, so that there is something to learn: an even number of tokens."""
-    import eval_math
-
+    """A reward that random weights can earn, so that there is something to learn: an even number of characters."""
     def score(response, truncated, reference, answer_format):
         right = len(response) % 2 == 0
         return {"strict": right, "lenient": right}
@@ -277,18 +312,102 @@ def test_a_second_run_moves_the_first_aside(checkpoint, problems, tmp_path):
     assert (tmp_path / "run.1" / "log.jsonl").exists() and (tmp_path / "run" / "log.jsonl").exists()
 
 
-def test_two_processes_learn_what_one_does(checkpoint, problems, tmp_path):
-    """torchrun with 2 ranks over gloo: the same rewards, and the same v up to rounding."""
-    options = dict(max_steps=2, batch_size=4, eval_dataset="", kl_coef=0.5, temperature=2.0)
+def test_two_processes_learn_what_one_does(checkpoint, problems, tmp_path, net):
+    """torchrun with 2 ranks over gloo, from a v with a KL gradient: the same samples, and the same gradient moments."""
+    adapter = tinylora.add_adapter(net, rank=2, u=1, n_tie=1, seed=1337)
+    torch.nn.init.normal_(adapter.v, std=0.2, generator=torch.Generator().manual_seed(0))
+    parameters, optimizer = dict(adapter.named_parameters()), torch.optim.Adam(adapter.parameters())
+    history = {"seconds": 0.0, "base": None, "accuracy": None, "evaluated": None}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        grpo.save_checkpoint(str(tmp_path / name / "checkpoint.safetensors"), parameters, optimizer, 0, history,
+                             adapter.meta)
+    options = dict(max_steps=2, batch_size=4, eval_dataset="", kl_coef=0.5, init_from="resume")
     run(*args(checkpoint, problems, tmp_path / "one", **options))
     done = run_script("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", "grpo.py",
                       *args(checkpoint, problems, tmp_path / "two", **options))
     assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / d / "checkpoint.safetensors") for d in ("one", "two"))
-    key = next(k for k in one if k.endswith("exp_avg_sq"))
-    assert torch.allclose(one[key], two[key], rtol=1e-3) and one.keys() == two.keys()
+    moment = one["optimizer.0.exp_avg"]
+    assert (two["optimizer.0.exp_avg"] - moment).norm() < 1e-4 * moment.norm() and moment.norm() > 0
     lengths = [[line["length"] for line in log_of(tmp_path / d)] for d in ("one", "two")]
     assert lengths[0] == lengths[1]
+
+
+def test_a_step_follows_the_policy_gradient_of_its_samples(net, tokenizer, checkpoint, problems, lucky, monkeypatch):
+    """The whole of training_step against rewards, advantages and gradient computed here from what was sampled."""
+    adapter = tinylora.add_adapter(net, u=3, n_tie=4)
+    cfg = configure(vars(grpo), args(checkpoint, problems, "unused", batch_size=5, micro_batch_tokens=100))
+    rows = eval_math.load_problems(problems)
+    grpo.prepare_problems(net, tokenizer, rows, cfg)
+    seen = {}
+
+    def sampling(net, tokenizer, prompts, *arguments, **options):
+        seen["prompts"], seen["groups"] = prompts, sample.generate(net, tokenizer, prompts, *arguments, **options)
+        return seen["groups"]
+
+    def updating(optimizer, parameters, grad_clip):
+        seen["gradient"] = adapter.v.grad.clone()
+        return 0.0
+
+    monkeypatch.setattr(grpo, "generate", sampling)
+    monkeypatch.setattr(grpo, "update", updating)
+    optimizer = torch.optim.Adam(adapter.parameters())
+    record, _ = grpo.training_step(net, tokenizer, optimizer, rows, cfg, 0, 0, 1, grpo.Interrupt())
+    rewards = torch.tensor([[float(len(c.text) % 2 == 0) for c in group] for group in seen["groups"]])
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+    loss = 0
+    for prompt, group, group_advantages in zip(seen["prompts"], seen["groups"], advantages):
+        for c, advantage in zip(group, group_advantages):
+            loss = loss - advantage * plain_logprobs(net, grpo.Row(prompt, c.ids, [], 0.0)).mean() / rewards.numel()
+    adapter.zero_grad()
+    loss.backward()
+    assert (seen["gradient"] - adapter.v.grad).norm() <= 1e-4 * adapter.v.grad.norm() and adapter.v.grad.norm() > 0
+    assert record["reward"] == pytest.approx(rewards.mean().item())
+    assert record["equal_groups"] == pytest.approx((rewards.std(1) == 0).float().mean().item())
+
+
+def test_ctrl_c_during_an_update_neither_loses_nor_repeats_it(checkpoint, problems, tmp_path, lucky, monkeypatch):
+    run(*args(checkpoint, problems, tmp_path / "whole", max_steps=4))
+    step, calls = torch.optim.Adam.step, []
+
+    def interrupted(optimizer, *arguments, **options):
+        result = step(optimizer, *arguments, **options)
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(torch.optim.Adam, "step", interrupted)
+        run(*args(checkpoint, problems, tmp_path / "parts", max_steps=4))
+    assert stopped.value.code == 130 and len(calls) == 2
+    run(*args(checkpoint, problems, tmp_path / "parts", max_steps=4, init_from="resume"))
+    assert torch.equal(*(load_file(tmp_path / d / "adapter.safetensors")["v"] for d in ("whole", "parts")))
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+
+
+def test_resuming_a_finished_run_reports_the_same_line(checkpoint, problems, tmp_path, lucky, capsys):
+    run(*args(checkpoint, problems, tmp_path / "run"))
+    first = capsys.readouterr().out.splitlines()[-1]
+    run(*args(checkpoint, problems, tmp_path / "run", init_from="resume"))
+    assert capsys.readouterr().out.splitlines()[-1].rpartition(" in ")[0] == first.rpartition(" in ")[0]
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(checkpoint, problems, tmp_path):
+    run(*args(checkpoint, problems, tmp_path / "run", max_steps=1, eval_dataset=""))
+    for changes in (dict(seed=7), dict(tie="structured"), dict(u=2)):
+        options = dict(eval_dataset="", init_from="resume") | changes
+        with pytest.raises(UserError, match=f"made with another .*{next(iter(changes))}"):
+            run(*args(checkpoint, problems, tmp_path / "run", **options))
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(checkpoint, problems, tmp_path, lucky, monkeypatch):
+    scored = grpo.completion_logprobs
+    monkeypatch.setattr(grpo, "completion_logprobs", lambda *a: (scored(*a)[0] * math.nan, *scored(*a)[1:]))
+    with pytest.raises(UserError, match="not finite"):
+        run(*args(checkpoint, problems, tmp_path / "run", eval_dataset=""))
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()
 
 
 REFUSED = {
@@ -305,7 +424,8 @@ REFUSED = {
     "nothing to resume": (dict(init_from="resume"), "no checkpoint can be read"),
     "prompt longer than the context": (
         dict(prompt_template="{question}" * 40),
-        "longer than the model's context of 512"),
+        "longer than the model's context of 512",
+    ),
 }
 
 

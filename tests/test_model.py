@@ -163,6 +163,28 @@ def test_a_broken_directory_is_refused_in_one_line(tmp_path, name):
     assert REFUSED[name] in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "file, text, words",
+    [
+        ("tokenizer.json", "[]", "only byte-level BPE"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}', "not a byte-level BPE"),
+        ("tokenizer.json", None, "tokenizer.json is missing"),
+        ("generation_config.json", "[]", "is not a JSON object"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id must be a token id"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "8"}', "hidden_size must be a whole number"),
+        ("config.json", '{"model_type": "llama"}', "key 'num_attention_heads' is missing"),
+        ("config.json", '{"model_type": "llama", "rope_scaling": {"type": "llama3"}}', "rope settings lack factor"),
+    ],
+)
+def test_malformed_files_are_refused_in_one_line(checkpoint, tmp_path, file, text, words):
+    shutil.copytree(checkpoint, tmp_path / "broken")
+    (tmp_path / "broken" / file).write_text(text) if text else (tmp_path / "broken" / file).unlink()
+    with pytest.raises(UserError, match=words) as error:
+        model.load_config(str(tmp_path / "broken"))
+        model.load_tokenizer(str(tmp_path / "broken"))
+    assert "\n" not in str(error.value)
+
+
 # --------------------------------------------------------------------------------------------------------- tokenizer
 
 
@@ -218,7 +240,9 @@ def test_real_vocabularies_give_the_published_ids(family, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(gzip.decompress((source / "tokenizer.json.gz").read_bytes()))
     config = "tokenizer_config.json" if family == "qwen2.5" else "tokenizer_config.3.1.json"
     shutil.copy(source / config, tmp_path / "tokenizer_config.json")
+    shutil.copy(next(source.glob("generation_config*.json")), tmp_path / "generation_config.json")
     ours = model.load_tokenizer(str(tmp_path))
+    assert ours.decode([ours.eos_id]) == {"qwen2.5": "<|im_end|>", "llama3": "<|eot_id|>"}[family]  # ends a chat turn
     vectors = (SHARED / "tokenizers" / f"vectors_{family}.jsonl").read_text(encoding="utf-8")
     for case in map(json.loads, vectors.splitlines()):
         if case["kind"] == "text":

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from conftest import ROOT, make_checkpoint
 from safetensors.torch import load_file
 
@@ -55,7 +57,7 @@ def test_update_equals_the_dense_formula(net, settings):
     with torch.no_grad():
         before = net(ids)
         adapter = tinylora.add_adapter(net, seed=7, **settings)
-        assert torch.equal(net(ids), before)  # v = 0
+        assert (net(ids) - before).abs().max() < 1e-5  # v = 0
         exact = dense(net, filled(adapter))(ids)
         assert (net(ids) - exact).abs().max() < 1e-4 * exact.abs().max()
         assert (exact - before).abs().max() > 0.1  # the update is there to be seen
@@ -68,26 +70,26 @@ def test_merge_equals_unmerged(net):
     with torch.no_grad():
         unmerged = net(ids)
         assert (tinylora.merge(net)(ids) - unmerged).abs().max() < 1e-4 * unmerged.abs().max()
+    tinylora.add_adapter(net)  # the old one is gone
 
 
-def test_a_small_update_survives_in_bfloat16_though_a_merged_one_is_rounded_away(checkpoint):
-    net = model.load_model(checkpoint, dtype="bfloat16", device="cpu")
-    name, linear = next(iter(tinylora.adapted_linears(net).items()))
-    x = linear.weight.new_zeros(1, linear.in_features)
-    adapter = tinylora.add_adapter(net, u=4, n_tie=1)
-    with torch.no_grad():
-        adapter.v.fill_(1e-4)
-        adapter.refresh()
-        update = linear.US.float() @ adapter.R[0] @ linear.Vt.float()
-        merged = (linear.weight.float() + update).bfloat16()
-        x[0] = linear.Vt[0] * 4
-        bias, linear.bias = linear.bias, None
-        weight = linear.weight.clone()
-        linear.weight.zero_()  # what the layer adds to W x
-        assert torch.allclose(linear(x).float(), x.float() @ update.T, rtol=0.05, atol=1e-6)
-        linear.weight.copy_(weight)
-        linear.bias = bias
-    assert (merged == weight).float().mean() > 0.95 and update.abs().max() > 0
+def test_a_small_update_survives_in_bfloat16_though_merged_into_the_weights_it_is_rounded_away():
+    """How much of the exact update is in the outputs of a bf16 layer, over 4,096 random inputs."""
+    torch.manual_seed(0)
+    linear = nn.Linear(512, 512, bias=False).bfloat16().requires_grad_(False)
+    U, S, Vt = tinylora.top_svd(linear.weight, 2)
+    R = torch.full((1, 2, 2), 1e-3)
+    update = (U * S) @ R[0] @ Vt
+    x = torch.randn(4096, 512).bfloat16()
+    exact, base = x.float() @ update.T, linear(x).float()
+
+    def surviving(y):
+        return (((y.float() - base) * exact).sum() / exact.square().sum()).item()
+
+    merged = torch.nn.functional.linear(x, (linear.weight.float() + update).bfloat16())
+    tinylora.AdaptedLinear.adapt(linear, SimpleNamespace(R=R), 0, (U * S).bfloat16(), Vt.bfloat16())
+    assert surviving(merged) < 0.3
+    assert abs(surviving(linear(x)) - 1) < 0.05
 
 
 def test_only_v_is_trained_and_its_gradient_at_zero_is_not_zero(net):
@@ -132,18 +134,25 @@ def test_projection_is_the_same_in_another_process_and_for_any_thread_count():
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (150, 400), (40, 30), (64, 64)])
-@pytest.mark.parametrize("spectrum", ["flat", "decaying"])
+@pytest.mark.parametrize("spectrum", ["flat", "decaying", "one value towers"])
 def test_top_svd_equals_the_full_one(shape, spectrum):
     torch.manual_seed(0)
     W = torch.randn(shape)
-    if spectrum == "decaying":
+    if spectrum != "flat":
         U, S, Vt = torch.linalg.svd(W, full_matrices=False)
-        W = U * (1 / torch.arange(1, len(S) + 1)) @ Vt
+        W = U * (1 / torch.arange(1, len(S) + 1) if spectrum == "decaying" else S + 1000 * (S == S[0])) @ Vt
     U, S, Vt = tinylora.top_svd(W, 3)
     U0, S0, Vt0 = torch.linalg.svd(W.double(), full_matrices=False)
     assert torch.allclose(S.double(), S0[:3], rtol=1e-5)
     assert ((U0[:, :3] * U).sum(0).abs() > 1 - 1e-6).all() and ((Vt0[:3] * Vt).sum(1).abs() > 1 - 1e-6).all()
     assert (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def test_large_matrices_do_not_fall_back_to_the_full_svd():
+    torch.manual_seed(0)
+    for W in (torch.randn(300, 500), torch.randn(500, 300) + 30 * torch.randn(500, 1) @ torch.randn(1, 300)):
+        U, S, Vt = tinylora._lanczos(W.double(), 2, tol=1e-6, block=8, max_rounds=60)
+        assert torch.allclose(S, torch.linalg.svdvals(W.double())[:2], rtol=1e-9)
 
 
 def test_signs_inside_the_svd_change_nothing(monkeypatch):
