@@ -122,9 +122,9 @@ def policy_loss(logp, old_logp, advantages, weights, mask, objective="grpo", cli
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     advantages = advantages.unsqueeze(1)
-    objective_BT = torch.minimum(ratio * advantages, clipped * advantages)  # pessimistic: PPO (Schulman et al. 2017)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)  # pessimistic: PPO (Schulman et al. 2017)
     clip_count = ((clipped * advantages < ratio * advantages) * mask).sum()
-    return -(objective_BT * mask * weights.unsqueeze(1)).sum(), clip_count
+    return -(surrogate * mask * weights.unsqueeze(1)).sum(), clip_count
 
 
 def k3(logp, ref_logp):

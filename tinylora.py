@@ -94,11 +94,12 @@ def add_adapter(model, method="tinylora", rank=2, u=13, n_tie=0, tie="tiled", se
         P = torch.eye(u).view(u, rank, rank).expand(len(modules), u, rank, rank)
     else:
         P = torch.stack([random_projection(seed, name, u, rank) for name in modules])
-    meta = dict(method=method, rank=rank, u=u, n_tie=n_tie, tie=tie, seed=seed, linears=len(modules), sigma=[])
+    meta = dict(method=method, rank=rank, u=u, n_tie=n_tie, tie=tie, seed=seed, linears=len(modules),
+                base=[])  # the largest singular value of every linear: a fingerprint of the base model
     adapter = Adapter(P.to(model.device), groups.to(model.device), meta)
     for index, linear in enumerate(modules.values()):
         U, S, Vt = top_svd(linear.weight, rank)
-        meta["sigma"].append(round(S[0].item(), 4))
+        meta["base"].append(round(S[0].item(), 4))
         dtype = linear.weight.dtype
         AdaptedLinear.adapt(linear, adapter, index, (U * S).to(dtype).contiguous(), Vt.to(dtype).contiguous())
     object.__setattr__(model, "adapter", adapter)
@@ -212,13 +213,13 @@ def load_adapter(model, path):
         raise UserError(f"{path}: format {info.get('format')!r}, this version reads {FORMAT!r}")
     try:
         meta = json.loads(info["settings"])
-        linears, sigma = meta.pop("linears"), meta.pop("sigma")
+        linears, base = meta.pop("linears"), meta.pop("base")
     except (KeyError, ValueError, AttributeError):
         raise UserError(f"{path}: the settings in its metadata cannot be read") from None
     if linears != len(adapted_linears(model)):
         raise UserError(f"{path} is for a model of {linears} linears, this one has {len(adapted_linears(model))}")
     adapter = add_adapter(model, **meta)
-    if not np.allclose(sigma, adapter.meta["sigma"], rtol=1e-3):
+    if not np.allclose(base, adapter.meta["base"], rtol=1e-3):
         raise UserError(f"{path} was trained on another base model: its singular values differ")
     if v.shape != adapter.v.shape:
         raise UserError(f"{path}: v has shape {list(v.shape)}, its settings say {list(adapter.v.shape)}")
