@@ -47,21 +47,21 @@ out_dir = "out/toy"  # log, checkpoints, adapter
 init_from = "scratch"  # scratch, or resume: go on from the checkpoint in out_dir
 # adapter (tinylora.py)
 method = "tinylora"  # tinylora or lora_xs
-rank = 2  # r of the frozen SVD; paper: 2
-u = 1  # trained numbers per group
-n_tie = 1  # linears that share a group; 0: all; the paper's 13 numbers are u = 1, n_tie = 16 on 196 linears
+rank = 1  # r of the frozen SVD; paper: 2
+u = 13  # trained numbers per group
+n_tie = 0  # linears that share a group; 0: all. The paper's 13 numbers are u = 1, n_tie = 16 on 196 linears
 tie = "tiled"  # tiled (neighbours share) or structured (same type in neighbouring layers)
 seed = 1337  # of the random projections, the data order and the sampling
 # optimisation
-lr = 0.02  # Adam, constant, no weight decay; paper at 7B: 1e-7 ... 2e-4
-max_steps = 100  # optimiser steps
+lr = 0.005  # Adam, constant, no weight decay; paper at 7B: 1e-7 ... 2e-4
+max_steps = 60  # optimiser steps
 batch_size = 16  # problems a step, over all ranks; paper: 64
 group_size = 8  # answers a problem; paper: 4 on GSM8K, 8 on MATH
 max_new_tokens = 64  # an answer is cut off after so many, and earns nothing; paper: 4096
 temperature = 1.0  # of the sampling; the trainer divides its logits by it too
 top_p = 1.0  # only 1.0: the policy ratio is biased when sampling from a cut distribution
 top_k = 0  # only 0, likewise
-objective = "grpo"  # grpo, dr_grpo, dapo, gspo
+objective = "dapo"  # grpo, dr_grpo, dapo (mean over tokens, the default of VERL, in which the paper trained), gspo
 clip_low = 0.0  # the policy ratio is clipped below at 1 - clip_low; 0: the objective's own, in CLIP below
 clip_high = 0.0  # and above at 1 + clip_high; 0: likewise. Clipping acts from the second pass on
 kl_coef = 0.0  # k3 penalty towards the base model; paper: 0 on GSM8K, 0.001 on MATH
@@ -69,9 +69,9 @@ num_passes = 1  # optimiser passes over each batch; 1 is exactly on policy
 grad_clip = 1.0  # bound on the gradient's norm; 0: none
 micro_batch_tokens = 4096  # padded tokens in one forward and backward pass: bounds memory, not the gradient
 # bookkeeping
-eval_interval = 25  # steps between evaluations; 0: only before and after
+eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # problems in an evaluation; 0: all
-save_interval = 25  # steps between checkpoints
+save_interval = 20  # steps between checkpoints
 dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
 

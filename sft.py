@@ -50,26 +50,26 @@ init_from = "scratch"  # scratch, or resume: go on from the checkpoint in out_di
 random_init = False  # start from random weights in the shape of the model's config.json (with method = full)
 # what is trained (tinylora.py)
 method = "tinylora"  # tinylora, lora_xs, or full: all weights
-rank = 2  # r of the frozen SVD
-u = 1  # trained numbers per group
-n_tie = 1  # linears that share a group; 0: all
+rank = 1  # r of the frozen SVD; paper: 2
+u = 13  # trained numbers per group
+n_tie = 0  # linears that share a group; 0: all
 tie = "tiled"  # tiled or structured
 seed = 1337  # of the random projections, the data order and fresh weights
 # optimisation
-lr = 0.02  # AdamW
+lr = 0.005  # AdamW
 lr_schedule = "constant"  # constant, or cosine down to zero
 warmup_steps = 0  # steps over which lr rises linearly
 weight_decay = 0.0
 beta2 = 0.999  # AdamW's decay of the second moment
-max_steps = 100  # optimiser steps
+max_steps = 60  # optimiser steps
 batch_size = 64  # rows a step, over all ranks
 grad_clip = 1.0  # bound on the gradient's norm; 0: none
 micro_batch_tokens = 4096  # padded tokens in one forward and backward pass: bounds memory, not the gradient
 # bookkeeping
-eval_interval = 25  # steps between evaluations; 0: only before and after
+eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # problems in an evaluation; 0: all
 max_new_tokens = 64  # of an answer in the evaluation
-save_interval = 25  # steps between checkpoints
+save_interval = 20  # steps between checkpoints
 dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
 

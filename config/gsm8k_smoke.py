@@ -7,6 +7,7 @@ eval_dataset = "gsm8k"
 prompt_template = '{question} Let\'s think step by step and output the final answer after "####".'
 answer_format = "hash"
 out_dir = "out/gsm8k_smoke"
+rank = 2
 u = 13
 n_tie = 0
 lr = 1e-4

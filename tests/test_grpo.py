@@ -235,7 +235,8 @@ def test_every_epoch_visits_every_problem_once():
 
 def args(checkpoint, problems, out_dir, **changes):
     options = dict(model=checkpoint, dataset=problems, eval_dataset=problems, out_dir=out_dir, max_steps=3,
-                   batch_size=3, group_size=4, max_new_tokens=8, eval_size=5, answer_format="any", device="cpu")
+                   batch_size=3, group_size=4, max_new_tokens=8, eval_size=5, answer_format="any", device="cpu", rank=2,
+                   u=1, n_tie=1, objective="grpo", lr=0.02)
     options |= changes
     return [f"--{key}={value}" for key, value in options.items()]
 

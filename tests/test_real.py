@@ -30,8 +30,8 @@ def qwen_half_billion(tmp_path_factory):
 def test_three_steps_of_gsm8k_run_in_bounded_memory(qwen_half_billion, tmp_path):
     gsm8k = SHARED / "data" / "gsm8k"
     done = run_script("grpo.py", f"--model={qwen_half_billion}", f"--dataset={gsm8k}/train.jsonl",
-                      f"--eval_dataset={gsm8k}/test.jsonl", "--eval_size=2", f"--out_dir={tmp_path}/run", "--u=13",
-                      "--n_tie=0", "--max_steps=3", "--batch_size=2", "--group_size=2", "--max_new_tokens=16",
+                      f"--eval_dataset={gsm8k}/test.jsonl", "--eval_size=2", f"--out_dir={tmp_path}/run", "--rank=2",
+                      "--u=13", "--n_tie=0", "--max_steps=3", "--batch_size=2", "--group_size=2", "--max_new_tokens=16",
                       "--micro_batch_tokens=512", "--kl_coef=0.001", "--device=cpu", OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
     assert "494.0M frozen parameters, 13 trained numbers (168 linears, 1 groups" in done.stdout

@@ -16,7 +16,7 @@ from configurator import configure
 
 def args(checkpoint, problems, out_dir, **changes):
     options = dict(model=checkpoint, dataset=problems, eval_dataset=problems, out_dir=out_dir, max_steps=2,
-                   batch_size=6, max_new_tokens=4, eval_size=4, device="cpu") | changes
+                   batch_size=6, max_new_tokens=4, eval_size=4, device="cpu", n_tie=1) | changes
     return [f"--{key}={value}" for key, value in options.items()]
 
 
