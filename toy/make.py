@@ -1,6 +1,6 @@
 """Rebuild the embedded toy from nothing: problems, tokenizer, and a base model pre-trained with sft.py.
 
-    python toy/make.py            # about fifteen minutes on 2 cores; writes toy/base, toy/train.jsonl, toy/test.jsonl
+    python toy/make.py            # some 15 minutes on 2 cores; writes toy/base, toy/train.jsonl, toy/test.jsonl
 
 The base model knows how to reason but mostly does not: in its pre-training documents a problem is mostly answered at
 once (`#### 47`, which it can only guess) and in a minority worked out first (`10-2=8. 8+26=34. #### 34`).
