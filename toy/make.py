@@ -71,6 +71,16 @@ def make_problem(rng):
     return {"question": " ".join(text), "answer": str(x), "solution": " ".join(work) + f" #### {x}"}
 
 
+def make_problems(rng):
+    """The training and the test problems, all different."""
+    problems = {}  # by question
+    while len(problems) < num_train + num_test:
+        problem = make_problem(rng)
+        problems[problem["question"]] = problem
+    problems = list(problems.values())
+    return problems[num_test:], problems[:num_test]
+
+
 def make_document(rng):
     """A pre-training document: a problem, mostly answered at once, in a minority worked out."""
     problem = make_problem(rng)
@@ -155,6 +165,10 @@ def write_tokenizer(path, texts):
     return {t["content"]: t["id"] for t in added}
 
 
+def tokenizer_texts(problems):
+    return [f"{p['question']} {p['solution']} user assistant system {' '.join(SYSTEMS.values())}" for p in problems]
+
+
 def write_config(path, special_ids):
     stop = special_ids["<|im_end|>"]
     write_json(path, "config.json", {
@@ -177,16 +191,10 @@ def main():
     base = os.path.join(HERE, "base")
     os.makedirs(base, exist_ok=True)
     rng = random.Random(SEED)
-    problems = {}  # by question: no problem twice
-    while len(problems) < num_train + num_test:
-        problem = make_problem(rng)
-        problems[problem["question"]] = problem
-    problems = list(problems.values())
-    test, train = problems[:num_test], problems[num_test:]
+    train, test = make_problems(rng)
     write_jsonl(os.path.join(HERE, "train.jsonl"), train)
     write_jsonl(os.path.join(HERE, "test.jsonl"), test)
-    words = [f"{p['question']} {p['solution']} user assistant system {' '.join(SYSTEMS.values())}" for p in train]
-    write_config(base, write_tokenizer(base, words))
+    write_config(base, write_tokenizer(base, tokenizer_texts(train)))
     held_out = {p["question"] for p in test}
     with tempfile.TemporaryDirectory() as work:
         documents = [d for d in (make_document(rng) for _ in range(num_documents)) if d["question"] not in held_out]
