@@ -4,6 +4,7 @@ attention, SwiGLU; Qwen adds biases to q, k and v. Parameters carry the checkpoi
 dict and there is no renaming table.
 """
 
+import base64
 import json
 import math
 import os
@@ -359,20 +360,31 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
                    "vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json")
 
 
-def save_model(model, path, tokenizer_from=None):
-    """Write a directory that transformers loads: config.json and model.safetensors.
+def save_model(model, path, tokenizer_from=None, max_shard_bytes=5 * 10**9):
+    """Write a directory that transformers loads: config.json and model.safetensors, in shards above max_shard_bytes.
 
     tokenizer_from: a checkpoint directory whose tokenizer files are copied along.
     """
     os.makedirs(path, exist_ok=True)
     dtype = str(model.head.dtype).removeprefix("torch.")
     raw = model.config.raw | {("dtype" if "dtype" in model.config.raw else "torch_dtype"): dtype}
-    with open(os.path.join(path, "config.json"), "w", encoding="utf-8") as f:
-        json.dump(raw, f, indent=2)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
-    file = os.path.join(path, "model.safetensors")
-    save_file(tensors, file + ".tmp", metadata={"format": "pt"})
-    os.replace(file + ".tmp", file)  # a run killed here leaves the old file whole
+    shards, size = [{}], 0
+    for name, p in model.state_dict().items():
+        if shards[-1] and size + p.nbytes > max_shard_bytes:
+            shards, size = [*shards, {}], 0
+        shards[-1][name] = p
+        size += p.nbytes
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    for file, shard in zip(names, shards):  # written aside and renamed: a run killed here leaves the old file whole
+        file = os.path.join(path, file)
+        save_file({n: p.detach().cpu().contiguous() for n, p in shard.items()}, file + ".tmp", {"format": "pt"})
+        os.replace(file + ".tmp", file)
+    index = {"metadata": {"total_size": sum(p.nbytes for shard in shards for p in shard.values())},
+             "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
+    for name, data in [("config.json", raw)] + [("model.safetensors.index.json", index)] * (len(shards) > 1):
+        with open(os.path.join(path, name), "w", encoding="utf-8") as f:
+            json.dump(data, f, indent=2)
     for name in TOKENIZER_FILES if tokenizer_from else ():
         source = os.path.join(tokenizer_from, name)
         if os.path.exists(source) and os.path.abspath(tokenizer_from) != os.path.abspath(path):
@@ -389,37 +401,69 @@ def _byte_alphabet():
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+         r"|\s+(?!\S)|\s+")  # how Qwen2 and Llama 3 cut text into words; they differ in how many digits stay together
+
+
+def _read_vocabulary(path, extra):
+    """The vocabulary of a directory, from tokenizer.json, vocab.json + merges.txt, or Llama-3's tokenizer.model.
+
+    Returns ranks {bytes: id}, the word pattern, whether text is normalised to NFC, the added tokens
+    [{content, id, special}] and whether raw text begins with a BOS.
+    """
+    file, vocab, model_file = (os.path.join(path, n) for n in ("tokenizer.json", "vocab.json", "tokenizer.model"))
+    added = [t | {"id": int(i)} for i, t in extra.get("added_tokens_decoder", {}).items()]
+    if os.path.exists(file) or not (os.path.exists(vocab) or os.path.exists(model_file)):
+        data = read_json(file)
+        bpe = data.get("model", {}) if isinstance(data, dict) else {}
+        if bpe.get("type") != "BPE" or bpe.get("byte_fallback"):
+            raise UserError(f"{file}: only byte-level BPE tokenizers are supported")
+        ranks = _byte_level_ranks(file, bpe.get("vocab"), bpe.get("merges"), bpe.get("ignore_merges"))
+        nfc = "NFC" in json.dumps(data.get("normalizer"))
+        adds_bos = "TemplateProcessing" in json.dumps(data.get("post_processor"))  # Llama 3's
+        return ranks, _split_pattern(file, data), nfc, data.get("added_tokens", []), adds_bos
+    if os.path.exists(vocab):  # Qwen2
+        with open(os.path.join(path, "merges.txt"), encoding="utf-8") as f:
+            merges = f.read().split("\n")
+        merges = [m.rstrip("\r") for m in merges[merges[0].startswith("#version") :] if m.strip()]
+        return _byte_level_ranks(vocab, read_json(vocab), merges, False), WORDS % "", True, added, False
+    try:  # Llama 3: a line of base64 and rank per token, as tiktoken has it
+        with open(model_file, "rb") as f:
+            ranks = {base64.b64decode(token): int(i) for token, i in map(bytes.split, f.read().splitlines())}
+    except ValueError:
+        raise UserError(f"{model_file} is no tiktoken file; Llama 2's sentencepiece is not supported") from None
+    return ranks, WORDS % "{1,3}", False, added, True
+
+
+def _byte_level_ranks(file, vocab, merges, ignore_merges):
+    """{bytes: id} of a vocabulary spelled in GPT-2's characters. tiktoken merges by id, so the merges must come in the
+    order of the ids they make (Llama 3 lists several merges a token, but looks whole words up first)."""
+    alphabet = _byte_alphabet()
+    try:
+        ranks = {bytes(map(alphabet.__getitem__, token)): i for token, i in vocab.items()}
+        order = [vocab[m.replace(" ", "") if isinstance(m, str) else m[0] + m[1]] for m in merges]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not a byte-level BPE vocabulary with its merges ({error!r})") from None
+    if not ignore_merges and any(a > b for a, b in zip(order, order[1:])):
+        raise UserError(f"{file}: merges are not in the order of their ids, which tiktoken needs")
+    return ranks
+
+
 class Tokenizer:
-    """Byte-level BPE on tiktoken, read from tokenizer.json.
+    """Byte-level BPE on tiktoken.
 
     Text -> ids never recognises special tokens unless asked (special=True), so a question that spells <|im_end|>
     stays text. The order is the reference's: added tokens are cut out first, then NFC where the file asks for it.
     """
 
     def __init__(self, path):
-        file = os.path.join(path, "tokenizer.json")
-        data = read_json(file)
         extra = _read_optional(os.path.join(path, "tokenizer_config.json"))
-        bpe = data.get("model", {}) if isinstance(data, dict) else {}
-        if bpe.get("type") != "BPE" or bpe.get("byte_fallback"):
-            raise UserError(f"{file}: only byte-level BPE tokenizers are supported")
-        alphabet = _byte_alphabet()
-        try:
-            ranks = {bytes(alphabet[c] for c in token): i for token, i in bpe["vocab"].items()}
-            merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
-            order = [bpe["vocab"][a + b] for a, b in merges]
-        except (KeyError, ValueError, AttributeError) as error:
-            raise UserError(f"{file}: not a byte-level BPE vocabulary with its merges ({error!r})") from None
-        if any(a > b for a, b in zip(order, order[1:])) and not bpe.get("ignore_merges"):
-            raise UserError(f"{file}: merges are not in the order of their ids, which tiktoken needs")
-        self.added = {t["content"]: t["id"] for t in data.get("added_tokens", [])}
-        self.special_ids = {t["id"] for t in data.get("added_tokens", []) if t.get("special")}
-        self.nfc = "NFC" in json.dumps(data.get("normalizer"))
-        pattern = _split_pattern(file, data)
+        ranks, pattern, self.nfc, added, adds_bos = _read_vocabulary(path, extra)
         self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.added = {t["content"]: t["id"] for t in added}
+        self.special_ids = {t["id"] for t in added if t.get("special")}
         self.pieces = {i: token for token, i in ranks.items()} | {i: t.encode() for t, i in self.added.items()}
         self.cut = re.compile("|".join(re.escape(t) for t in sorted(self.added, key=len, reverse=True)) or r"(?!)")
-        adds_bos = "TemplateProcessing" in json.dumps(data.get("post_processor"))  # Llama puts one before raw text
         self.bos_ids = [self.added[_token_text(extra["bos_token"])]] if adds_bos and extra.get("bos_token") else []
         self.special_texts = {k: _token_text(extra.get(k)) or "" for k in ("bos_token", "eos_token")}
         self._eos = self.added.get(_token_text(extra.get("eos_token")))
@@ -474,13 +518,16 @@ class Tokenizer:
         skip = self.special_ids if skip_special else ()
         return b"".join(self.pieces.get(i, b"") for i in ids if i not in skip).decode("utf-8", errors="replace")
 
-    def chat(self, messages, generation_prompt=True):
-        """Render messages [{'role': ..., 'content': ...}] with the checkpoint's own template (a jinja2 sandbox)."""
+    def chat(self, messages, generation_prompt=True, **variables):
+        """Render messages [{'role': ..., 'content': ...}] with the checkpoint's own template (a jinja2 sandbox).
+
+        variables: what else the template reads, e.g. date_string (Llama 3; a fixed date unless given).
+        """
         if self.template is None:
             raise UserError("this checkpoint has no chat template")
         try:
             return self.template.render(messages=messages, add_generation_prompt=generation_prompt,
-                                        **self.special_texts)
+                                        **self.special_texts, **variables)
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template fails: {error}") from None
 
