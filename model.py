@@ -47,6 +47,16 @@ class Config:
     raw: dict
 
 
+class Linear(nn.Linear):
+    def reset_parameters(self):
+        pass  # the numbers come from files, or from init_weights
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        pass
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
@@ -69,10 +79,10 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         dim, q_dim, kv_dim = (config.hidden_size, config.num_attention_heads * config.head_dim,
                               config.num_key_value_heads * config.head_dim)
-        self.q_proj = nn.Linear(dim, q_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(dim, kv_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(dim, kv_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_dim, dim, bias=False)
+        self.q_proj = Linear(dim, q_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = Linear(dim, kv_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(q_dim, dim, bias=False)
 
     def forward(self, x, cos, sin, cache):
         B, T, _ = x.shape
@@ -89,9 +99,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -120,7 +130,7 @@ class Trunk(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.config = config
@@ -148,7 +158,7 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head(self):
@@ -351,7 +361,7 @@ def _checked(file, name, tensor, shapes):
         raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, config.json says {list(shapes[name])}")
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"{file}: {name} is {tensor.dtype}; only float32, bfloat16 and float16 are supported")
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():  # the sum alone may overflow
         raise UserError(f"{file}: {name} holds NaN or infinity")
     return tensor
 

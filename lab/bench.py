@@ -1,0 +1,110 @@
+"""Measurements, as ratios taken side by side in one run.
+
+    python -m lab.bench load                                   # a random checkpoint against reading its bytes
+    python -m lab.bench tokenize --model=DIR --dataset=FILE    # our tokenizer against transformers' batch call
+
+Each ends with one line of JSON; `ratio` is the other's time over ours.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+import eval_math
+import model as model_file
+from configurator import UserError, configure, run
+
+model = "toy/base"  # tokenize: checkpoint directory
+dataset = "toy/train.jsonl"  # tokenize: problems
+layers = 32  # load: of the Qwen2.5-0.5B shape; 32 make about 2 GB in float32
+repeats = 5  # of each measurement; the median counts
+
+
+def median_seconds(function):
+    seconds = []
+    for _ in range(SETTINGS.repeats):
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+LOAD_IN_A_PROCESS = """
+import sys, time, torch, model
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before, began = peak(), time.perf_counter()
+net = model.load_model(sys.argv[1], dtype="float32", device="cpu")
+print(time.perf_counter() - began, peak() - before)
+"""
+
+
+def bench_load():
+    """Load a random float32 checkpoint, finiteness check included, against reading its bytes from the page cache."""
+    with tempfile.TemporaryDirectory() as path:
+        raw = {"model_type": "qwen2", "vocab_size": 8192, "hidden_size": 896, "intermediate_size": 4864,
+               "num_hidden_layers": SETTINGS.layers, "num_attention_heads": 14, "num_key_value_heads": 2}
+        with open(os.path.join(path, "config.json"), "w") as f:
+            json.dump(raw, f)
+        net = model_file.Transformer(model_file.load_config(path))
+        model_file.init_weights(net, seed=0)
+        model_file.save_model(net, path)
+        file = os.path.join(path, "model.safetensors")
+        size = os.path.getsize(file)
+        del net
+        buffer = bytearray(1 << 24)
+
+        def read():
+            with open(file, "rb", buffering=0) as f:
+                while f.readinto(buffer):
+                    pass
+
+        reading = median_seconds(read)
+        loads = []
+        for _ in range(SETTINGS.repeats):  # each in its own process, for its peak memory
+            command = [sys.executable, "-c", LOAD_IN_A_PROCESS, path]
+            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            loads.append([float(x) for x in out.split()])
+        seconds, peak = sorted(loads)[len(loads) // 2]
+    print(f"reading {size / 1e9:.2f} GB: {reading:.2f} s; loading: {seconds:.2f} s; peak memory {peak / 1e9:.2f} GB")
+    return {"gigabytes": size / 1e9, "read_seconds": reading, "load_seconds": seconds, "ratio": reading / seconds,
+            "peak_over_size": peak / size}
+
+
+def bench_tokenize():
+    """All questions one by one with ours, in one batch call with transformers' fast tokenizer."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise UserError("tokenize compares with transformers: pip install -r requirements-dev.txt") from None
+    texts = [p["question"] for p in eval_math.load_problems(SETTINGS.dataset)]
+    loading = median_seconds(lambda: model_file.load_tokenizer(SETTINGS.model))
+    ours, reference = model_file.load_tokenizer(SETTINGS.model), AutoTokenizer.from_pretrained(SETTINGS.model)
+    assert [ours.encode(t) for t in texts] == reference(texts, add_special_tokens=False)["input_ids"]
+    seconds = median_seconds(lambda: [ours.encode(t) for t in texts])
+    theirs = median_seconds(lambda: reference(texts, add_special_tokens=False))
+    print(f"{len(texts)} texts: {seconds:.3f} s, transformers {theirs:.3f} s; loading the tokenizer {loading:.2f} s")
+    return {"texts": len(texts), "seconds": seconds, "theirs": theirs, "ratio": theirs / seconds,
+            "load_seconds": loading}
+
+
+BENCHES = {"load": bench_load, "tokenize": bench_tokenize}
+
+
+def main():
+    global SETTINGS
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in BENCHES and name not in ("--help", "-h"):
+        raise UserError(f"name a measurement: {', '.join(BENCHES)}")
+    SETTINGS = configure(globals(), sys.argv[2:] if name in BENCHES else sys.argv[1:])
+    result = BENCHES[name]()
+    print(json.dumps({"bench": name, "torch": torch.__version__, "threads": torch.get_num_threads(), **result}))
+
+
+if __name__ == "__main__":
+    run(main)
