@@ -237,9 +237,9 @@ def read_json(path):
         with open(path, encoding="utf-8") as f:
             return json.load(f)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        raise UserError(f"{path} is missing: not a whole checkpoint directory; download it again") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+        raise UserError(f"{path} cannot be read as JSON ({error}); download it again") from None
 
 
 def load_config(path):
@@ -253,15 +253,18 @@ def load_config(path):
 
     need(isinstance(raw, dict), "is not a JSON object")
     kind = raw.get("model_type")
-    need(kind in ("qwen2", "llama"), f"model_type {kind!r} is not supported (qwen2 and llama are)")
+    need(kind in ("qwen2", "llama"),
+         f"model_type {kind!r} is not supported; use a Qwen2.5 or Llama model (qwen2, llama)")
     need(raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r} is not supported (silu is)")
     for key in ("use_sliding_window", "mlp_bias", "quantization_config"):
-        need(not raw.get(key), f"{key} is not supported")
+        need(not raw.get(key), f"{key} is not supported; use a checkpoint without it, not quantised")
     need(kind == "qwen2" or not raw.get("attention_bias"), "attention_bias is not supported for llama")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     need(isinstance(rope, dict), "its rope settings are not a JSON object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    need(rope_type in ("default", "llama3"), f"rope type {rope_type!r} is not supported (default and llama3 are)")
+    need(rope_type in ("default", "llama3"),
+         f"rope type {rope_type!r} is not supported; use a checkpoint with default or "
+         "llama3")
     for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
         need(rope_type == "default" or isinstance(rope.get(key), (int, float)), f"its llama3 rope settings lack {key}")
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -310,7 +313,8 @@ def load_model(path, dtype=None, device=None):
     tensors = _read_weights(path, model, device, dtype)
     missing = [name for name in model.state_dict() if name not in tensors]
     if missing:
-        raise UserError(f"{path}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
+        raise UserError(f"{path}: {len(missing)} tensor(s) missing, the first is {missing[0]}; download it again, or "
+                        "use the config.json that belongs to these weights")
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 
@@ -350,19 +354,20 @@ def _weight_files(path):
         if not os.path.isfile(file):
             pickled = [n for n in os.listdir(path) if n.endswith((".bin", ".pt", ".pth"))]
             hint = f" ({pickled[0]} is a pickle and is never read; convert it to safetensors)" if pickled else ""
-            raise UserError(f"{file} is missing{hint}")
+            raise UserError(f"{file} is missing{hint or '; download it again'}")
     return files
 
 
 def _checked(file, name, tensor, shapes):
     if name not in shapes:
-        raise UserError(f"{file}: unexpected tensor {name} (config.json describes another model)")
+        raise UserError(f"{file}: unexpected tensor {name} ; use the config.json that belongs to these weights")
     if tensor.shape != shapes[name]:
-        raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, config.json says {list(shapes[name])}")
+        raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, config.json says {list(shapes[name])}; use "
+                        "the config.json that belongs to these weights")
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(f"{file}: {name} is {tensor.dtype}; only float32, bfloat16 and float16 are supported")
+        raise UserError(f"{file}: {name} is {tensor.dtype}; use the checkpoint in float32, bfloat16 or float16")
     if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():  # the sum alone may overflow
-        raise UserError(f"{file}: {name} holds NaN or infinity")
+        raise UserError(f"{file}: {name} holds NaN or infinity; the file is damaged, download it again")
     return tensor
 
 
@@ -473,6 +478,10 @@ class Tokenizer:
         self.added = {t["content"]: t["id"] for t in added}
         self.special_ids = {t["id"] for t in added if t.get("special")}
         self.pieces = {i: token for token, i in ranks.items()} | {i: t.encode() for t, i in self.added.items()}
+        rows = _read_optional(os.path.join(path, "config.json")).get("vocab_size", math.inf)
+        if max(self.pieces) >= rows:
+            raise UserError(f"{path}: the tokenizer has ids up to {max(self.pieces)}, but config.json says "
+                            f"vocab_size = {rows}; use the tokenizer that belongs to this model")
         self.cut = re.compile("|".join(re.escape(t) for t in sorted(self.added, key=len, reverse=True)) or r"(?!)")
         self.bos_ids = [self.added[_token_text(extra["bos_token"])]] if adds_bos and extra.get("bos_token") else []
         self.special_texts = {k: _token_text(extra.get(k)) or "" for k in ("bos_token", "eos_token")}
@@ -541,10 +550,10 @@ class Tokenizer:
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template fails: {error}") from None
 
-    def encode_chat(self, messages, generation_prompt=True):
+    def encode_chat(self, messages, generation_prompt=True, **variables):
         """Ids of the rendered chat, where the special tokens are the template's: those a user typed stay text."""
         guarded = [m | {"content": self.cut.sub(_guard, m["content"])} for m in messages]
-        return self._encode_cut(self.chat(guarded, generation_prompt), GUARD)
+        return self._encode_cut(self.chat(guarded, generation_prompt, **variables), GUARD)
 
 
 GUARD = "\ufdd0"  # a code point that Unicode keeps out of text: put inside a typed <|im_end|>, it hides it from `cut`

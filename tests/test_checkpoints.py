@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import model
 import sample
+import tinylora
 from configurator import UserError
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here (requirements-dev.txt)")
@@ -91,6 +92,27 @@ def test_published_configs_are_read_as_the_new_style_ones(tmp_path):
     ids = torch.randint(0, 160, (1, 200))
     with torch.no_grad():
         assert (model.load_model(str(tmp_path), device="cpu")(ids) - reference(ids).logits).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "file, numbers",
+    [
+        ("qwen2.5/config.0.5B-Instruct.json", (24, 896, 14, 2, 64, 151936, True, True, 1e6, None)),
+        ("qwen2.5/config.1.5B.json", (28, 1536, 12, 2, 128, 151936, True, True, 1e6, None)),
+        ("qwen2.5/config.7B-Instruct.json", (28, 3584, 28, 4, 128, 152064, False, True, 1e6, None)),
+        ("llama3/config.3.1-8B-Instruct.json", (32, 4096, 32, 8, 128, 128256, False, False, 5e5, 8.0)),
+        ("llama3/config.3.2-1B-Instruct.json", (16, 2048, 32, 8, 64, 128256, True, False, 5e5, 32.0)),
+    ],
+)
+def test_published_configs_give_the_published_shapes(tmp_path, file, numbers):
+    source = SHARED / "tokenizers" / file
+    if not source.exists():
+        pytest.skip("needs the published configs in ../shared/tokenizers")
+    shutil.copy(source, tmp_path / "config.json")
+    c = model.load_config(str(tmp_path))
+    assert numbers == (c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
+                       c.vocab_size, c.tie_word_embeddings, c.qkv_bias, c.rope_theta,
+                       c.rope_scaling and c.rope_scaling["factor"])
 
 
 def test_sharded_checkpoints_load(tmp_path):
@@ -359,3 +381,44 @@ def test_a_tied_file_may_hold_an_equal_copy_of_the_embedding_but_no_other(checkp
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file)
     with pytest.raises(UserError, match="lm_head.weight is not a copy"):
         model.load_model(str(tmp_path / "copy"), device="cpu")
+
+
+def test_a_merged_model_loads_in_transformers_with_equal_logits(tmp_path):
+    oracle(tmp_path / "a", "qwen2", tie_word_embeddings=True)
+    net = model.load_model(str(tmp_path / "a"), device="cpu")
+    torch.nn.init.normal_(tinylora.add_adapter(net, u=5, n_tie=0).v, std=0.3)
+    ids = torch.randint(0, 160, (2, 30))
+    with torch.no_grad():
+        unmerged = net(ids)
+        model.save_model(tinylora.merge(net), str(tmp_path / "b"))
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
+        assert (again(ids).logits - unmerged).abs().max() <= 1e-4
+
+
+def test_a_hub_name_works_offline_once_it_is_downloaded(checkpoint, tmp_path):
+    """A cache as huggingface_hub lays it out, and no network."""
+    repository = tmp_path / "models--owner--name"
+    shutil.copytree(checkpoint, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    options = dict(HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
+    done = run_script("sample.py", "--model=owner/name", "--num_samples=1", "--max_new_tokens=3", **options)
+    assert done.returncode == 0 and "---" in done.stdout, done.stderr
+    assert_refused(run_script("sample.py", "--model=owner/other", **options), "'owner/other' is no local directory")
+
+
+def test_a_model_without_a_template_gets_the_plain_prompt(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (tmp_path / "plain" / "tokenizer_config.json").write_text(json.dumps(config))
+    plain = model.load_tokenizer(str(tmp_path / "plain"))
+    assert sample.encode_prompt(plain, "1+1?", "Be brief.") == plain.encode("1+1?")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text()) | {"vocab_size": 300}
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="vocab_size = 300"):
+        model.load_tokenizer(str(tmp_path / "short"))
