@@ -259,6 +259,8 @@ def load_config(path):
     for key in ("use_sliding_window", "mlp_bias", "quantization_config"):
         need(not raw.get(key), f"{key} is not supported; use a checkpoint without it, not quantised")
     need(kind == "qwen2" or not raw.get("attention_bias"), "attention_bias is not supported for llama")
+    layer_types = set(raw.get("layer_types") or [])
+    need(layer_types <= {"full_attention"}, f"layer_types {sorted(layer_types)} are not supported (full_attention is)")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     need(isinstance(rope, dict), "its rope settings are not a JSON object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -267,6 +269,11 @@ def load_config(path):
          "llama3")
     for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
         need(rope_type == "default" or isinstance(rope.get(key), (int, float)), f"its llama3 rope settings lack {key}")
+    need(rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) == 1.0,
+         "partial_rotary_factor is not supported")
+    for key in ("rms_norm_eps", "rope_theta"):
+        value = rope.get(key, raw.get(key, 1.0))
+        need(isinstance(value, (int, float)), f"{key} must be a number, not {value!r}")
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "head_dim", "max_position_embeddings"):
         need(raw.get(key) is None or isinstance(raw[key], int), f"{key} must be a whole number, not {raw.get(key)!r}")
@@ -344,9 +351,10 @@ def _read_weights(path, model, device, dtype):
 def _weight_files(path):
     index = os.path.join(path, "model.safetensors.index.json")
     if os.path.exists(index):
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = _read_optional(index).get("weight_map")
+        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
         if not names or any(os.path.basename(name) != name for name in names):
-            raise UserError(f"{index}: weight_map is empty or names a file outside the directory")
+            raise UserError(f"{index}: weight_map is empty or names a file outside the directory; download it again")
     else:
         names = ["model.safetensors"]
     files = [os.path.join(path, name) for name in names]

@@ -243,6 +243,11 @@ def test_the_line_and_the_exit_code_a_user_sees(tmp_path):
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id must be a token id"),
         ("config.json", '{"model_type": "llama", "hidden_size": "8"}', "hidden_size must be a whole number"),
         ("config.json", '{"model_type": "llama"}', "key 'num_attention_heads' is missing"),
+        ("config.json", '{"model_type": "qwen2", "layer_types": ["sliding_attention"]}', "layer_types"),
+        ("config.json", '{"model_type": "llama", "partial_rotary_factor": 0.5}', "partial_rotary_factor"),
+        ("config.json", '{"model_type": "llama", "rope_theta": "1e4"}', "rope_theta must be a number"),
+        ("model.safetensors.index.json", '["model.safetensors"]', "is not a JSON object"),
+        ("model.safetensors.index.json", '{"weight_map": []}', "weight_map is empty"),
         ("config.json", '{"model_type": "llama", "rope_scaling": {"type": "llama3"}}', "rope settings lack factor"),
     ],
 )
@@ -250,7 +255,7 @@ def test_malformed_files_are_refused_in_one_line(checkpoint, tmp_path, file, tex
     shutil.copytree(checkpoint, tmp_path / "broken")
     (tmp_path / "broken" / file).write_text(text) if text else (tmp_path / "broken" / file).unlink()
     with pytest.raises(UserError, match=words) as error:
-        model.load_config(str(tmp_path / "broken"))
+        model.load_model(str(tmp_path / "broken"), device="cpu")
         model.load_tokenizer(str(tmp_path / "broken"))
     assert "\n" not in str(error.value)
 
