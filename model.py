@@ -368,7 +368,7 @@ def _weight_files(path):
 
 def _checked(file, name, tensor, shapes):
     if name not in shapes:
-        raise UserError(f"{file}: unexpected tensor {name} ; use the config.json that belongs to these weights")
+        raise UserError(f"{file}: unexpected tensor {name}; use the config.json that belongs to these weights")
     if tensor.shape != shapes[name]:
         raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, config.json says {list(shapes[name])}; use "
                         "the config.json that belongs to these weights")

@@ -65,10 +65,6 @@ class Adapter(nn.Module):
         v = self.v if self.enabled else torch.zeros_like(self.v)
         self.R = torch.einsum("nu,nuij->nij", v[self.groups], self.P)
 
-    @property
-    def num_trained(self):
-        return self.v.numel()
-
 
 def add_adapter(model, method="tinylora", rank=2, u=13, n_tie=0, tie="tiled", seed=0):
     """Attach an adapter to all seven linears of every block of a frozen model; returns the Adapter, with v = 0.
