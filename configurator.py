@@ -14,6 +14,7 @@ import math
 import os
 import runpy
 import sys
+from itertools import count
 from types import ModuleType, SimpleNamespace
 
 
@@ -53,6 +54,22 @@ def save_settings(settings, path):
     """Write settings as a config file: `python grpo.py out/toy/settings.py` repeats the run."""
     with open(path, "w", encoding="utf-8") as f:
         f.writelines(f"{name} = {value!r}\n" for name, value in vars(settings).items())
+
+
+def prepare_out_dir(settings, evidence):
+    """Make settings.out_dir and save the settings there. A fresh run (init_from 'scratch') moves a directory that
+    holds the file `evidence` of an earlier run aside: nothing is overwritten."""
+    out_dir = settings.out_dir
+    try:
+        if settings.init_from == "scratch" and os.path.exists(os.path.join(out_dir, evidence)):
+            aside = next(name for n in count(1) if not os.path.exists(name := f"{os.path.normpath(out_dir)}.{n}"))
+            os.rename(out_dir, aside)
+            print(f"moved the earlier run in {out_dir} to {aside}")
+        os.makedirs(out_dir, exist_ok=True)
+        repeat = SimpleNamespace(**vars(settings) | {"init_from": "scratch"})
+        save_settings(repeat, os.path.join(out_dir, "settings.py"))
+    except OSError as error:
+        raise UserError(f"out_dir '{out_dir}' cannot be written: {error}") from None
 
 
 def run(main):

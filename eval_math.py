@@ -5,31 +5,36 @@ GSM8K, the "final answer is" of lm-eval's minerva_math. The comparison is strict
 of an answer is ever executed, and what cannot be decided within fixed bounds of time and size counts as wrong.
 """
 import cmath
+import hashlib
 import json
 import math
 import os
 import re
+import time
 import zlib
 from collections import deque
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
+from types import SimpleNamespace
 
-from configurator import UserError, configure, run
+from configurator import UserError, configure, prepare_out_dir, run
 
 model = "toy/base"  # checkpoint directory or hub name
 adapter = ""  # adapter file, or the out_dir of a run; none if empty
-dataset = "toy/test.jsonl"  # a .jsonl file, a folder with test.jsonl, a name in DATASETS, or any hub data set
+dataset = "toy/test.jsonl"  # what to ask, separated by commas: .jsonl files, folders, names in DATASETS, hub data sets
 split = "test"  # of a folder or hub data set
-num_problems = 0  # how many to ask; 0: all
-system_prompt = ""  # system message; empty: what the chat template puts there, if anything
-prompt_template = "{question}"  # the user's message
-answer_format = "hash"  # what the prompt asks for and strict scoring reads: hash (#### 42), boxed (\boxed{42}) or any
-num_samples = 1  # answers a problem; accuracy is the mean over all of them
-max_new_tokens = 64  # an answer is cut off after so many, and is wrong
+num_problems = 0  # how many to ask of each; 0: all
+prompt_template = "auto"  # a name in PROMPTS, or a text with {question}; auto: as the data set's row in DATASETS says
+system_prompt = "auto"  # system message; empty: what the chat template puts there, if anything; auto: as in PROMPTS
+answer_format = "auto"  # what strict scoring reads: hash (#### 42), boxed (\boxed{42}) or any; auto: as in PROMPTS
+n = 1  # answers a problem
+max_new_tokens = 2048  # an answer is cut off after so many, and is wrong
 temperature = 0.0  # 0: greedy
 seed = 1337  # of the sampling
-out_file = ""  # where to write questions, responses and verdicts as .jsonl; nowhere if empty
+out_dir = "out/eval"  # every response with its verdict, a .jsonl file a data set; an earlier one is moved aside
+init_from = "scratch"  # or resume: go on with the answers that out_dir holds already
+regrade = ""  # a .jsonl file of responses: grade them anew, without a model
 dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
 
@@ -614,9 +619,27 @@ class _Expression:
 # ----------------------------------------------------------------------------------------------------------------------
 # Problems and evaluation. What needs torch is imported inside, so that the checker stays importable without it.
 
-DATASETS = {  # name: hub path, configuration, question column, answer column
-    "gsm8k": ("openai/gsm8k", "main", "question", "answer"),
-    "math500": ("HuggingFaceH4/MATH-500", "default", "problem", "answer"),
+PROMPTS = {  # name: (system message, user message, what strict scoring reads); system message None: no chat at all
+    "plain": ("", "{question}", "any"),
+    "gsm8k": ("", '{question} Let\'s think step by step and output the final answer after "####".', "hash"),  # VERL
+    "boxed": ("You are a helpful assistant.",  # the paper's on MATH; from SimpleRL, whose name for it is qwen-boxed
+              "{question}\nPlease reason step by step, and put your final answer within \\boxed{}.", "boxed"),
+    "qwen_math": ("Please reason step by step, and put your final answer within \\boxed{}.", "{question}", "boxed"),
+    "base": (None, "Question:\n{question}\nAnswer:\nLet's think step by step.\n", "any"),  # SimpleRL, for weak bases
+}
+DATASETS = {  # name: (hub path, configuration, {split: what the hub calls it}, question, answer columns, prompt)
+    "gsm8k": ("openai/gsm8k", "main", {"train": "train", "test": "test"}, "question", "answer", "gsm8k"),
+    "math": ("DigitalLearningGmbH/MATH-lighteval@3-5", None, {"train": "train", "test": "test"}, "problem", "solution",
+             "boxed"),
+    "deepmath": ("zwhe99/DeepMath-103K", None, {"train": "train"}, "question", "final_answer", "boxed"),
+    "math500": ("HuggingFaceH4/MATH-500", None, {"test": "test"}, "problem", "answer", "boxed"),
+    "aime24": ("HuggingFaceH4/aime_2024", None, {"test": "train"}, "problem", "answer", "boxed"),
+    "aime25": ("math-ai/aime25", None, {"test": "test"}, "problem", "answer", "boxed"),
+    "amc23": ("math-ai/amc23", None, {"test": "test"}, "question", "answer", "boxed"),
+    "minerva": ("math-ai/minervamath", None, {"test": "test"}, "question", "answer", "boxed"),
+    "olympiad": ("math-ai/olympiadbench", None, {"test": "test"}, "question", "final_answer", "boxed"),
+    "gaokao2023en": ("MARIO-Math-Reasoning/Gaokao2023-Math-En", None, {"test": "train"}, "question", "answer", "boxed"),
+    "svamp": ("ChilleD/SVAMP", None, {"train": "train", "test": "train+test"}, "Body Question", "Answer", "boxed"),
 }
 QUESTION_KEYS, ANSWER_KEYS = ("question", "problem", "prompt"), ("answer", "final_answer", "solution")
 
@@ -626,27 +649,43 @@ def load_problems(name_or_path: str, split: str = "train") -> list[dict]:
     GSM8K's answer column, what it states) and 'solution' (the worked answer where there is one, else the answer).
 
     name_or_path: a local .jsonl file, a folder with {split}.jsonl, a name in DATASETS, or a hub data set ('owner/name')
-        whose columns are called question or problem, and answer or solution.
+        whose columns are called question or problem, and answer or solution. A suffix @3-5 keeps the problems whose
+        'level' is 3 to 5; the name 'math' has it by itself, as in SimpleRL and the paper.
     Raises UserError naming file and line where a row has no question or answer, for an empty file and an unknown name.
     """
-    path = os.path.join(name_or_path, f"{split}.jsonl") if os.path.isdir(name_or_path) else name_or_path
+    name, at, levels = name_or_path.rpartition("@")
+    name, levels = (name, levels) if at and not os.path.exists(name_or_path) else (name_or_path, "")
+    if at and levels and not re.fullmatch("[0-9]+-[0-9]+", levels):
+        raise UserError(f"'{name_or_path}': levels are written as @3-5")
+    path = os.path.join(name, f"{split}.jsonl") if os.path.isdir(name) else name
     if path.endswith((".jsonl", ".json")) or os.path.exists(path):
         rows = _read_jsonl(path)
     else:
-        rows = _read_hub(name_or_path, split)
+        rows, default_levels = _read_hub(name, split)
+        levels = levels or default_levels
+    low, _, high = levels.partition("-")
     problems = []
     for place, row in rows:
         question = next((row[k] for k in QUESTION_KEYS if isinstance(row.get(k), str)), None)
-        answer = next((str(row[k]) for k in ANSWER_KEYS if isinstance(row.get(k), (str, int, float))), None)
-        if not question or answer is None:
+        answer = next((_text(row[k]) for k in ANSWER_KEYS if isinstance(row.get(k), (str, int, float, list))), None)
+        if not question or not answer:
             raise UserError(f"{place}: needs a question ({', '.join(QUESTION_KEYS)}) and an answer "
                             f"({', '.join(ANSWER_KEYS)}); it has {', '.join(row) or 'nothing'}")
         solution = row.get("solution") if isinstance(row.get("solution"), str) else answer
         final = extract_answer(answer) or answer.strip()
-        problems.append(row | {"question": question, "answer": final, "solution": solution})
+        level = re.search("[0-9]+", str(row.get("level", "")))  # an int, or MATH's "Level 5"
+        if not levels or level and int(low) <= int(level[0]) <= int(high):
+            problems.append(row | {"question": question, "answer": final, "solution": solution})
     if not problems:
-        raise UserError(f"{path} holds no problems")
+        raise UserError(f"{path} holds no problems" + (f" of level {levels}" if levels else ""))
     return problems
+
+
+def _text(answer):
+    """An answer column as text: 8.0 as 8, and a list of answers (OlympiadBench) as one list."""
+    if isinstance(answer, list):
+        return ", ".join(str(part).strip().strip("$") for part in answer)
+    return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
 
 
 def _read_jsonl(path):
@@ -660,7 +699,7 @@ def _read_jsonl(path):
     for place, line in lines:
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{place}: no JSON: {error}") from None
         if not isinstance(row, dict):
             raise UserError(f"{place}: a row must be a JSON object")
@@ -669,32 +708,46 @@ def _read_jsonl(path):
 
 
 def _read_hub(name, split):
-    """[(place, row)] of a data set on the hub."""
+    """([(place, row)], levels) of a data set on the hub."""
     if name not in DATASETS and "/" not in name:
         raise UserError(f"no file and no data set is called '{name}'; known names: {', '.join(DATASETS)}; "
                         "or give a .jsonl file or a hub name owner/name")
-    path, configuration, question, answer = DATASETS.get(name, (name, None, None, None))
+    plain = (name, None, {split: split}, "question", "answer", "plain")
+    path, configuration, splits, question, answer, _ = DATASETS.get(name, plain)
+    path, _, levels = path.partition("@")
+    if split not in splits:
+        raise UserError(f"data set '{name}' has no split '{split}', only {' and '.join(splits)}")
     try:
         import datasets  # only here: local files need the standard library alone
     except ImportError:
         raise UserError(f"'{name}' is on the hub, which needs `pip install datasets`; or give a .jsonl file") from None
     try:
-        rows = datasets.load_dataset(path, configuration, split=split)
+        rows = datasets.load_dataset(path, configuration, split=splits[split])
     except Exception as error:  # the hub client raises many kinds; all mean that the data is not to be had
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"data set '{name}' ({path}, {split}) could not be loaded: {reason}") from None
-    rename = {question: "question", answer: "answer"}
-    return [(f"{path}, row {i}", {rename.get(k, k): v for k, v in row.items()}) for i, row in enumerate(rows)]
+    columns = question.split()
+    if name in DATASETS and not {*columns, answer} <= set(rows.column_names):
+        raise UserError(f"data set '{name}' ({path}) has changed: its columns {question}, {answer} are now "
+                        f"{', '.join(rows.column_names)}; give a .jsonl file")
+    if name in DATASETS:
+        rows = ({"question": " ".join(row[c] for c in columns), "answer": row[answer]}
+                | {k: v for k, v in row.items() if k not in (*columns, answer)} for row in rows)
+    return [(f"{path}, row {i}", row) for i, row in enumerate(rows)], levels
 
 
-def score(response: str, truncated: bool, reference: str, answer_format: str) -> dict[str, bool]:
-    """Verdicts on one response. strict: the answer stated in the format the prompt asked for; lenient: any statement,
-    else the last number. A response that was cut off is wrong in both: it had not finished."""
-    if truncated:
-        return {"strict": False, "lenient": False}
-    stated, found = extract_answer(response, answer_format), extract_lenient(response)
-    return {"strict": stated is not None and same_answer(stated, reference),
-            "lenient": found is not None and same_answer(found, reference)}
+def choose_prompt(cfg, name):
+    """Settings with 'auto' replaced by the conventions of data set `name`. A folder or a file in it has those of the
+    data set that its name begins with: data/math500/test.jsonl is asked as math500."""
+    folder = os.path.basename(os.path.dirname(os.path.abspath(name)) if name.endswith("l") else name.rstrip("/\\"))
+    known = max((key for key in DATASETS if folder.partition("@")[0].startswith(key)), key=len, default=None)
+    template = (DATASETS[known][-1] if known else "plain") if cfg.prompt_template == "auto" else cfg.prompt_template
+    if template not in PROMPTS and "{question}" not in template:
+        raise UserError(f"prompt_template '{template}' must contain {{question}}, or be one of {', '.join(PROMPTS)}")
+    system, text, answer_format = PROMPTS.get(template, ("", template, "any"))
+    chosen = {"prompt_template": text, "system_prompt": system if cfg.system_prompt == "auto" else cfg.system_prompt,
+              "answer_format": answer_format if cfg.answer_format == "auto" else cfg.answer_format}
+    return SimpleNamespace(**vars(cfg) | chosen)
 
 
 def encode_problems(tokenizer, problems, system_prompt, prompt_template):
@@ -703,62 +756,243 @@ def encode_problems(tokenizer, problems, system_prompt, prompt_template):
 
     if "{question}" not in prompt_template:
         raise UserError("prompt_template must contain {question}")
-    return [encode_prompt(tokenizer, prompt_template.replace("{question}", p["question"]), system_prompt)
-            for p in problems]
+    return [encode_prompt(tokenizer, prompt_template.replace("{question}", p["question"]), system_prompt,
+                          chat=system_prompt is not None) for p in problems]
 
 
-def evaluate(net, tokenizer, problems, cfg, num_samples=1, temperature=0.0):
-    """Ask every problem num_samples times and grade the answers. cfg: settings with system_prompt, prompt_template,
+# --- scores: one response, one problem, one data set ------------------------------------------------------------------
+
+def score(response: str, truncated: bool, reference: str, answer_format: str) -> dict:
+    """Verdicts on one response. strict: it ended, and the answer it states in the format the prompt asked for is right.
+    lenient: any statement, else the last number, is right, ended or not, as other harnesses count. extracted: what
+    strict read, or None."""
+    stated = None if truncated else extract_answer(response, answer_format)
+    found = extract_lenient(response)
+    return {"strict": stated is not None and same_answer(stated, reference),
+            "lenient": found is not None and same_answer(found, reference), "extracted": stated}
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Chance that k of n answers, of which `right` are right, hold a right one: unbiased (Chen et al. 2021, eq. 1)."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority(rows: list[dict]) -> float:
+    """Is the answer that most of the rows state right? Where several lead, the share of them that is: a fair draw.
+    Equal answers count together, however they are written."""
+    parties = []
+    for row in rows:
+        if row["extracted"] is not None:
+            party = next((p for p in parties if same_answer(row["extracted"], p[0]["extracted"])), None)
+            parties.append([row]) if party is None else party.append(row)
+    leaders = [p for p in parties if len(p) == max(map(len, parties))]
+    return sum(p[0]["strict"] for p in leaders) / len(leaders) if leaders else 0.0
+
+
+def summarise(groups: list[list[dict]]) -> dict:
+    """Figures of a data set from its rows, n to a problem: shares in [0, 1], the standard error of strict over
+    problems (answers to one problem are not independent), and the mean length in tokens."""
+    n = len(groups[0])
+    rows = [row for group in groups for row in group]
+    right = [sum(row["strict"] for row in group) for group in groups]
+    summary = {"problems": len(groups), "n": n}
+    summary |= {key: sum(row[key] for row in rows) / len(rows) for key in ("strict", "lenient", "truncated")}
+    spread = sum((r / n - summary["strict"]) ** 2 for r in right) / max(1, len(groups) - 1)
+    summary |= {"stderr": math.sqrt(spread / len(groups)), "length": sum(row["tokens"] for row in rows) / len(rows)}
+    for k in sorted({2**i for i in range(1, n.bit_length())} | {n}) if n > 1 else []:
+        summary[f"pass@{k}"] = sum(pass_at_k(n, r, k) for r in right) / len(groups)
+    return summary | ({f"maj@{n}": sum(map(majority, groups)) / len(groups)} if n > 1 else {})
+
+
+def evaluate(net, tokenizer, problems, cfg, n=1, temperature=0.0, indices=None, on_rows=None):
+    """Ask every problem n times and grade the answers. cfg: settings with system_prompt, prompt_template,
     answer_format, max_new_tokens and seed.
 
-    Returns {'strict', 'lenient', 'truncated': shares in [0, 1], 'stderr': standard error of strict over problems,
-    'length': mean tokens an answer, 'rows': [{question, answer, response, strict, lenient, truncated}]}.
+    indices: numbers that name the problems, for their random numbers (default: 0, 1, ...).
+    on_rows(index, rows) is called as soon as all answers to a problem are there.
+    Returns summarise()'s figures and 'rows': [{index, sample, question, answer, response, strict, ...}].
     """
     from sample import generate
 
+    indices = range(len(problems)) if indices is None else indices
+    groups = [[] for _ in problems]
+
+    def grade(i, completions):
+        for j, c in enumerate(completions):
+            text, truncated = c.text, c.truncated
+            if cfg.system_prompt is None and "\nQuestion:" in text:  # a base model runs on into a problem of its own
+                text, truncated = text.partition("\nQuestion:")[0], False
+            groups[i].append({"index": indices[i], "sample": j, "question": problems[i]["question"],
+                              "answer": problems[i]["answer"], "tokens": len(c.ids), "truncated": truncated,
+                              **score(text, truncated, problems[i]["answer"], cfg.answer_format), "response": text})
+        if on_rows:
+            on_rows(indices[i], groups[i])
+
     prompts = encode_problems(tokenizer, problems, cfg.system_prompt, cfg.prompt_template)
-    completions = generate(net, tokenizer, prompts, num_samples, cfg.max_new_tokens, temperature, cfg.seed,
-                           progress="evaluating")
-    rows = [{"question": p["question"], "answer": p["answer"], "response": c.text, "truncated": c.truncated,
-             "tokens": len(c.ids), **score(c.text, c.truncated, p["answer"], cfg.answer_format)}
-            for p, group in zip(problems, completions) for c in group]
+    generate(net, tokenizer, prompts, n, cfg.max_new_tokens, temperature, cfg.seed, prompt_ids=indices,
+             progress="evaluating", on_done=grade)
+    return summarise(groups) | {"rows": [row for group in groups for row in group]}
 
-    def mean(key):
-        return sum(row[key] for row in rows) / len(rows)
 
-    per_problem = [sum(r["strict"] for r in rows[i : i + num_samples]) / num_samples
-                   for i in range(0, len(rows), num_samples)]
-    m = mean("strict")
-    variance = sum((p - m) ** 2 for p in per_problem) / max(1, len(per_problem) - 1)
-    return {"strict": m, "lenient": mean("lenient"), "truncated": mean("truncated"), "length": mean("tokens"),
-            "stderr": math.sqrt(variance / len(per_problem)), "rows": rows}
+# --- the script -------------------------------------------------------------------------------------------------------
+
+def table(summaries):
+    """Lines of a table: a data set a line."""
+    def cells(name, s):
+        marks = [f"{s[key]:.3f}" for key in s if "@" in key]
+        speed = f"{s['tokens_per_second']:,.0f}" if s.get("tokens_per_second") else "-"
+        return [name, f"{s['problems']:,}", f"{s['strict']:.3f} +- {s['stderr']:.3f}", f"{s['lenient']:.3f}", *marks,
+                f"{s['truncated']:.1%}", f"{s['length']:.0f}", speed]
+
+    first = next(iter(summaries.values()))
+    heads = ["", "problems", "strict (std. error)", "lenient", *(key for key in first if "@" in key), "cut off",
+             "tokens", "tokens/s"]
+    lines = [heads, *(cells(name, s) for name, s in summaries.items())]
+    if len(summaries) > 1:
+        mean = {key: sum(s[key] for s in summaries.values()) / len(summaries) for key in ("strict", "lenient")}
+        lines.append(["mean of the data sets", "", f"{mean['strict']:.3f}", f"{mean['lenient']:.3f}"]
+                     + [""] * (len(heads) - 4))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+            for line in lines]
+
+
+def read_responses(path):
+    """(settings, {index: rows}) of a file of responses: our own, or any .jsonl with response and answer columns."""
+    rows = _read_jsonl(path)
+    settings = rows.pop(0)[1]["settings"] if rows and "settings" in rows[0][1] else {}
+    groups = {}
+    for i, (place, row) in enumerate(rows):
+        if not isinstance(row.get("response"), str) or not isinstance(row.get("answer"), str):
+            raise UserError(f"{place}: needs the texts response and answer; it has {', '.join(row) or 'nothing'}")
+        groups.setdefault(row.get("index", i), []).append({"tokens": 0, "truncated": False} | row)
+    return settings, groups
+
+
+def write_rows(file, rows):
+    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file.flush()
+
+
+def write_responses(path, settings, groups):
+    """The file that read_responses reads: a line of settings, then a line a response. Whole or not at all."""
+    with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as f:  # a lone surrogate goes as \ud800
+        write_rows(f, [{"settings": settings}, *(row for rows in groups.values() for row in rows)])
+    os.replace(path + ".tmp", path)
+
+
+def grade_again(path, answer_format):
+    """Grade a file of responses by the rules of today, without a model. The new verdicts go to a file beside it."""
+    settings, groups = read_responses(path)
+    if not groups:
+        raise UserError(f"{path} holds no responses")
+    answer_format = settings.get("answer_format", "any") if answer_format == "auto" else answer_format
+    changed, n = 0, max(map(len, groups.values()))
+    complete = [rows for rows in groups.values() if len(rows) == n]
+    if len(complete) < len(groups):
+        print(f"left out of the table: {len(groups) - len(complete)} problems with fewer than {n} responses")
+    for row in (row for rows in groups.values() for row in rows):
+        before = row.get("strict"), row.get("lenient")
+        row |= score(row["response"], row["truncated"], row["answer"], answer_format)
+        changed += before != (row["strict"], row["lenient"])
+    new = f"{path.removesuffix('.jsonl')}.regraded.jsonl"
+    write_responses(new, settings | {"answer_format": answer_format}, groups)
+    print(*table({os.path.basename(path): summarise(complete)}), sep="\n")
+    print(f"strict reads '{answer_format}'; {changed} verdicts changed; the rows are in {new}")
+
+
+def identity(net, name, cfg):
+    """Settings without which a response would be another."""
+    keys = ("model", "split", "prompt_template", "system_prompt", "answer_format", "n", "max_new_tokens", "temperature",
+            "seed")
+    digest = hashlib.sha256()  # of what the adapter says: the same for its file, its folder and its string
+    for parameter in net.adapter.parameters() if hasattr(net, "adapter") else ():
+        digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return {"dataset": name, "adapter": digest.hexdigest()[:16], "dtype": str(net.head.dtype)} | {
+        key: getattr(cfg, key) for key in keys}
+
+
+def earlier_answers(path, settings):
+    """{index: rows} that an interrupted run with the same settings left in `path`."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, "rb+") as f:
+        f.truncate(f.read().rfind(b"\n") + 1)  # a run killed while it wrote leaves half a line
+    before, groups = read_responses(path)
+    different = [f"{k} ({before.get(k)!r}, now {v!r})" for k, v in settings.items() if before.get(k) != v]
+    if different:
+        raise UserError(f"cannot resume: {path} was made with another {', '.join(different)}")
+    return {index: rows for index, rows in groups.items() if len(rows) == settings["n"]}
+
+
+def ask(net, tokenizer, name, problems, cfg, groups, path):
+    """Put the problems that `groups` {index: rows} does not hold yet, and write the answers to `path` as they come.
+    Returns the summary of all."""
+    began, tokens = time.time(), 0
+    left = [i for i in range(len(problems)) if i not in groups]
+    write_responses(path, identity(net, name, cfg), groups)
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as f:
+
+        def keep(index, rows):
+            nonlocal tokens
+            groups[index] = rows
+            tokens += sum(row["tokens"] for row in rows)
+            write_rows(f, rows)
+
+        if left:
+            evaluate(net, tokenizer, [problems[i] for i in left], cfg, cfg.n, cfg.temperature, left, keep)
+    seconds = time.time() - began
+    summary = summarise([groups[i] for i in range(len(problems))])
+    example = groups[0][0]
+    print(f"--- {name}, for example: {example['question']}\n-> {example['response']}\n"
+          f"({'right' if example['strict'] else 'wrong'}; the answer is {example['answer']})")
+    if summary["truncated"] > 0.05:
+        print(f"warning: {summary['truncated']:.0%} of the answers to {name} were cut off, and are wrong by strict; "
+              f"raise max_new_tokens (now {cfg.max_new_tokens})")
+    return summary | {"tokens_per_second": tokens / seconds if left else None}
 
 
 def main():
+    cfg = configure(globals())
+    if cfg.answer_format not in ("auto", "hash", "boxed", "phrase", "any"):
+        raise UserError("answer_format must be auto, hash, boxed, phrase or any")
+    if cfg.init_from not in ("scratch", "resume"):
+        raise UserError("init_from must be scratch or resume")
+    if cfg.n < 1 or cfg.max_new_tokens < 1 or min(cfg.num_problems, cfg.seed, cfg.temperature) < 0:
+        raise UserError("n and max_new_tokens must be at least 1; num_problems, seed and temperature at least 0")
+    if cfg.n > 1 and cfg.temperature == 0:
+        raise UserError(f"n={cfg.n} answers are all the same at temperature 0; set --temperature=1, say")
+    if cfg.regrade:
+        return grade_again(cfg.regrade, cfg.answer_format)
     from model import load_model, load_tokenizer
     from tinylora import load_adapter
 
-    cfg = configure(globals())
-    if cfg.answer_format not in ("hash", "boxed", "any"):
-        raise UserError("answer_format must be hash, boxed or any")
-    if cfg.num_samples < 1 or min(cfg.num_problems, cfg.seed) < 0:
-        raise UserError("num_samples must be at least 1, num_problems and seed at least 0")
-    try:
-        out = open(cfg.out_file, "w", encoding="utf-8") if cfg.out_file else None  # now, not after the evaluation
-    except OSError as error:
-        raise UserError(f"out_file cannot be written: {error}") from None
-    problems = load_problems(cfg.dataset, cfg.split)[: cfg.num_problems or None]
+    names = [name.strip() for name in cfg.dataset.split(",") if name.strip()]
+    stems = [re.sub(r"[^\w.@-]+", "_", name).strip("._").removesuffix(".jsonl") for name in names]
+    if not names or len(set(stems)) < len(stems):
+        raise UserError(f"dataset must name data sets, each once; got '{cfg.dataset}'")
+    paths = {name: os.path.join(cfg.out_dir, stem + ".jsonl") for name, stem in zip(names, stems)}
+    settings = {name: choose_prompt(cfg, name) for name in names}
+    problems = {name: load_problems(name, cfg.split)[: cfg.num_problems or None] for name in names}
     net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
     if cfg.adapter:
         load_adapter(net, cfg.adapter)
-    result = evaluate(net, tokenizer, problems, cfg, cfg.num_samples, cfg.temperature)
-    if out:
-        with out:
-            out.writelines(json.dumps(row) + "\n" for row in result["rows"])
-    print(f"example: {result['rows'][0]['question']}\n-> {result['rows'][0]['response']}")
-    print(f"{cfg.dataset}: accuracy {result['strict']:.3f} +- {result['stderr']:.3f} (standard error) by the stated "
-          f"answer, {result['lenient']:.3f} by the last number; {len(problems)} problems x {cfg.num_samples}, "
-          f"{result['length']:.0f} tokens an answer, {result['truncated']:.1%} cut off")
+    done = {name: earlier_answers(paths[name], identity(net, name, settings[name])) if cfg.init_from == "resume" else {}
+            for name in names}
+    prepare_out_dir(cfg, "settings.py")
+    for name in names:
+        kept = f", {len(done[name])} of them answered already" if done[name] else ""
+        print(f"{name}: {len(problems[name])} problems{kept}; strict reads '{settings[name].answer_format}'; "
+              f"system message {settings[name].system_prompt!r}; user message {settings[name].prompt_template!r}")
+    try:
+        summaries = {name: ask(net, tokenizer, name, problems[name], settings[name], done[name], paths[name])
+                     for name in names}
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the answers so far are in {cfg.out_dir}: go on with --init_from=resume")
+        raise SystemExit(130) from None
+    with open(os.path.join(cfg.out_dir, "results.json"), "w", encoding="utf-8") as f:
+        json.dump(summaries, f, indent=1)
+    print(*table(summaries), sep="\n")
 
 
 if __name__ == "__main__":

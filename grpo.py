@@ -19,8 +19,6 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from itertools import count
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -32,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 import eval_math
 import tinylora
-from configurator import UserError, configure, run, save_settings
+from configurator import UserError, configure, prepare_out_dir, run
 from model import load_model, load_tokenizer
 from sample import generate
 
@@ -339,20 +337,6 @@ def load_checkpoint(path, parameters, optimizer, identity):
     return info["step"], info["history"]
 
 
-def prepare_out_dir(cfg):
-    """Make out_dir and save the settings there. A fresh run moves an earlier one aside: nothing is overwritten."""
-    try:
-        if cfg.init_from == "scratch" and os.path.exists(os.path.join(cfg.out_dir, "log.jsonl")):
-            aside = next(name for n in count(1) if not os.path.exists(name := f"{os.path.normpath(cfg.out_dir)}.{n}"))
-            os.rename(cfg.out_dir, aside)
-            print(f"moved the earlier run in {cfg.out_dir} to {aside}")
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        repeat = SimpleNamespace(**vars(cfg) | {"init_from": "scratch"})
-        save_settings(repeat, os.path.join(cfg.out_dir, "settings.py"))
-    except OSError as error:
-        raise UserError(f"out_dir '{cfg.out_dir}' cannot be written: {error}") from None
-
-
 def open_log(path, step):
     """Open log.jsonl for appending, without the lines of steps that a resumed run is going to repeat."""
     lines = []
@@ -379,7 +363,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
     if cfg.init_from == "resume":
         step, history = load_checkpoint(checkpoint_file, parameters, optimizer, identity)
     if chief:
-        prepare_out_dir(cfg)
+        prepare_out_dir(cfg, "log.jsonl")
     log = open_log(os.path.join(cfg.out_dir, "log.jsonl"), step) if chief else None
     began = time.time() - history["seconds"]
 

@@ -96,12 +96,12 @@ def row_uniforms(seed, prompt_id, sample_id, count):
 
 @torch.inference_mode()
 def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0, seed=0, prompt_ids=None,
-             progress=None):
+             progress=None, on_done=None):
     """Sample n completions of every prompt.
 
     prompts: a list of token-id lists, or of strings (encoded as raw text, with the BOS the checkpoint asks for).
     prompt_ids: integers that name the prompts for the random numbers (default: their place in the list).
-    progress: label of a progress bar, or None.
+    progress: label of a progress bar, or None. on_done(i, completions) is called when all n rows of prompt i are done.
     Returns a list (per prompt) of lists of n Completions. A prompt is prefilled once for its n rows. Raises UserError
     for an empty prompt or one that leaves no room in the model's context.
     """
@@ -121,6 +121,8 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
         part = slice(start, start + wave)
         out += _generate_wave(model, tokenizer, prompts[part], n, max_new_tokens, temperature, seed, prompt_ids[part],
                               bar)
+        for i in range(start, len(out)) if on_done else ():
+            on_done(i, out[i])
     bar.close()
     return out
 

@@ -2,6 +2,7 @@
 
     python -m lab.bench load                                   # a random checkpoint against reading its bytes
     python -m lab.bench tokenize --model=DIR --dataset=FILE    # our tokenizer against transformers' batch call
+    python -m lab.bench grade --dataset=FILE                   # our answer checker against math-verify
 
 Each ends with one line of JSON; `ratio` is the other's time over ours.
 """
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 
 import torch
 
@@ -20,7 +22,7 @@ import model as model_file
 from configurator import UserError, configure, run
 
 model = "toy/base"  # tokenize: checkpoint directory
-dataset = "toy/train.jsonl"  # tokenize: problems
+dataset = "toy/train.jsonl"  # tokenize, grade: problems; grade also takes responses as eval_math.py writes them
 layers = 32  # load: of the Qwen2.5-0.5B shape; 32 make about 2 GB in float32
 repeats = 5  # of each measurement; the median counts
 
@@ -93,7 +95,35 @@ def bench_tokenize():
             "load_seconds": loading}
 
 
-BENCHES = {"load": bench_load, "tokenize": bench_tokenize}
+def bench_grade():
+    """Extract and compare, ours and math-verify's, on one core. Of problems without responses the solutions are graded.
+    Both verdicts go into the result: where they differ, somebody is wrong."""
+    try:
+        import math_verify
+    except ImportError:
+        raise UserError("grade compares with math-verify: pip install -r requirements-dev.txt") from None
+    with open(SETTINGS.dataset, encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    rows = [row for row in rows if "settings" not in row]
+    pairs = [(row.get("response") or row.get("solution") or row["answer"], row.get("reference") or row["answer"])
+             for row in rows]
+
+    def theirs(response, reference):
+        return bool(math_verify.verify(math_verify.parse(rf"\boxed{{{reference}}}"), math_verify.parse(response)))
+
+    verdicts = {}
+    seconds = median_seconds(lambda: verdicts.update(ours=[eval_math.is_correct(*pair) for pair in pairs]))
+    began = time.perf_counter()
+    verdicts["theirs"] = [theirs(*pair) for pair in pairs]  # once: it is slow
+    their_seconds = time.perf_counter() - began
+    counts = Counter(zip(verdicts["ours"], verdicts["theirs"]))
+    print(f"{len(pairs)} pairs: {seconds:.2f} s, math-verify {their_seconds:.2f} s; both right {counts[True, True]}, "
+          f"ours alone {counts[True, False]}, math-verify alone {counts[False, True]}")
+    return {"pairs": len(pairs), "seconds": seconds, "theirs": their_seconds, "ratio": their_seconds / seconds,
+            "accepted": sum(verdicts["ours"]), "theirs_accepted": sum(verdicts["theirs"])}
+
+
+BENCHES = {"load": bench_load, "tokenize": bench_tokenize, "grade": bench_grade}
 
 
 def main():

@@ -1,16 +1,21 @@
 """eval_math.py below the checker: problems from files, prompts, scores and the script."""
 
+import itertools
 import json
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
+import torch
 from conftest import SHARED, assert_refused, run_script
 
 import eval_math
 import sample
 from configurator import UserError
+from eval_math import is_correct
 from sample import Completion
 
 
@@ -66,7 +71,7 @@ def test_gsm8k_as_published_loads():
     "response, truncated, answer_format, strict, lenient",
     [
         ("1+1=2. #### 2", False, "hash", True, True),
-        ("#### 2", True, "hash", False, False),  # cut off: had not finished
+        ("#### 2", True, "hash", False, True),  # cut off: had not finished, though others would count it
         ("so it is 2", False, "hash", False, True),
         (r"\boxed{2}", False, "hash", False, True),  # right, but not as asked
         (r"\boxed{2}", False, "boxed", True, True),
@@ -76,7 +81,8 @@ def test_gsm8k_as_published_loads():
     ],
 )
 def test_scores(response, truncated, answer_format, strict, lenient):
-    assert eval_math.score(response, truncated, "2", answer_format) == {"strict": strict, "lenient": lenient}
+    verdict = eval_math.score(response, truncated, "2", answer_format)
+    assert (verdict["strict"], verdict["lenient"]) == (strict, lenient)
 
 
 def test_braces_of_a_template_stay_text(tokenizer):
@@ -88,26 +94,183 @@ def test_braces_of_a_template_stay_text(tokenizer):
         eval_math.encode_problems(tokenizer, [{"question": "x"}], "", "no question")
 
 
-def test_accuracy_and_its_standard_error_by_hand(tokenizer, monkeypatch):
-    """Three problems, two answers each: 2, 1 and 0 right."""
-    texts = [["#### 1", "#### 1"], ["#### 1", "#### 2"], ["3", "#### 2"]]
+class FakeNet:
+    """Answers by the script of a test: texts[problem][sample]."""
 
-    def fake(*_, **__):
-        return [[Completion([5] * 4, [0.0] * 4, text, False) for text in group] for group in texts]
+    head = torch.zeros(1)
+
+
+def answer_with(monkeypatch, texts, truncated=()):
+    def fake(net, tokenizer, prompts, n, *_, prompt_ids, on_done, **__):
+        for i, index in enumerate(prompt_ids):
+            on_done(i, [Completion([5] * 4, [0.0] * 4, text, text in truncated) for text in texts[index]])
 
     monkeypatch.setattr(sample, "generate", fake)
-    cfg = SimpleNamespace(system_prompt="", prompt_template="{question}", answer_format="hash", max_new_tokens=9,
-                          seed=0)
-    result = eval_math.evaluate(None, tokenizer, [{"question": "?", "answer": "1"}] * 3, cfg, num_samples=2)
+
+
+CFG = SimpleNamespace(system_prompt="", prompt_template="{question}", answer_format="hash", max_new_tokens=9, seed=0)
+
+
+def test_accuracy_and_its_standard_error_by_hand(tokenizer, monkeypatch):
+    """Three problems, two answers each: 2, 1 and 0 right."""
+    answer_with(monkeypatch, [["#### 1", "#### 1"], ["#### 1", "#### 2"], ["3", "#### 2"]])
+    result = eval_math.evaluate(FakeNet, tokenizer, [{"question": "?", "answer": "1"}] * 3, CFG, n=2)
     assert result["strict"] == 0.5 and result["length"] == 4 and result["truncated"] == 0
     assert result["stderr"] == pytest.approx(math.sqrt(0.25 / 3))  # per-problem scores 1, 0.5, 0
+    assert result["pass@2"] == pytest.approx(2 / 3) and result["maj@2"] == pytest.approx((1 + 0.5 + 0) / 3)
 
 
-def test_the_script_prints_accuracy_and_writes_responses(checkpoint, problems, tmp_path):
-    out = tmp_path / "responses.jsonl"
-    done = run_script("eval_math.py", f"--model={checkpoint}", f"--dataset={problems}", "--num_problems=6",
-                      "--num_samples=2", "--temperature=1", "--max_new_tokens=4", f"--out_file={out}")
-    assert re.search(r"accuracy \d\.\d{3} \+- \d\.\d{3} \(standard error\)", done.stdout), done.stderr
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rows) == 12 and {"question", "answer", "response", "strict", "lenient", "truncated"} <= rows[0].keys()
+@pytest.mark.parametrize("n, right, k", [(8, 0, 4), (8, 1, 1), (8, 3, 2), (8, 5, 4), (8, 8, 8), (5, 4, 3)])
+def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_answer(n, right, k):
+    draws = list(itertools.combinations([True] * right + [False] * (n - right), k))
+    assert eval_math.pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+@pytest.mark.parametrize(
+    "answers, share",
+    [
+        (["5", "5", "7"], 1.0),
+        (["1/2", "0.5", "7", "7", "\\frac12"], 0.0),  # three spellings of one wrong answer outvote 7
+        (["7", "7", "5", "5"], 0.5),  # a draw
+        (["7", None, None, None], 0.0),  # no answer is no vote
+        ([None, None], 0.0),
+    ],
+)
+def test_the_majority_counts_equal_answers_together(answers, share):
+    rows = [{"extracted": a, "strict": a is not None and eval_math.same_answer(a, "5")} for a in answers]
+    assert eval_math.majority(rows) == share
+
+
+def test_a_base_model_that_runs_on_is_judged_by_its_own_problem(tokenizer, monkeypatch):
+    run_on = "It is 4.\n#### 4\n\nQuestion:\nAnd 3+3?\nAnswer:\n#### 6"
+    answer_with(monkeypatch, [[run_on]], truncated=[run_on])
+    base = SimpleNamespace(**vars(CFG) | {"system_prompt": None})
+    result = eval_math.evaluate(FakeNet, tokenizer, [{"question": "2+2?", "answer": "4"}], base)
+    assert result["strict"] == 1 and result["truncated"] == 0
+    assert eval_math.evaluate(FakeNet, tokenizer, [{"question": "2+2?", "answer": "4"}], CFG)["strict"] == 0
+
+
+# --- benchmarks by name -----------------------------------------------------------------------------------------------
+
+PUBLISHED = {  # the first row of each data set, in the columns it has on the hub
+    "gsm8k": {"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"},
+    "math": {"problem": "2+2?", "level": "Level 3", "type": "Algebra", "solution": "So $\\boxed{4}$."},
+    "deepmath": {"question": "2+2?", "final_answer": "4", "difficulty": 5.0, "topic": "Algebra"},
+    "math500": {"problem": "2+2?", "solution": "...", "answer": "4", "subject": "Algebra", "level": 1},
+    "aime24": {"id": 60, "problem": "2+2?", "solution": "...", "answer": "4", "year": "2024"},
+    "aime25": {"problem": "2+2?", "answer": "4", "id": "0"},
+    "amc23": {"id": 0, "question": "2+2?", "answer": "4.0", "url": "..."},
+    "minerva": {"question": "2+2?", "answer": "4"},
+    "olympiad": {"question": "2+2?", "final_answer": ["$4$"], "subject": "Algebra"},
+    "gaokao2023en": {"question": "2+2?", "answer": "4"},
+    "svamp": {"ID": "chal-1", "Body": "Two and two.", "Question": "How many?", "Answer": "4.0"},
+}
+
+
+@pytest.mark.parametrize("name", eval_math.DATASETS)
+def test_every_data_set_loads_by_name_from_its_published_columns(name, monkeypatch):
+    asked = []
+
+    def load_dataset(path, configuration, split):
+        asked.append((path, configuration, split))
+        return datasets.Dataset.from_list([PUBLISHED[name]])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    split = "train" if name in ("math", "deepmath") else "test"
+    [problem] = eval_math.load_problems(name, split)
+    assert problem["question"] in ("2+2?", "Two and two. How many?") and is_correct(problem["answer"], "4")
+    assert "@" not in asked[0][0] and asked[0][2] in ("train", "test", "train+test")
+    with pytest.raises(UserError, match="has no split 'dev'"):
+        eval_math.load_problems(name, "dev")
+
+
+def test_a_data_set_with_other_columns_than_published_is_refused(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([{"q": "x", "a": "1"}]))
+    with pytest.raises(UserError, match="gsm8k.*has changed"):
+        eval_math.load_problems("gsm8k", "test")
+    with pytest.raises(UserError, match="row 0: needs a question"):
+        eval_math.load_problems("owner/name", "test")
+
+
+def test_levels_choose_problems(tmp_path):
+    rows = [{"question": "?", "answer": str(i), "level": level} for i, level in
+            enumerate([1, 3, "Level 4", "Level 5", "Level ?"])]
+    path = write(tmp_path, *rows, {"question": "?", "answer": "9"})
+    assert [p["answer"] for p in eval_math.load_problems(path + "@3-5")] == ["1", "2", "3"]
+    assert len(eval_math.load_problems(path)) == 6
+    for suffix, words in (("@hard", "levels are written as @3-5"), ("@7-8", "no problems of level 7-8")):
+        with pytest.raises(UserError, match=words):
+            eval_math.load_problems(path + suffix)
+
+
+@pytest.mark.parametrize(
+    "dataset, template, answer_format",
+    [
+        ("gsm8k", "gsm8k", "hash"),
+        ("data/gsm8k", "gsm8k", "hash"),
+        ("data/math500/test.jsonl", "boxed", "boxed"),
+        ("data/olympiadbench/", "boxed", "boxed"),
+        ("math@1-5", "boxed", "boxed"),
+        ("toy/test.jsonl", "plain", "any"),
+        ("owner/name", "plain", "any"),
+    ],
+)
+def test_auto_means_the_conventions_of_the_data_set(dataset, template, answer_format):
+    auto = SimpleNamespace(prompt_template="auto", system_prompt="auto", answer_format="auto")
+    chosen = eval_math.choose_prompt(auto, dataset)
+    assert (chosen.system_prompt, chosen.prompt_template) == eval_math.PROMPTS[template][:2]
+    assert chosen.answer_format == answer_format
+    own = SimpleNamespace(prompt_template="Q: {question}", system_prompt="Be brief.", answer_format="boxed")
+    assert eval_math.choose_prompt(own, dataset) == own
+    with pytest.raises(UserError, match="must contain {question}"):
+        eval_math.choose_prompt(SimpleNamespace(**vars(auto) | {"prompt_template": "boxd"}), dataset)
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+def test_the_script_prints_a_table_and_writes_responses(checkpoint, problems, tmp_path):
+    """Two data sets, interrupted in the second, and resumed: the same rows as in one go."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    copy = tmp_path / "other.jsonl"
+    copy.write_text(Path(problems).read_text())
+    arguments = [f"--model={checkpoint}", f"--dataset={problems},{copy}", "--num_problems=6", "--n=4",
+                 "--temperature=1", "--max_new_tokens=4"]
+    done = run_script("eval_math.py", *arguments, f"--out_dir={whole}")
+    assert re.search(r"pass@2 +pass@4 +maj@4 +cut off", done.stdout), done.stderr
+    results = json.loads((whole / "results.json").read_text())
+    assert set(results) == {str(problems), str(copy)} and results[str(copy)]["problems"] == 6
+    files = sorted(p.name for p in whole.glob("*.jsonl"))
+    lines = {name: (whole / name).read_text().splitlines() for name in files}
+    assert [len(v) for v in lines.values()] == [1 + 24] * 2
+    row = json.loads(lines[files[0]][1])
+    assert {"question", "answer", "response", "extracted", "strict", "lenient", "truncated"} <= row.keys()
+
+    broken.mkdir()
+    (broken / files[0]).write_text("\n".join(lines[files[0]]) + "\n")
+    (broken / files[1]).write_text("\n".join(lines[files[1]][:12]) + "\n" + lines[files[1]][12][:40])  # killed here
+    done = run_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume")
+    assert "6 of them answered already" in done.stdout and "2 of them answered already" in done.stdout, done.stderr
+    again = eval_math.read_responses(str(broken / files[1]))[1]
+    assert again == eval_math.read_responses(str(whole / files[1]))[1]
+    assert_refused(run_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume", "--seed=5"),
+                   "made with another seed (1337, now 5)")
+
+    first = (whole / files[0]).read_bytes()
+    done = run_script("eval_math.py", *arguments, f"--out_dir={whole}")
+    assert "moved the earlier run" in done.stdout and (tmp_path / "whole.1" / files[0]).read_bytes() == first
     assert_refused(run_script("eval_math.py", f"--model={checkpoint}", "--dataset=nowhere.jsonl"), "nowhere.jsonl")
+    assert_refused(run_script("eval_math.py", f"--dataset={problems},{problems}"), "each once")
+    assert_refused(run_script("eval_math.py", "--n=4"), "all the same at temperature 0")
+
+
+def test_regrading_needs_no_model_and_reads_files_of_others(tmp_path):
+    path = tmp_path / "theirs.jsonl"
+    rows = [{"response": r"\boxed{4}", "answer": "4", "strict": False}, {"response": "#### 5\ud800", "answer": "5"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run_script("eval_math.py", f"--regrade={path}", "--answer_format=boxed")
+    assert "2 verdicts changed" in done.stdout and "0.500 +- 0.500" in done.stdout, done.stderr
+    settings, groups = eval_math.read_responses(str(tmp_path / "theirs.regraded.jsonl"))
+    assert [row["strict"] for [row] in groups.values()] == [True, False] and settings == {"answer_format": "boxed"}
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows  # the original stays as it was
+    path.write_text('{"reply": "4"}\n')
+    assert_refused(run_script("eval_math.py", f"--regrade={path}"), "line 1: needs the texts response and answer")
