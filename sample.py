@@ -4,7 +4,11 @@
     python sample.py --model=Qwen/Qwen2.5-7B-Instruct --adapter=out/qwen7b_u13 --prompt="What is 17 * 23?"
 """
 
+import math
+from collections import deque
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -37,16 +41,32 @@ class Completion:
 
 
 class KVCache:
-    """Keys and values of B rows, each at its own position: [layers, B, kv_heads, T, head_dim].
+    """Keys and values of `rows` rows, each at its own position: [layers, rows, kv_heads, length, head_dim].
 
-    Prompts are right-padded. A row's entries past its own length are never attended to: they are overwritten as the
-    row grows.
+    Prompts are right-padded. A row's entries past its own position are masked, and overwritten as the row grows. They
+    must be finite, as even a weight of 0 times NaN is NaN: clear() sets them to 0 before rows reach them, so memory
+    that no row grows into is never touched.
     """
 
     def __init__(self, config, rows, length, like):
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # masked entries count 0 times: must be finite
+        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+        self.cleared = 0  # positions before this one hold finite numbers
         self.positions = None  # [B] where each row's next token stands; None while prompts are prefilled
+
+    def at(self, positions, end):
+        """Rows 0 .. B-1 store their next token at `positions` [B] and attend to those up to there, all below `end`."""
+        self.clear(end)
+        self.positions, self.end = positions, end
+        self.rows = torch.arange(len(positions), device=positions.device)
+        self.mask = (torch.arange(end, device=positions.device) <= positions[:, None])[:, None, None]
+        return self
+
+    def clear(self, end):
+        if end > self.cleared:
+            for entries in (self.k, self.v):
+                entries[:, :, :, self.cleared : end + 64] = 0
+            self.cleared = end + 64
 
     def attend(self, layer, q, k, v):
         """Store k, v [B, kv_heads, T, hd] and attend with q [B, heads, T, hd]: what model.Attention calls."""
@@ -55,30 +75,23 @@ class KVCache:
             self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k, v
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         B, heads, _, hd = q.shape
-        rows = torch.arange(B, device=q.device)
-        self.k[layer, rows, :, self.positions] = k[:, :, 0]
-        self.v[layer, rows, :, self.positions] = v[:, :, 0]
-        keys, values = self.k[layer, :, :, : self.end], self.v[layer, :, :, : self.end]
+        self.k[layer, self.rows, :, self.positions] = k[:, :, 0]
+        self.v[layer, self.rows, :, self.positions] = v[:, :, 0]
+        keys, values = self.k[layer, :B, :, : self.end], self.v[layer, :B, :, : self.end]
         q = q.view(B, keys.shape[1], -1, hd)  # the heads that share a key head become its queries: no copy of k, v
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask).view(B, heads, 1, hd)
 
-    def at(self, positions):
-        """Set where the next token of every row stands."""
-        self.positions = positions
-        self.end = int(positions.max()) + 1
-        self.mask = (torch.arange(self.end, device=positions.device) <= positions[:, None])[:, None, None]
-        return self
 
-    def select(self, rows):
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-
-
-def sample_tokens(logits, temperature, uniforms):
+def sample_tokens(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
     """Draw one token a row by inverse CDF. logits [B, V], uniforms [B] in [0, 1) -> ids [B], logprobs [B].
 
     Temperature divides the logits here exactly as in the trainer. Greedy (temperature 0) reports log-probs at 1.
+    top_k keeps the k likeliest tokens; top_p, of these, the likeliest up to a total probability of top_p or just over.
     """
-    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    logits = logits.float() / (temperature or 1.0)
+    if temperature and (top_k or top_p < 1):
+        logits = keep_likeliest(logits, top_k, top_p)
+    logprobs = torch.log_softmax(logits, dim=-1)
     if temperature == 0:
         ids = logprobs.argmax(-1)
     else:
@@ -88,50 +101,216 @@ def sample_tokens(logits, temperature, uniforms):
     return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
 
 
+def keep_likeliest(logits, top_k, top_p):
+    """Logits with -inf for the tokens that top_k and top_p leave out (Holtzman et al. 2020)."""
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)  # enough came before
+        logits = logits.scatter(1, order, ordered)
+    return logits
+
+
 def row_uniforms(seed, prompt_id, sample_id, count):
     """The uniforms of one row, one a position: they depend on (seed, prompt, sample), not on the batch it is in."""
     key = np.random.SeedSequence([seed, prompt_id, sample_id])
     return np.random.Generator(np.random.Philox(key)).random(count, dtype=np.float32)
 
 
+class Sampler:
+    """Rows in `slots`: a row starts in a slot, with its prompt's keys and values, and decodes until it stops; then the
+    next row takes the slot over. So short rows never wait for long ones, and every step is over as many rows as there
+    are slots. When no row waits any more, the last row in use moves into the free slot, and the steps get smaller.
+
+    A row begins with the last token of its prompt as its first input: the decode step is all there is, and what was
+    prefilled of a prompt (the rest) is shared by its group.
+    """
+
+    def __init__(self, model, tokenizer, slots, length, max_new_tokens, draw):
+        """length: positions of the longest row. draw(logits [B, V], uniforms [B]) -> ids [B], logprobs [B]."""
+        self.model, self.tokenizer, self.draw = model, tokenizer, draw
+        device = model.device
+        self.cache = KVCache(model.config, slots, length, model.head)
+        self.stops = torch.tensor(sorted(tokenizer.stop_ids), device=device, dtype=torch.long)
+        whole, columns = dict(dtype=torch.long, device=device), max_new_tokens + 1  # the last: rows that have stopped
+        self.state = SimpleNamespace(  # a line a slot
+            token=torch.zeros(slots, **whole),  # the next input
+            position=torch.zeros(slots, **whole),  # where it stands
+            count=torch.zeros(slots, **whole),  # tokens sampled so far
+            limit=torch.zeros(slots, **whole),  # at most so many
+            done=torch.ones(slots, dtype=torch.bool, device=device),
+            uniforms=torch.zeros(slots, columns, device=device),
+            ids=torch.zeros(slots, columns, **whole),
+            logprobs=torch.zeros(slots, columns, device=device))
+        self.slots, self.length = slots, length
+        self.rows = []  # what occupies slots 0 .. len(rows) - 1: (prompt, sample), or None for a row that has stopped
+        self.reached = []  # the position of each, known without asking the device (of stopped rows, too high)
+        self.prefilled = {}  # prompt: its keys and values [layers, kv_heads, T - 1, hd], until its last row is placed
+        self.graphs = {}  # (B, end): the decode step as a CUDA graph
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # memory that all graphs share
+
+    def step(self, B, end):
+        """One token for the rows in slots 0 .. B-1. Nothing here waits for the device: it can be captured as a graph.
+        A row that has stopped goes on sampling into the spare column until the host notices."""
+        s = self.state
+        position, count = s.position[:B], s.count[:B]
+        hidden = self.model.model(s.token[:B, None], position[:, None], self.cache.at(position, end))[:, 0]  # [B, D]
+        at = count[:, None]
+        uniforms = s.uniforms[:B].gather(1, at).squeeze(1)
+        token, logprob = self.draw(F.linear(hidden, self.model.head), uniforms)
+        s.ids[:B].scatter_(1, at, token[:, None])
+        s.logprobs[:B].scatter_(1, at, logprob[:, None])
+        going = ~s.done[:B]
+        count += going
+        position += going
+        s.done[:B] |= (token[:, None] == self.stops).any(1) | (count >= s.limit[:B])
+        s.token[:B] = token
+
+    def run(self, prompts, n, limits, uniforms, finished, check_every=1):
+        """Sample n rows of every prompt (a list of ids), at most limits[i] tokens each, with uniforms(i, j) [limit].
+        finished(i, j, ids, logprobs) is called as they stop. check_every: steps between looks at what has stopped."""
+        waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
+        while self.fill(waiting, prompts, n, limits, uniforms):
+            for _ in range(check_every):
+                self.advance()
+            self.retire(finished)
+
+    def fill(self, waiting, prompts, n, limits, uniforms):
+        """Put waiting rows into free slots; with none left, close the gaps. Returns the number of rows in use."""
+        self.rows += [None] * min(len(waiting), self.slots - len(self.rows))
+        self.reached += [0] * (len(self.rows) - len(self.reached))
+        free = [slot for slot, row in enumerate(self.rows) if row is None]
+        new = [(slot, *waiting.popleft()) for slot in free[: len(waiting)]]
+        for slot, i, j in new:
+            if i not in self.prefilled:
+                self.prefill(range(i, len(prompts)), prompts, n)
+            k, v = self.prefilled[i]
+            self.cache.clear(k.shape[2])
+            self.cache.k[:, slot, :, : k.shape[2]], self.cache.v[:, slot, :, : k.shape[2]] = k, v
+            self.rows[slot], self.reached[slot] = (i, j), k.shape[2]
+            if j == n - 1:
+                del self.prefilled[i]
+        if new:
+            s, device = self.state, self.model.device
+            at = torch.tensor([slot for slot, _, _ in new], device=device)
+            columns = torch.tensor([[prompts[i][-1], len(prompts[i]) - 1, 0, limits[i]] for _, i, _ in new])
+            s.token[at], s.position[at], s.count[at], s.limit[at] = columns.to(device).T
+            s.done[at] = False
+            s.uniforms[at, :-1] = torch.from_numpy(np.stack([uniforms(i, j) for _, i, j in new])).to(device)
+        for slot in reversed(free[len(new) :]):
+            row, reached = self.rows.pop(), self.reached.pop()
+            if row is not None:  # the last row moves in
+                self.rows[slot], self.reached[slot], last = row, reached, len(self.rows)
+                for lines in vars(self.state).values():
+                    lines[slot] = lines[last]
+                for entries in (self.cache.k, self.cache.v):
+                    entries[:, slot, :, :reached] = entries[:, last, :, :reached]
+        return len(self.rows)
+
+    def prefill(self, waiting, prompts, n, max_tokens=8192):
+        """Run the next prompts that wait, without their last tokens, as many as the slots may soon need."""
+        chosen = [i for i in waiting if i not in self.prefilled][: self.slots // n + 1]
+        while len(chosen) * max(len(prompts[i]) for i in chosen) > max_tokens and len(chosen) > 1:
+            chosen.pop()  # to bound the memory of the activations
+        longest = max(len(prompts[i]) for i in chosen) - 1
+        cache = KVCache(self.model.config, len(chosen), longest, self.model.head)
+        if longest:
+            padded = [prompts[i][:-1] + [self.tokenizer.pad_id] * (longest - len(prompts[i]) + 1) for i in chosen]
+            self.model.model(torch.tensor(padded, device=self.model.device), cache=cache)
+        for line, i in enumerate(chosen):
+            T = len(prompts[i]) - 1
+            self.prefilled[i] = cache.k[:, line, :, :T], cache.v[:, line, :, :T]
+
+    def advance(self):
+        B, end = len(self.rows), min(self.length, max(self.reached) + 1)
+        self.reached = [position + 1 for position in self.reached]
+        if self.model.device.type != "cuda":
+            return self.step(B, end)
+        # A graph serves one shape: round both up, to few shapes. The slots beyond the rows in use compute nothing new.
+        B = next(b for b in (1, 2, 4, 8, 16, 32, 64, 128, 256, self.slots) if b >= min(B, self.slots))
+        B, end = min(B, self.slots), min(self.length, -(-end // 128) * 128)
+        self.cache.clear(end)
+        if (B, end) in self.graphs:
+            return self.graphs[B, end].replay()
+        self.step(B, end)  # the first of its shape runs as it is, and readies the libraries
+        self.graphs[B, end] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graphs[B, end], pool=self.pool):  # records, and computes nothing
+            self.step(B, end)
+
+    def retire(self, finished):
+        """Hand over the rows that have stopped and free their slots."""
+        done = [slot for slot, stopped in enumerate(self.state.done[: len(self.rows)].tolist()) if stopped]
+        if not done:
+            return
+        counts = self.state.count[done].tolist()
+        ids, logprobs = (t[done, : max(counts)].tolist() for t in (self.state.ids, self.state.logprobs))
+        for slot, count, row_ids, row_logprobs in zip(done, counts, ids, logprobs):
+            (i, j), self.rows[slot] = self.rows[slot], None
+            finished(i, j, row_ids[:count], row_logprobs[:count])
+
+
 @torch.inference_mode()
-def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0, seed=0, prompt_ids=None,
-             progress=None, on_done=None):
+def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0, seed=0, top_k=0, top_p=1.0,
+             prompt_ids=None, progress=None, on_done=None):
     """Sample n completions of every prompt.
 
     prompts: a list of token-id lists, or of strings (encoded as raw text, with the BOS the checkpoint asks for).
+    temperature: 0 is greedy. top_k (0: off), top_p (1: off): sample from the likeliest tokens only. Not for training.
     prompt_ids: integers that name the prompts for the random numbers (default: their place in the list).
     progress: label of a progress bar, or None. on_done(i, completions) is called when all n rows of prompt i are done.
     Returns a list (per prompt) of lists of n Completions. A prompt is prefilled once for its n rows. Raises UserError
-    for an empty prompt or one that leaves no room in the model's context.
+    for an empty prompt, one that leaves no room in the model's context, and too little memory for a single row.
     """
     prompts = [tokenizer.bos_ids + tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
     context = model.config.max_position_embeddings
-    if n < 1 or max_new_tokens < 1 or temperature < 0:
-        raise UserError(f"n and max_new_tokens must be at least 1 and temperature 0 or more; got n={n}, "
-                        f"max_new_tokens={max_new_tokens}, temperature={temperature}")
+    if n < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise UserError("n and max_new_tokens must be at least 1, temperature and top_k 0 or more, top_p in (0, 1]; "
+                        f"got n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, "
+                        f"top_p={top_p}")
     for i, p in enumerate(prompts):
         if not 0 < len(p) < context:
             raise UserError(f"prompt {i} has {len(p)} tokens; the model's context holds 1 to {context - 1} of them")
+    if not prompts:
+        return []
     prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
-    wave = max(1, max_rows(model, max(map(len, prompts), default=0) + max_new_tokens) // n)
+    limits = [min(max_new_tokens, context - len(p)) for p in prompts]
+    length = max(len(p) + limit for p, limit in zip(prompts, limits))
+    draw = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampler = Sampler(model, tokenizer, fitting_rows(model, length, len(prompts) * n), length, max_new_tokens, draw)
+    out = [[None] * n for _ in prompts]
     bar = tqdm(total=len(prompts) * n, desc=progress, unit="row", leave=False, disable=None if progress else True)
-    out = []
-    for start in range(0, len(prompts), wave):  # as many prompts at a time as fit in memory
-        part = slice(start, start + wave)
-        out += _generate_wave(model, tokenizer, prompts[part], n, max_new_tokens, temperature, seed, prompt_ids[part],
-                              bar)
-        for i in range(start, len(out)) if on_done else ():
+
+    def finished(i, j, ids, logprobs):
+        stopped = ids[-1] in tokenizer.stop_ids
+        text = tokenizer.decode(ids[: len(ids) - stopped], skip_special=True)
+        out[i][j] = Completion(ids, logprobs, text, not stopped)
+        bar.update()
+        if on_done and None not in out[i]:
             on_done(i, out[i])
-    bar.close()
+
+    def uniforms(i, j):
+        return row_uniforms(seed, prompt_ids[i], j, max_new_tokens)
+
+    with bar:
+        sampler.run(prompts, n, limits, uniforms, finished, check_every=4 if model.device.type == "cuda" else 1)
     return out
 
 
-def max_rows(model, length, limit=1024):
-    """How many rows of this length the KV cache may hold: a third of the free memory (dropping rows copies it)."""
+def fitting_rows(model, length, rows, most=512):
+    """How many of `rows` rows of `length` tokens to sample at a time: what 60 % of the free memory holds, at most 512.
+    UserError where not even one fits."""
     c = model.config
-    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * length * model.head.element_size()
-    return max(1, min(limit, free_memory(model.device) // 3 // row))
+    entry = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.head.element_size()  # bytes a token
+    extra = 16 * c.vocab_size  # logits and their copies in fp32
+    budget = 0.6 * free_memory(model.device)
+    if budget < entry * length + extra:
+        raise UserError(f"a row of {length} tokens needs {(entry * length + extra) / 1e9:.2f} GB for keys and values, "
+                        f"and {budget / 1e9:.2f} GB can be used: at most {max(0, int((budget - extra) / entry))} "
+                        "tokens; lower max_new_tokens")
+    return min(rows, most, int(budget // (entry * length + extra)))
 
 
 def free_memory(device):
@@ -144,67 +323,6 @@ def free_memory(device):
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 4 * 10**9
-
-
-def _generate_wave(model, tokenizer, prompts, n, max_new_tokens, temperature, seed, prompt_ids, bar):
-    """Sample the rows of one wave in lock step; rows that have stopped are dropped from the batch."""
-    device, config = model.device, model.config
-    rows = [(i, j) for i in range(len(prompts)) for j in range(n)]  # row r is sample j of prompt i
-    uniforms = torch.from_numpy(np.stack([row_uniforms(seed, prompt_ids[i], j, max_new_tokens) for i, j in rows]))
-    uniforms = uniforms.to(device)  # [B, max_new_tokens]
-    lengths = torch.tensor([len(p) for p in prompts]).repeat_interleave(n).to(device)  # [B] tokens so far
-    room = torch.tensor([config.max_position_embeddings - len(p) for p in prompts]).repeat_interleave(n)
-    limits = room.clamp(max=max_new_tokens).to(device)
-    hidden, cache = prefill(model, tokenizer, prompts, n, max_new_tokens)
-    stops = torch.tensor(sorted(tokenizer.stop_ids), device=device)
-    alive = torch.arange(len(rows), device=device)  # which row each line of the batch is
-    ids = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(rows), max_new_tokens, device=device)
-    counts = torch.zeros(len(rows), dtype=torch.long, device=device)
-    done = torch.zeros(len(rows), dtype=torch.bool, device=device)  # per line of the batch
-    stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)  # per row: ended with a stop token
-    for t in range(max_new_tokens):
-        token, logprob = sample_tokens(F.linear(hidden, model.head), temperature, uniforms[alive, t])
-        live = alive[~done]
-        ids[live, t], logprobs[live, t], counts[live] = token[~done], logprob[~done], t + 1
-        at_stop = torch.isin(token, stops)
-        stopped[live] = at_stop[~done]
-        ended = ~done & (at_stop | (t + 1 >= limits[alive]))
-        done |= ended
-        bar.update(int(ended.sum()))
-        keep = (~done).nonzero().squeeze(1)
-        if len(keep) == 0:
-            break
-        if len(keep) <= 0.75 * len(alive):  # drop finished rows, not at each step: it copies the cache
-            alive, token, done = alive[keep], token[keep], done[keep]
-            cache.select(keep)
-        positions = (lengths[alive] + t).clamp(max=config.max_position_embeddings - 1)
-        hidden = model.model(token[:, None], positions[:, None], cache.at(positions))[:, 0]  # [B, D]
-    out = [[] for _ in prompts]
-    results = zip(rows, ids.tolist(), logprobs.tolist(), counts.tolist(), stopped.tolist())
-    for (i, _), row, logps, count, stop in results:
-        text = tokenizer.decode(row[: count - stop], skip_special=True)
-        out[i].append(Completion(row[:count], logps[:count], text, not stop))
-    return out
-
-
-def prefill(model, tokenizer, prompts, n, max_new_tokens, max_tokens=8192):
-    """Run each prompt once and share its cache with its n rows. Returns the hidden state at each row's last prompt
-    token [B, D] and the filled KVCache."""
-    longest = max(map(len, prompts))
-    cache = KVCache(model.config, len(prompts) * n, longest + max_new_tokens, model.head)
-    hidden = []
-    step = max(1, max_tokens // longest)  # prompts at a time, to bound the memory of the activations
-    for start in range(0, len(prompts), step):
-        part = prompts[start : start + step]
-        padded = [p + [tokenizer.pad_id] * (longest - len(p)) for p in part]
-        part_cache = KVCache(model.config, len(part), longest, model.head)
-        h = model.model(torch.tensor(padded, device=model.device), cache=part_cache)  # [P, T, D]
-        hidden.append(h[torch.arange(len(part)), [len(p) - 1 for p in part]])
-        rows = slice(start * n, (start + len(part)) * n)
-        cache.k[:, rows, :, :longest] = part_cache.k.repeat_interleave(n, dim=1)
-        cache.v[:, rows, :, :longest] = part_cache.v.repeat_interleave(n, dim=1)
-    return torch.cat(hidden).repeat_interleave(n, dim=0), cache
 
 
 def encode_prompt(tokenizer, text, system_prompt="", chat=True):
