@@ -170,7 +170,8 @@ class Sampler:
         s.token[:B] = token
 
     def run(self, prompts, n, limits, uniforms, finished, check_every=1):
-        """Sample n rows of every prompt (a list of ids), at most limits[i] tokens each, with uniforms(i, j) [limit].
+        """Sample n rows of every prompt (a list of ids), row j of prompt i at most limits(i, j) tokens with the random
+        numbers uniforms(i, j) [max_new_tokens].
         finished(i, j, ids, logprobs) is called as they stop. check_every: steps between looks at what has stopped."""
         waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
         while self.fill(waiting, prompts, n, limits, uniforms):
@@ -196,7 +197,7 @@ class Sampler:
         if new:
             s, device = self.state, self.model.device
             at = torch.tensor([slot for slot, _, _ in new], device=device)
-            columns = torch.tensor([[prompts[i][-1], len(prompts[i]) - 1, 0, limits[i]] for _, i, _ in new])
+            columns = torch.tensor([[prompts[i][-1], len(prompts[i]) - 1, 0, limits(i, j)] for _, i, j in new])
             s.token[at], s.position[at], s.count[at], s.limit[at] = columns.to(device).T
             s.done[at] = False
             s.uniforms[at, :-1] = torch.from_numpy(np.stack([uniforms(i, j) for _, i, j in new])).to(device)
@@ -276,8 +277,7 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     if not prompts:
         return []
     prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
-    limits = [min(max_new_tokens, context - len(p)) for p in prompts]
-    length = max(len(p) + limit for p, limit in zip(prompts, limits))
+    length = max(min(len(p) + max_new_tokens, context) for p in prompts)
     draw = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     sampler = Sampler(model, tokenizer, fitting_rows(model, length, len(prompts) * n), length, max_new_tokens, draw)
     out = [[None] * n for _ in prompts]
@@ -290,6 +290,9 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
         bar.update()
         if on_done and None not in out[i]:
             on_done(i, out[i])
+
+    def limits(i, j):
+        return min(max_new_tokens, context - len(prompts[i]))
 
     def uniforms(i, j):
         return row_uniforms(seed, prompt_ids[i], j, max_new_tokens)
