@@ -186,7 +186,7 @@ def normalise(text: str) -> str:
     text = re.sub(r"\s+", " ", text.translate(UNICODE))
     text = text.replace(r"\mathbb{R}", r"(-\infty,\infty)").replace(r"\left.", "").replace(r"\right.", "")
     text = text.replace("...", r"\ldots ").replace("{:}", ":")
-    text = re.sub(r"(?<=[0-9])(?:\{,\}|,\\!) ?(?=[0-9]{3})", "", text)                             # 10{,}000
+    text = re.sub(r"(?<=[0-9])(?: ?\{ ?, ?\}|,\\!) ?(?=[0-9]{3})", "", text)                             # 10{,}000
     text = re.sub(r"√ ?([0-9]+)", r"\\sqrt{\1}", text).replace("√", r"\sqrt ").replace("∛", r"\sqrt[3]")
     text = RECURRING.sub(_recurring, ACCENT.sub(r"\\\1\2\3 ", text))                               # 0.1\overline{6}
     for _ in range(2):                                                                             # macros in macros
@@ -202,8 +202,7 @@ def normalise(text: str) -> str:
     text = re.sub(r"(?<![A-Za-z])or(?![A-Za-z])", ";", text)
     text = re.sub(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])", _ungroup, text)         # 1,234,567
     text = re.sub(r" +", " ", text).rstrip(" .,;:\\").lstrip(" ,;:")
-    if re.fullmatch(r"[-+]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?", text):
-        text = text.replace(" ", "")                                                               # 1 000
+    text = re.sub(r"^(?:\\\$ ?)?[-+]?[0-9]{1,3}(?: [0-9]{3})+(?! ?[0-9/\\(])", _together, text)        # 1 000
     text = re.sub(r"(?<![\w.}^])([0-9]+) ?\\frac ?(?:([0-9])([0-9])|\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\})",
                   r"(\1+\2\4/\3\5)", text)                                                         # 1\frac12
     text = re.sub(r"(?<![\w.}^])([0-9]+) ([0-9]+/[0-9]+)", r"(\1+\2)", text)                       # 1 1/2
@@ -214,13 +213,17 @@ def normalise(text: str) -> str:
 
 def _quote(macro: re.Match) -> str:
     """The content of a text macro: words in quotes, and what is not a word, as the number in 4:30 pm, without."""
-    content = macro[1].replace('"', "").strip()
+    content = macro[1].replace('"', "").strip(" \\~")
     if content.strip(" ,") in ("and", "or") or not re.search("[A-Za-z]", content):
         return f" {content} "
     if content in FUNCTIONS or macro[0] in (r"\mathrm{e}", r"\mathrm{i}"):
         return f"\\{content} " if content in FUNCTIONS else content
     number, words = re.fullmatch("([0-9][0-9.,:]*(?![A-Za-z0-9]))?(.*)", content).groups()
     return f'{number or ""}"{words}"'
+
+
+def _together(number: re.Match) -> str:
+    return number[0].replace(" ", "")
 
 
 def _recurring(decimal: re.Match) -> str:
@@ -307,6 +310,8 @@ def _wrapped(text: str, opening: str, closing: str) -> bool:
 
 def _members(text: str) -> list[str]:
     r"""The answers that a bare list, a set or a \pm holds; one for anything else."""
+    name, member_of, rest = text.partition("∈")
+    text = rest if member_of and _is_name(name) and _wrapped(rest, "⦃", "⦄") else text
     if _wrapped(text, "⦃{", "⦄}"):
         text = re.sub(r"^[A-Za-z](?:∈\(-∞,∞\))?[|:]", "", text[1:-1])  # ⦃x|-2<x<1⦄
     members = []
@@ -334,6 +339,7 @@ def _is_name(text: str, of_sum: bool = False) -> bool:
         return False
     if "+" in text and not (of_sum and text.replace("+", "").isalpha()):
         return False
+    text = re.sub(r"\|([A-Z]+)\|", r"\1", text)
     text = re.sub(r"\^\{?-1\}?(?=\(|$)", "", text) if text[0] in '"fghABCM' else text  # f^{-1}(x), A^{-1}
     return not re.search(r"^[0-9.]|\\frac|\\sqrt|\\\$|[-*/^|!%=<>≤≥∪π]|(?<![\\A-Za-z])[A-Za-z]{2,} ", text)
 
@@ -347,7 +353,7 @@ def _meaning(sides: list[str], signs: str, of_sum: bool = False) -> tuple[str, l
         return (sides[0], [f"(-∞,{sides[1]}{right}"]) if _is_name(sides[0]) else (sides[1], [f"{left}{sides[0]},∞)"])
     if signs == "∈" and _is_name(sides[0]):
         return sides[0], [sides[1]]
-    if set(signs) == {"="}:
+    if set(signs) == {"="} and not all(map(_words, sides)):  # LRAC = SRMC is no value of LRAC
         if _is_name(sides[0], of_sum):
             return sides[0], sides[1:]
         return (sides[-1], sides[:-1]) if _is_name(sides[-1]) else ("", sides)
@@ -413,7 +419,8 @@ UNITS = {name: names.split()[0] for names in (
     "° degree deg", "% percent percentage pct", "$ dollar usd", "€ euro", "£", "cent", "m meter metre", "mm millimeter",
     "cm centimeter centimetre", "km kilometer kilometre", "/ per", "in inch inche", "ft foot feet", "mi mile",
     "yd yard", "s second sec", "min minute", "h hour hr", "am", "pm", "g gram gm", "kg kilogram", "mg", "lb pound",
-    "oz ounce", "l liter litre", "ml", "day", "week", "month", "year", "2 square sq", "3 cubic cu") for name in names.split()}
+    "oz ounce", "l liter litre", "ml", "day", "week", "month", "year", "2 square sq", "3 cubic cu"
+    ) for name in names.split()}
 NOT_UNITS = FUNCTIONS.keys() | set(
     "is are was be not no if but so because since then the this it either neither sqrt pi mod squared cubed factorial "
     "half times more less dozen hundred thousand million billion trillion".split())
