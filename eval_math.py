@@ -37,7 +37,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1 ...
 
 MAX_ANSWER = 1000  # characters; a longer answer is compared as a string only
 MAX_RESPONSE = 100_000  # characters read, from the end: bounds the time that a runaway completion can take
-END_MARKERS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|im_start|>user", "</s>")
+END_MARKER = re.compile(r"<(?:\|(?:im_end|endoftext|eot_id|end_of_text)\|>|\|im_start\|>user|/s>)")
 STATEMENTS = {"boxed": re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*"),
               "hash": re.compile(r"(?<!#)#{4,}(?!#)(?![ *]*[A-Z][a-z]{2})"),
               "phrase": re.compile(r"[Aa][Nn][Ss][Ww][Ee][Rr](?:[\s*]*:|\s+[Ii][Ss]\b)[\s*]*:?[\s*]*"
@@ -72,9 +72,7 @@ def extract_lenient(response: str) -> str | None:
 
 def _completion(response: str) -> str:
     """The part of a completion that can hold the answer."""
-    for marker in END_MARKERS:
-        response = response.partition(marker)[0]
-    thinking, _, rest = response.rpartition("</think>")
+    thinking, _, rest = END_MARKER.split(response, maxsplit=1)[0].rpartition("</think>")
     return (rest if rest.strip() else thinking)[-MAX_RESPONSE:]
 
 
@@ -362,6 +360,8 @@ def _meaning(sides: list[str], signs: str, of_sum: bool = False) -> tuple[str, l
 
 def _conditions_to_union(text: str) -> str:
     r"""Conditions on one name as a set: x < 1 or x > 3; x ≥ 1 and x < 3; x ≠ 2, 5; the reals without ⦃2,5⦄."""
+    if set(RELATIONS).isdisjoint(text) and r"\setminus" not in text:
+        return text
     if holes := re.fullmatch(r"([A-Za-z])≠(.*)|\(-∞,∞\) ?\\setminus⦃(.*)⦄", text):
         points = _split((holes[2] or holes[3]).replace(f"{holes[1]}≠", ""), ",")
         if all(map(_value, points)):
@@ -390,6 +390,8 @@ def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b
     same_name = name_a == name_b or re.fullmatch(r"y[a-z]\([a-z]\)|[a-z]\([a-z]\)y", name_a + name_b)  # y is f(x)
     if same_name and values_a and values_b and all(_equal(x, y, depth) for x in values_a for y in values_b):
         return True
+    if signs_a == signs_b == "=" and all(map(_words, sides_a + sides_b)):
+        return _same_multiset(sides_a, sides_b, depth)
     if signs_a != signs_b or len(signs_a) > 1 or _same_sequence(sides_a, sides_b, depth):
         return signs_a == signs_b and _same_sequence(sides_a, sides_b, depth)
     difference = _value("({})-({})".format(*sides_a))
@@ -465,7 +467,7 @@ def _split_unit(text: str) -> tuple[str, str]:
         is_unit = tail.startswith(" ") and max(map(len, words), default=0) > 2
     if not is_unit or not 0 < len(words) <= 4 or NOT_UNITS & set(words) or not head.rstrip(" *"):
         return text, text[-1] if text.endswith(("°", "%")) else ""
-    return head.rstrip(" *"), " ".join(sorted(UNITS.get(w, w) for w in words + re.findall("[0-9]", tail)))
+    return head.rstrip(" *"), " ".join(sorted(UNITS.get(w, w) for w in words + re.findall("-?[0-9]", tail)))
 
 
 # --- expressions: read and computed at once, exactly as long as possible ----------------------------------------------
@@ -478,7 +480,7 @@ KNOWN = "|".join(sorted([*FUNCTIONS, "sqrt", "floor", "ceil"], reverse=True))
 TOKEN = re.compile(r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)(?P<base>_(?:\{[^{}]*\}|[0-9]+))?"
                    rf'|(?P<word>\\[A-Za-z]+|{KNOWN}|"[^"]*"|(?![ei])[A-Za-z]\([0-9]+\)|[^\W0-9_]|∞)'
                    r"(?P<index>(?:'|_(?:\{[^{}]*\}|\w))*)|[^ ]")
-PROSE = re.compile(rf"(?<![\\A-Za-z])(?!(?:{KNOWN}|pi)\b)(?:(?:[A-Za-z]{{3,}}|no) |(?<= )[A-Za-z]{{3,}})")
+PROSE = re.compile(rf"(?<![\\A-Za-z])(?!(?:{KNOWN}|pi)\b)(?:(?:[A-Za-z]{{3,}}|no) |not|(?<= )[A-Za-z]{{3,}})")
 LEVEL = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5, "°": 5, "%": 5}  # a factor without a sign is at 2 too
 CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
 OPAQUE = {r"\sum", r"\prod", r"\int", r"\lim", r"\cdots", r"\ldots", r"\dots", r"\cap", r"\setminus", r"\pmod"}
@@ -500,7 +502,9 @@ def _value(text: str) -> tuple[Number, ...]:
     if PROSE.search(text):
         return ()
     try:
-        return tuple(_Expression(text, point).whole() for point in "12")
+        first = _Expression(text, "1")
+        value = first.whole()
+        return value, _Expression(text, "2").whole() if first.names else value
     except (ValueError, ArithmeticError):
         return ()
 
@@ -575,12 +579,11 @@ class _Expression:
         return value
 
     def starts_factor(self) -> bool:
-        """Does a factor without a sign follow? Two numbers in a row are no product."""
+        """Does a factor without a sign follow? A number has to be a power for that: 2^6 3^5, but not 1 2 or x2."""
         if not self.next() or not self.at:
             return False
-        token, before = self.tokens[self.at], self.tokens[self.at - 1]
-        return bool(token["word"] or token["number"] and not (before["number"] and self.tokens[self.at - 2][0] != "^")
-                    or token[0] in "([{"
+        token, after = self.tokens[self.at], self.tokens[self.at + 1:self.at + 2]
+        return bool(token["word"] or token["number"] and after and after[0][0] == "^" or token[0] in "([{"
                     or token[0] == "|" and not self.bars)
 
     def marked(self, value: Number, mark: str) -> Number:
@@ -635,7 +638,7 @@ class _Expression:
 
     def argument(self) -> Number:
         r"""What follows \frac or \sqrt: a group or one token, of a number one digit: \frac12 is 1/2."""
-        token = self.tokens[self.at] if self.next() else self.take()
+        token = self.tokens[self.at] if self.next() not in ("", "+", "-") else self.take("a group or one token")
         if len(token[0]) > 1 and token[0].isdigit():
             self.tokens[self.at:self.at + 1] = map(TOKEN.match, (token[0][0], token[0][1:]))
         return self.primary()
