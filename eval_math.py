@@ -51,7 +51,8 @@ def extract_answer(response: str, fmt: str = "any") -> str | None:
 
     A statement is the last `\boxed{...}` or `\fbox{...}`, the rest of the line after the last `####`, or the rest of
     the sentence after the last "answer is" or "answer:". The one that ends latest wins, so "the answer is \boxed{5}" is
-    the box. A last box that is open (cut off) or empty is no answer, and nothing earlier replaces it. Text after the
+    the box. A last box that is open (cut off) or empty is no answer, and nothing earlier replaces it. `####` before a
+    capitalised word is a markdown heading ("#### Conclusion") unless nothing else is stated. Text after the
     first end marker, and a think block, are ignored. `fmt` ('any', 'boxed', 'hash', 'phrase') can admit one kind of
     statement only. Grade completions alone: a prompt may contain `\boxed{}`. The rules are those of hendrycks/math,
     GSM8K and lm-eval.
@@ -362,7 +363,7 @@ def _conditions_to_union(text: str) -> str:
     r"""Conditions on one name as a set: x < 1 or x > 3; x ≥ 1 and x < 3; x ≠ 2, 5; the reals without ⦃2,5⦄."""
     if set(RELATIONS).isdisjoint(text) and r"\setminus" not in text:
         return text
-    if holes := re.fullmatch(r"([A-Za-z])≠(.*)|\(-∞,∞\) ?\\setminus⦃(.*)⦄", text):
+    if holes := re.fullmatch(r"([A-Za-z])≠(.+)|\(-∞,∞\) ?\\setminus⦃(.+)⦄", text):
         points = _split((holes[2] or holes[3]).replace(f"{holes[1]}≠", ""), ",")
         if all(map(_value, points)):
             ends = ["-∞", *sorted(points, key=lambda point: _value(point)[0].real), "∞"]
@@ -401,15 +402,15 @@ def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b
 
 
 def _matrix(text: str) -> list[str]:
-    r"""The rows of a matrix as tuples, under any kind of bracket; a factor before it goes into the entries."""
+    r"""The rows of a matrix (no determinant) as tuples; a factor before it goes into the entries."""
     factor, _, rest = text.partition(r"\begin{")
     kind, _, rest = rest.partition("}")
     body, _, end = rest.rpartition(r"\end{" + kind)
-    if not re.fullmatch("[A-Za-z]*matrix|array", kind) or r"\begin" in body or not re.fullmatch(r"\}[])|]?", end):
+    if not re.fullmatch("[pbB]?matrix|array", kind) or r"\begin" in body or not re.fullmatch(r"\}[])]?", end):
         return []
     if kind == "array":
         body = re.sub(r"^\{[^{}]*\}", "", body)
-    factor = factor.rstrip("[(|*")
+    factor = factor.rstrip("[(*")
     scale = f"({factor}1)*" if factor == "-" else f"({factor})*" if factor else ""
     rows = [row.strip() for row in re.split(r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", body)]
     return ["(" + ",".join(f"{scale}({cell})" for cell in row.split("&")) + ")" for row in rows if row]

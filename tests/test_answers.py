@@ -158,6 +158,8 @@ EQUAL = [  # answer, reference
     (r"x \neq 2, -1", r"(-\infty,-1)\cup(-1,2)\cup(2,\infty)"),
     (r"x \ne 2, x \ne -1", r"\mathbb{R} \backslash \{-1, 2\}"),
     (r"\begin{pmatrix} 1 \\[4pt] 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    (r"\begin{pmatrix} {1} & 2 \end{pmatrix}", r"\begin{pmatrix} 1 & 2.0 \end{pmatrix}"), ("|-5|", "5"),
+    (r"\sum_{k=1}^{n} k", r"\sum_{k=1}^n k"), ("01:03 PM", "1:03 pm"), (r"x = a \pm b \mp c", "a+b-c, a-b+c"),
 ]
 DIFFERENT = [
     ("5", "6"), ("-5", "5"), ("12345679", "12345678"), ("10^{401}", "10^{400}"), ("1e500", "1e400"), ("0.3333", "1/3"),
@@ -188,7 +190,30 @@ DIFFERENT = [
     ("x > 1, x < 3", "[1,3]"), (r"x < 1 \text{ and } x > 3", r"(-\infty,1)\cup(3,\infty)"),
     (r"x \neq 2, -1", r"x \neq 2"),
     (r"\mathbb{R} \setminus \{2\}", r"\{2\}"), (r"x \in \{1, 3\}", "1"), ("y = 2x", "x = 2y"), ("f(x) = x", "f(y) = x"),
+    ("(2,3) = (1,2)", "(1,2)"), ("0 but rounds up", "0"), (r"0 \text{ is wrong}", "0"), ("2x + z < 1", "2x + z = 1"),
+    (r"2x + z \ge 1", "2x + z > 1"), (r"1 + 3 + \cdots", r"2 + 2 + \cdots"), ("(10^{20}+1)^2", "10^{40}"),
+    (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^{-1}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
 ]
+
+
+SYMBOLS = [  # two spellings of one answer that differ in a symbol or two only
+    (r"1\:,\;2,\quad3,\qquad4", "1,2,3,4"), (r"\tbinom n2", r"\binom n2"), (r"\varphi\varepsilon", r"\phi\epsilon"),
+    (r"2 \ast 3 \div 4", "1.5"), ("2 · 3 × 4 ⋅ 5 ∙ 6 ÷ 7", "720/7"), (r"x \leqslant 3", "x ⩽ 3"), (r"x \geqslant 3",
+    "x ⩾ 3"),
+    (r"5\degree", "5°"), (r"\lvert x \rvert", "|x|"), (r"\{x \mid x > 2\}", r"\{x \vert x > 2\}"), (r"x \equiv 3", "3"),
+    (r"\langle 1, 2 \rangle", "（1，2）"), (r"\lceil x \rceil", "⌈x⌉"), (r"\lbrace 1, 2 \rbrace", r"\{1,2\}"),
+    (r"\varnothing", "∅"), ("−5 – 3", "-8"), ("1⁄4 + ¼ + ¾", "1.25"), ("f′ + g’", "f' + g'"), ("4：30", "4:30"),
+    ("1, 2, …", r"1, 2, \ldots"),
+    *((symbol, rf"\{name}") for symbol, name in zip("αβγδελμνρστφχψωΔΩ", (
+        "alpha beta gamma delta epsilon lambda mu nu rho sigma tau phi chi psi omega Delta Omega").split())),
+]
+
+
+@pytest.mark.parametrize("answer, reference", SYMBOLS)
+def test_symbols_have_many_spellings(answer, reference):
+    assert is_correct(rf"\boxed{{{answer}}}", reference)
+    assert is_correct(rf"\boxed{{{reference}}}", answer)
 
 
 @pytest.mark.parametrize("answer, reference", EQUAL)
@@ -273,7 +298,11 @@ SHORT_HOSTILE = [
     "*".join(["(x+y)^9"] * 120), ",".join(rf"\sqrt{{{i}}}" for i in range(90)), "x=" * 400,
     r"\{" * 4 + ",".join(map(str, range(200))) + r"\}" * 4, ";".join(f"x<{i}" for i in range(150)), "2^" * 400 + "2",
     r"\sin" * 200 + "x", "__import__('os').system('false')", "\0", "\ud800", "\u202e5\u202c", "²", "٣", "1_000",
-    "e^{e^{e^{e^{e}}}}", r"10^{-400}\pi",
+    "e^{e^{e^{e^{e}}}}", r"10^{-400}\pi", "x≠,", r"x≠\frac",
+    r"\{" * 300 + "1,2" + r"\}" * 300, "(" * 400 + "1,2" + ")" * 400,
+    r"(-\infty,\infty)\setminus\{", "x<1,x>", r"\binom{9^{999}}{3}", "(-1)!",
+    "(1/2)!" * 100, r"0.\overline{" + "9" * 900 + "}",
+    r"\choose", r"{\choose}", "^{'}", "_^", "∈", r"\sin^{-1} 2", "f^{-1}",
 ]
 LONG_HOSTILE = {  # one unit of each, to be repeated
     "digits": "9", "braces": "{", "open boxes": r"\boxed{", "empty boxes": r"\boxed{}", "boxes": r"\boxed{1}",
@@ -345,7 +374,8 @@ PIECES = st.sampled_from(list("0123456789abxyei.,:;()[]{}<>=+-*/^_!%$|&'\"\\ \n"
     r"\frac", r"\sqrt", r"\pm", r"\text{", r"\le ", r"\cup", r"\infty", r"\boxed{", "####", "answer is",
     r"\begin{pmatrix}",
     r"\end{pmatrix}", r"\\", r"\sin ", r"\log_", r"\{", r"\}", "^{", "√", "∪", "π", "°", "1e9", "10^", r"\binom",
-    r"\lfloor ",
+    r"\lfloor ", r"\setminus", r"\mathbb{R}", r"\choose", r"\overline{", r"\dot ", r"\ne ", " or ", " and ", "x",
+    " cm", "∈", "…",
 ])
 
 
