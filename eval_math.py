@@ -173,7 +173,7 @@ SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 TEXT_MACRO = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|[mh]box|math(?:rm|bf|it|sf|bb|cal)|operatorname)\*?"
                         r" ?\{((?:[^{}]|\^\{-?[0-9]\})*)\}")
 ACCENT = re.compile(r"\\(d?dot|bar|hat|tilde|vec|overline|overrightarrow) ?(?:\{ ?([A-Za-z]+) ?\}|([a-z])(?![a-z]))")
-RECURRING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?\{ ?([0-9]+) ?\}")
+RECURRING = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?\{ ?([0-9]+) ?\}")
 
 
 def normalise(text: str) -> str:
@@ -185,7 +185,7 @@ def normalise(text: str) -> str:
     text = re.sub(r"\s+", " ", text.translate(UNICODE))
     text = text.replace(r"\mathbb{R}", r"(-\infty,\infty)").replace(r"\left.", "").replace(r"\right.", "")
     text = text.replace("...", r"\ldots ").replace("{:}", ":")
-    text = re.sub(r"(?<=[0-9])(?: ?\{ ?, ?\}|,\\!) ?(?=[0-9]{3})", "", text)                             # 10{,}000
+    text = re.sub(r"(?<=[0-9])(?: ?\{ ?, ?\}|,\\!) ?(?=[0-9]{3})", "", text)                       # 10{,}000
     text = re.sub(r"√ ?([0-9]+)", r"\\sqrt{\1}", text).replace("√", r"\sqrt ").replace("∛", r"\sqrt[3]")
     text = RECURRING.sub(_recurring, ACCENT.sub(r"\\\1\2\3 ", text))                               # 0.1\overline{6}
     for _ in range(2):                                                                             # macros in macros
@@ -201,13 +201,14 @@ def normalise(text: str) -> str:
     text = re.sub(r"(?<![A-Za-z])or(?![A-Za-z])", ";", text)
     text = re.sub(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])", _ungroup, text)         # 1,234,567
     text = re.sub(r" +", " ", text).rstrip(" .,;:\\").lstrip(" ,;:")
-    text = re.sub(r"^(?:\\\$ ?)?[-+]?[0-9]{1,3}(?: [0-9]{3})+(?! ?[0-9/\\(])", _together, text)        # 1 000
+    text = re.sub(r"^(?:\\\$ ?)?[-+]?[0-9]{1,3}(?: [0-9]{3})+(?! ?[0-9/\\(])",
+                  lambda m: m[0].replace(" ", ""), text)                                           # 1 000
     text = re.sub(r"(?<![\w.}^])([0-9]+) ?\\frac ?(?:([0-9])([0-9])|\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\})",
                   r"(\1+\2\4/\3\5)", text)                                                         # 1\frac12
     text = re.sub(r"(?<![\w.}^])([0-9]+) ([0-9]+/[0-9]+)", r"(\1+\2)", text)                       # 1 1/2
     text = re.sub(r' ?([^\w\s"\\)}\]⦄°%]|_) ?| ([)}\]⦄°%])', r"\1\2", text)  # a space before a plain unit stays: √3 cm
     text = re.sub(r"\^\{(°|'+)\}|\^(°|')", r"\1\2", text)
-    return re.sub(r"\^(\w|\{[^{}]*\})_(\w|\{[^{}]*\})", r"_\2^\1", text)                             # v^2_0
+    return re.sub(r"\^(\w|\{[^{}]*\})_(\w|\{[^{}]*\})", r"_\2^\1", text)                           # v^2_0
 
 
 def _quote(macro: re.Match) -> str:
@@ -215,14 +216,12 @@ def _quote(macro: re.Match) -> str:
     content = macro[1].replace('"', "").strip(" \\~")
     if content.strip(" ,") in ("and", "or") or not re.search("[A-Za-z]", content):
         return f" {content} "
-    if content in FUNCTIONS or macro[0] in (r"\mathrm{e}", r"\mathrm{i}"):
-        return f"\\{content} " if content in FUNCTIONS else content
+    if content in FUNCTIONS:
+        return f"\\{content} "
+    if macro[0] in (r"\mathrm{e}", r"\mathrm{i}"):
+        return f" {content} "
     number, words = re.fullmatch("([0-9][0-9.,:]*(?![A-Za-z0-9]))?(.*)", content).groups()
     return f'{number or ""}"{words}"'
-
-
-def _together(number: re.Match) -> str:
-    return number[0].replace(" ", "")
 
 
 def _recurring(decimal: re.Match) -> str:
@@ -431,7 +430,7 @@ NOT_UNITS = FUNCTIONS.keys() | set(
 
 def _same_atom(a: str, b: str) -> bool:
     words_a, words_b = _words(a), _words(b)
-    if words_a == words_b != "" or max(len(words_a), len(words_b)) > 3 or a.isupper() and b.isupper() and words_a:
+    if words_a == words_b != "" or max(len(words_a), len(words_b)) > 3 or words_a and words_b and (a + b).isupper():
         return words_a == words_b
     (a, unit_a), (b, unit_b) = _split_unit(a), _split_unit(b)
     if unit_a and unit_b and unit_a != unit_b:
@@ -484,7 +483,7 @@ TOKEN = re.compile(r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?
 PROSE = re.compile(rf"(?<![\\A-Za-z])(?!(?:{KNOWN}|pi)\b)(?:(?:[A-Za-z]{{3,}}|no) |not|(?<= )[A-Za-z]{{3,}})")
 LEVEL = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5, "°": 5, "%": 5}  # a factor without a sign is at 2 too
 CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
-OPAQUE = {r"\sum", r"\prod", r"\int", r"\lim", r"\cdots", r"\ldots", r"\dots", r"\cap", r"\setminus", r"\pmod"}
+OPAQUE = {r"\prod", r"\int", r"\lim", r"\cdots", r"\ldots", r"\dots", r"\cap", r"\setminus", r"\pmod"}
 Number = Fraction | complex
 
 
@@ -624,7 +623,7 @@ class _Expression:
         elif word == "binom":
             n, k = self.argument(), self.argument()
             value = self.marked(n, "!") / (self.marked(k, "!") * self.marked(n - k, "!"))
-        elif word and token[0] not in OPAQUE and not NOT_UNITS & set(re.findall("[a-z]+", token[0].lower())):
+        elif word and token["word"] not in OPAQUE and not NOT_UNITS & set(re.findall("[a-z]+", token[0].lower())):
             value = CONSTANTS.get(token[0]) or self.name(re.sub('["{}]', "", token[0]))
         else:
             raise ValueError("not an expression")

@@ -159,7 +159,10 @@ EQUAL = [  # answer, reference
     (r"x \ne 2, x \ne -1", r"\mathbb{R} \backslash \{-1, 2\}"),
     (r"\begin{pmatrix} 1 \\[4pt] 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
     (r"\begin{pmatrix} {1} & 2 \end{pmatrix}", r"\begin{pmatrix} 1 & 2.0 \end{pmatrix}"), ("|-5|", "5"),
-    (r"\sum_{k=1}^{n} k", r"\sum_{k=1}^n k"), ("01:03 PM", "1:03 pm"), (r"x = a \pm b \mp c", "a+b-c, a-b+c"),
+    (r"\mathrm{e}^{\pi\mathrm{i}}", "-1"),
+    (r"\prod_{k=1}^{n} k", r"\prod_{k=1}^n k"),
+    (r"\sum_{k=1}^{n} a_k b_k", r"\sum_{k=1}^n b_k a_k"), ("01:03 PM", "1:03 pm"), ("RC", r"C \cdot R"),
+    (r"x = a \pm b \mp c", "a+b-c, a-b+c"),
 ]
 DIFFERENT = [
     ("5", "6"), ("-5", "5"), ("12345679", "12345678"), ("10^{401}", "10^{400}"), ("1e500", "1e400"), ("0.3333", "1/3"),
@@ -191,7 +194,9 @@ DIFFERENT = [
     (r"x \neq 2, -1", r"x \neq 2"),
     (r"\mathbb{R} \setminus \{2\}", r"\{2\}"), (r"x \in \{1, 3\}", "1"), ("y = 2x", "x = 2y"), ("f(x) = x", "f(y) = x"),
     ("(2,3) = (1,2)", "(1,2)"), ("0 but rounds up", "0"), (r"0 \text{ is wrong}", "0"), ("2x + z < 1", "2x + z = 1"),
-    (r"2x + z \ge 1", "2x + z > 1"), (r"1 + 3 + \cdots", r"2 + 2 + \cdots"), ("(10^{20}+1)^2", "10^{40}"),
+    (r"2x + z \ge 1", "2x + z > 1"), (r"1 + 3 + \cdots", r"2 + 2 + \cdots"),
+    (r"\prod_{k=1}^{n} 2k", r"2 \prod_{k=1}^{n} k"), (r"\sum_{k=1}^{n} k", r"\sum_{k=0}^{n} k"),
+    ("(10^{20}+1)^2", "10^{40}"),
     (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^{-1}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
 ]
@@ -202,7 +207,7 @@ SYMBOLS = [  # two spellings of one answer that differ in a symbol or two only
     (r"2 \ast 3 \div 4", "1.5"), ("2 · 3 × 4 ⋅ 5 ∙ 6 ÷ 7", "720/7"), (r"x \leqslant 3", "x ⩽ 3"), (r"x \geqslant 3",
     "x ⩾ 3"),
     (r"5\degree", "5°"), (r"\lvert x \rvert", "|x|"), (r"\{x \mid x > 2\}", r"\{x \vert x > 2\}"), (r"x \equiv 3", "3"),
-    (r"\langle 1, 2 \rangle", "（1，2）"), (r"\lceil x \rceil", "⌈x⌉"), (r"\lbrace 1, 2 \rbrace", r"\{1,2\}"),
+    (r"\langle 1, 2 \rangle", "（1，2）"), (r"\lceil x \rceil + 1", "1 + ⌈x⌉"), (r"\lbrace 1, 2 \rbrace", r"\{1,2\}"),
     (r"\varnothing", "∅"), ("−5 – 3", "-8"), ("1⁄4 + ¼ + ¾", "1.25"), ("f′ + g’", "f' + g'"), ("4：30", "4:30"),
     ("1, 2, …", r"1, 2, \ldots"),
     *((symbol, rf"\{name}") for symbol, name in zip("αβγδελμνρστφχψωΔΩ", (
