@@ -42,9 +42,12 @@ device = "auto"  # auto, cpu, cuda, cuda:1 ...
 
 MAX_ANSWER = 1000  # characters; a longer answer is compared as a string only
 MAX_RESPONSE = 100_000  # characters read, from the end: bounds the time that a runaway completion can take
-END_MARKERS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|im_start|>user", "</s>")
-STATEMENTS = {"boxed": re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*"), "hash": re.compile("#{4,}"),
-              "phrase": re.compile(r"[Aa][Nn][Ss][Ww][Ee][Rr](?:[\s*]*:|\s+[Ii][Ss]\b)[\s*]*:?[\s*]*")}
+END_MARKER = re.compile(r"<(?:\|(?:im_end|endoftext|eot_id|end_of_text)\|>|\|im_start\|>user|/s>)")
+STATEMENTS = {"boxed": re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*"),
+              "hash": re.compile(r"(?<!#)#{4,}(?!#)(?![ *]*[A-Z][a-z]{2})"),
+              "phrase": re.compile(r"[Aa][Nn][Ss][Ww][Ee][Rr](?:[\s*]*:|\s+[Ii][Ss]\b)[\s*]*:?[\s*]*"
+                                   r"(?:(?:\$\$|\\\[)\s*)?"),
+              "heading": re.compile(r"(?<!#)#{4,}(?=[ *]*[A-Z][a-z]{2})")}  # of markdown, unless nothing else is stated
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)")
 
 
@@ -53,7 +56,8 @@ def extract_answer(response: str, fmt: str = "any") -> str | None:
 
     A statement is the last `\boxed{...}` or `\fbox{...}`, the rest of the line after the last `####`, or the rest of
     the sentence after the last "answer is" or "answer:". The one that ends latest wins, so "the answer is \boxed{5}" is
-    the box. A last box that is open (cut off) or empty is no answer, and nothing earlier replaces it. Text after the
+    the box. A last box that is open (cut off) or empty is no answer, and nothing earlier replaces it. `####` before a
+    capitalised word is a markdown heading ("#### Conclusion") unless nothing else is stated. Text after the
     first end marker, and a think block, are ignored. `fmt` ('any', 'boxed', 'hash', 'phrase') can admit one kind of
     statement only. Grade completions alone: a prompt may contain `\boxed{}`. The rules are those of hendrycks/math,
     GSM8K and lm-eval.
@@ -74,27 +78,29 @@ def extract_lenient(response: str) -> str | None:
 
 def _completion(response: str) -> str:
     """The part of a completion that can hold the answer."""
-    for marker in END_MARKERS:
-        response = response.partition(marker)[0]
-    thinking, _, rest = response.rpartition("</think>")
+    thinking, _, rest = END_MARKER.split(response, maxsplit=1)[0].rpartition("</think>")
     return (rest if rest.strip() else thinking)[-MAX_RESPONSE:]
 
 
 def _last_statement(text: str, fmt: str = "any") -> tuple[bool, str | None]:
     """(is anything stated, the answer or None)."""
     found = []  # (where the statement ends, its answer)
-    for kind in STATEMENTS if fmt == "any" else [fmt]:
+    for kind in STATEMENTS if fmt == "any" else [fmt, "heading"] if fmt == "hash" else [fmt]:
+        if kind == "heading" and found:
+            continue
         for last in deque(STATEMENTS[kind].finditer(text), maxlen=1):
             line = text[last.end():][:2 * MAX_ANSWER].partition("\n")[0]
             if kind == "boxed":
                 found.append(_box(text, last.end()))
             else:
-                found.append((last.end(), line if kind == "hash" else _sentence(line)))
+                found.append((last.end(), _sentence(line) if kind == "phrase" else line))
     if not found:
         return False, None
     answer = max(found)[1]
     for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
-        answer = answer.strip(" \t\r\n*$").rstrip(" \t\r\n*$.").removeprefix(opening).removesuffix(closing)
+        answer = answer.strip(" \t\r\n*$`")
+        answer = answer if answer.endswith("...") else answer.rstrip(" \t\r\n*$`.")
+        answer = answer.removeprefix(opening).removesuffix(closing)
     return True, answer.strip() or None
 
 
@@ -154,7 +160,9 @@ FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "lg": cmath.log10, "sec": lam
 # What LaTeX and unicode spell in several ways: after normalise() one symbol stands for one meaning.
 COMMANDS = {name: symbol for symbol, names in {
     "": "! left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits hline phantom rm bf it",
-    " ": ", ; : quad qquad", r"\frac": "dfrac tfrac cfrac", "*": "times cdot ast", "/": "div", "≤": "le leq leqslant",
+    " ": ", ; : quad qquad", r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom",
+    r"\phi": "varphi", r"\epsilon": "varepsilon", r"\setminus": "backslash",
+    "*": "times cdot ast", "/": "div", "≤": "le leq leqslant",
     "≥": "ge geq geqslant", "<": "lt", ">": "gt", "≠": "ne neq", "∈": "in", "∪": "cup", "∞": "infty", "±": "pm",
     "∓": "mp", "≈": "approx", "π": "pi", "°": "circ degree", "'": "prime", "|": "mid vert lvert rvert", "=": "equiv",
     "(": "langle", ")": "rangle rfloor rceil", "⦃": "lbrace {", "⦄": "rbrace }", "%": "%", "floor(": "lfloor",
@@ -162,11 +170,15 @@ COMMANDS = {name: symbol for symbol, names in {
 UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "⁄": "/", "½": r"\frac12 ", "¼": r"\frac14 ",
     "¾": r"\frac34 ", "⩽": "≤", "⩾": "≥", "′": "'", "’": "'", "，": ",", "：": ":", "（": "(", "）": ")",
-    "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "ω": r"\omega ", "λ": r"\lambda ", "∅": r"\emptyset ",
+    "º": "°", "~": " ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∅": r"\emptyset ",
+    "…": r"\ldots ", **dict(zip("αβγδεθλμνρστφχψωΔΩ", (rf"\{name} " for name in (
+        "alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi chi psi omega Delta Omega").split()))),
     **dict.fromkeys('"⦃⦄\u00ad\u200b\u200e\u200f\ufeff')})
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 TEXT_MACRO = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|[mh]box|math(?:rm|bf|it|sf|bb|cal)|operatorname)\*?"
-                        r" ?\{([^{}]*)\}")
+                        r" ?\{((?:[^{}]|\^\{-?[0-9]\})*)\}")
+ACCENT = re.compile(r"\\(d?dot|bar|hat|tilde|vec|overline|overrightarrow) ?(?:\{ ?([A-Za-z]+) ?\}|([a-z])(?![a-z]))")
+RECURRING = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?\{ ?([0-9]+) ?\}")
 
 
 def normalise(text: str) -> str:
@@ -177,33 +189,51 @@ def normalise(text: str) -> str:
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}", text)
     text = re.sub(r"\s+", " ", text.translate(UNICODE))
     text = text.replace(r"\mathbb{R}", r"(-\infty,\infty)").replace(r"\left.", "").replace(r"\right.", "")
-    text = re.sub(r"(?<=[0-9])(?:\{,\}|,\\!) ?(?=[0-9]{3})", "", text)                             # 10{,}000
-    text = re.sub(r"√ ?([0-9]+)", r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
+    text = text.replace("...", r"\ldots ").replace("{:}", ":")
+    text = re.sub(r"(?<=[0-9])(?: ?\{ ?, ?\}|,\\!) ?(?=[0-9]{3})", "", text)                       # 10{,}000
+    text = re.sub(r"√ ?([0-9]+)", r"\\sqrt{\1}", text).replace("√", r"\sqrt ").replace("∛", r"\sqrt[3]")
+    text = RECURRING.sub(_recurring, ACCENT.sub(r"\\\1\2\3 ", text))                               # 0.1\overline{6}
     for _ in range(2):                                                                             # macros in macros
         text = TEXT_MACRO.sub(_quote, text)
     text = re.sub(r"\\([A-Za-z]+|.)", lambda m: COMMANDS.get(m[1], m[0]), text)
     text = re.sub(r"(?<!\\)\$", "", text).replace("**", "^").replace("<=", "≤").replace(">=", "≥").replace("!=", "≠")
     text = re.sub(r"(?<![A-Za-z])(?:np|math)\.", "", text)                                         # program notation
+    text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π", text)
+    text = re.sub(r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"(?<=[\])⦄]) ?U ?(?=[\[(⦃])", "∪", text)
     text = re.sub(r"(?<=[0-9]) ?x ?(?=10\^)", "*", text)                                           # 4.5 x 10^33
     text = re.sub(r"(?<![A-Za-z])and(?![A-Za-z])", ",", text)
     text = re.sub(r"(?<![A-Za-z])or(?![A-Za-z])", ";", text)
     text = re.sub(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])", _ungroup, text)         # 1,234,567
     text = re.sub(r" +", " ", text).rstrip(" .,;:\\").lstrip(" ,;:")
-    if re.fullmatch(r"[-+]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?", text):
-        text = text.replace(" ", "")                                                               # 1 000
+    text = re.sub(r"^(?:\\\$ ?)?[-+]?[0-9]{1,3}(?: [0-9]{3})+(?! ?[0-9/\\(])",
+                  lambda m: m[0].replace(" ", ""), text)                                           # 1 000
     text = re.sub(r"(?<![\w.}^])([0-9]+) ?\\frac ?(?:([0-9])([0-9])|\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\})",
                   r"(\1+\2\4/\3\5)", text)                                                         # 1\frac12
     text = re.sub(r"(?<![\w.}^])([0-9]+) ([0-9]+/[0-9]+)", r"(\1+\2)", text)                       # 1 1/2
-    text = re.sub(r' ?([^\w\s"\\)}\]⦄°%]) ?| ([)}\]⦄°%])', r"\1\2", text)  # a space before a plain unit stays: √3 cm
-    return re.sub(r"\^\{?°\}?", "°", text)
+    text = re.sub(r' ?([^\w\s"\\)}\]⦄°%]|_) ?| ([)}\]⦄°%])', r"\1\2", text)  # a space before a plain unit stays: √3 cm
+    text = re.sub(r"\^\{(°|'+)\}|\^(°|')", r"\1\2", text)
+    return re.sub(r"\^(\w|\{[^{}]*\})_(\w|\{[^{}]*\})", r"_\2^\1", text)                           # v^2_0
 
 
 def _quote(macro: re.Match) -> str:
-    """The content of a text macro: words in quotes, and what is not a word without."""
-    content = macro[1].replace('"', "").strip()
+    """The content of a text macro: words in quotes, and what is not a word, as the number in 4:30 pm, without."""
+    content = macro[1].replace('"', "").strip(" \\~")
     if content.strip(" ,") in ("and", "or") or not re.search("[A-Za-z]", content):
         return f" {content} "
-    return f"\\{content} " if content in FUNCTIONS else f'"{content}"'
+    if content in FUNCTIONS:
+        return f"\\{content} "
+    if macro[0] in (r"\mathrm{e}", r"\mathrm{i}"):
+        return f" {content} "
+    number, words = re.fullmatch("([0-9][0-9.,:]*(?![A-Za-z0-9]))?(.*)", content).groups()
+    return f'{number or ""}"{words}"'
+
+
+def _recurring(decimal: re.Match) -> str:
+    """0.1666... as a fraction."""
+    integer, first, period = decimal.groups()
+    scale = 10 ** len(first)
+    return f"({int((integer or '0') + first)}/{scale}+{period}/{scale * (10 ** len(period) - 1)})"
 
 
 def _ungroup(number: re.Match) -> str:
@@ -217,7 +247,7 @@ def _ungroup(number: re.Match) -> str:
 
 RELATIONS = "=<>≤≥≠∈"
 TURNED = str.maketrans(">≥", "<≤")
-CHOICE = re.compile(r'["(]*([A-Ja-j])[")]*')
+CHOICE = re.compile(r'"?(?:[Oo]ption |[Cc]hoice )?["(]*([A-Za-z])[")]*')
 LABELLED_CHOICE = re.compile(r'["(]*([A-J])(?:"?[.:]|"?\) |\)"(?=[0-9\\ ]))(?!.*\([A-J]\))')
 
 
@@ -283,8 +313,10 @@ def _wrapped(text: str, opening: str, closing: str) -> bool:
 
 def _members(text: str) -> list[str]:
     r"""The answers that a bare list, a set or a \pm holds; one for anything else."""
-    if _wrapped(text, "⦃", "⦄"):
-        text = re.sub(r"^[A-Za-z](\||:)", "", text[1:-1])  # ⦃x|-2<x<1⦄
+    name, member_of, rest = text.partition("∈")
+    text = rest if member_of and _is_name(name) and _wrapped(rest, "⦃", "⦄") else text
+    if _wrapped(text, "⦃{", "⦄}"):
+        text = re.sub(r"^[A-Za-z](?:∈\(-∞,∞\))?[|:]", "", text[1:-1])  # ⦃x|-2<x<1⦄
     members = []
     for item in filter(None, _split(text, ",;")):
         exact, _, rounded = item.partition("≈")
@@ -310,6 +342,8 @@ def _is_name(text: str, of_sum: bool = False) -> bool:
         return False
     if "+" in text and not (of_sum and text.replace("+", "").isalpha()):
         return False
+    text = re.sub(r"\|([A-Z]+)\|", r"\1", text)
+    text = re.sub(r"\^\{?-1\}?(?=\(|$)", "", text) if text[0] in '"fghABCM' else text  # f^{-1}(x), A^{-1}
     return not re.search(r"^[0-9.]|\\frac|\\sqrt|\\\$|[-*/^|!%=<>≤≥∪π]|(?<![\\A-Za-z])[A-Za-z]{2,} ", text)
 
 
@@ -320,9 +354,9 @@ def _meaning(sides: list[str], signs: str, of_sum: bool = False) -> tuple[str, l
         return sides[1], [f"{left}{sides[0]},{sides[2]}{right}"]
     if signs in ("<", "≤") and any(map(_is_name, sides)):
         return (sides[0], [f"(-∞,{sides[1]}{right}"]) if _is_name(sides[0]) else (sides[1], [f"{left}{sides[0]},∞)"])
-    if signs in ("∈", "≠") and _is_name(sides[0]):
-        return sides[0], [sides[1] if signs == "∈" else f"(-∞,{sides[1]})∪({sides[1]},∞)"]
-    if set(signs) == {"="}:
+    if signs == "∈" and _is_name(sides[0]):
+        return sides[0], [sides[1]]
+    if set(signs) == {"="} and not all(map(_words, sides)):  # LRAC = SRMC is no value of LRAC
         if _is_name(sides[0], of_sum):
             return sides[0], sides[1:]
         return (sides[-1], sides[:-1]) if _is_name(sides[-1]) else ("", sides)
@@ -330,10 +364,26 @@ def _meaning(sides: list[str], signs: str, of_sum: bool = False) -> tuple[str, l
 
 
 def _conditions_to_union(text: str) -> str:
-    """x < 1 or x > 3 as the union of two intervals."""
-    parts = [_relation(part) for part in text.split(";")] if ";" in text else []
-    values = [_meaning(*part)[1] if part[1] and part[1] != "=" else [] for part in parts]
-    return "∪".join(value for value, in values) if values and all(map(len, values)) else text
+    r"""Conditions on one name as a set: x < 1 or x > 3; x ≥ 1 and x < 3; x ≠ 2, 5; the reals without ⦃2,5⦄."""
+    if set(RELATIONS).isdisjoint(text) and r"\setminus" not in text:
+        return text
+    if holes := re.fullmatch(r"([A-Za-z])≠(.+)|\(-∞,∞\) ?\\setminus⦃(.+)⦄", text):
+        points = _split((holes[2] or holes[3]).replace(f"{holes[1]}≠", ""), ",")
+        if all(map(_value, points)):
+            ends = ["-∞", *sorted(points, key=lambda point: _value(point)[0].real), "∞"]
+            return "∪".join(f"({left},{right})" for left, right in zip(ends, ends[1:]))
+    separator = ";" if ";" in text else ","
+    parts = [_relation(part) for part in _split(text, separator)]
+    if len(parts) < 2 or not all(signs for _, signs in parts) or all(signs == "=" for _, signs in parts):
+        return text
+    names, values = zip(*(_meaning(*part) for part in parts))
+    if len(set(names)) > 1 or not all(len(value) == 1 for value in values):
+        return text
+    sets = [f"⦃{value}⦄" if signs == "=" else value for (value,), (_, signs) in zip(values, parts)]
+    if separator == ";":
+        return "∪".join(sets)
+    low, high = sorted(sets, key=lambda ray: ray.startswith("(-∞"))[:2]
+    return low[:-2] + high[4:] if len(sets) == 2 and low.endswith(",∞)") and high.startswith("(-∞,") else text
 
 
 def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b: str, depth: int) -> bool:
@@ -342,8 +392,11 @@ def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b
         _, values = _meaning(sides_a, signs_a, of_sum=True) if signs_a else _meaning(sides_b, signs_b)
         return bool(values) and all(_equal(value, sides_b[0] if signs_a else sides_a[0], depth) for value in values)
     (name_a, values_a), (name_b, values_b) = _meaning(sides_a, signs_a), _meaning(sides_b, signs_b)
-    if name_a == name_b and values_a and values_b and all(_equal(x, y, depth) for x in values_a for y in values_b):
+    same_name = name_a == name_b or re.fullmatch(r"y[a-z]\([a-z]\)|[a-z]\([a-z]\)y", name_a + name_b)  # y is f(x)
+    if same_name and values_a and values_b and all(_equal(x, y, depth) for x in values_a for y in values_b):
         return True
+    if signs_a == signs_b == "=" and all(map(_words, sides_a + sides_b)):
+        return _same_multiset(sides_a, sides_b, depth)
     if signs_a != signs_b or len(signs_a) > 1 or _same_sequence(sides_a, sides_b, depth):
         return signs_a == signs_b and _same_sequence(sides_a, sides_b, depth)
     difference = _value("({})-({})".format(*sides_a))
@@ -353,17 +406,17 @@ def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b
 
 
 def _matrix(text: str) -> list[str]:
-    r"""The rows of a matrix as tuples, under any kind of bracket; a factor before it goes into the entries."""
+    r"""The rows of a matrix (no determinant) as tuples; a factor before it goes into the entries."""
     factor, _, rest = text.partition(r"\begin{")
     kind, _, rest = rest.partition("}")
     body, _, end = rest.rpartition(r"\end{" + kind)
-    if not re.fullmatch("[A-Za-z]*matrix|array", kind) or r"\begin" in body or not re.fullmatch(r"\}[])|]?", end):
+    if not re.fullmatch("[pbB]?matrix|array", kind) or r"\begin" in body or not re.fullmatch(r"\}[])]?", end):
         return []
     if kind == "array":
         body = re.sub(r"^\{[^{}]*\}", "", body)
-    factor = factor.rstrip("[(|*")
+    factor = factor.rstrip("[(*")
     scale = f"({factor}1)*" if factor == "-" else f"({factor})*" if factor else ""
-    rows = [row.strip() for row in body.split(r"\\")]
+    rows = [row.strip() for row in re.split(r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", body)]
     return ["(" + ",".join(f"{scale}({cell})" for cell in row.split("&")) + ")" for row in rows if row]
 
 
@@ -371,9 +424,10 @@ def _matrix(text: str) -> list[str]:
 
 UNITS = {name: names.split()[0] for names in (
     "° degree deg", "% percent percentage pct", "$ dollar usd", "€ euro", "£", "cent", "m meter metre", "mm millimeter",
-    "cm centimeter centimetre", "km kilometer kilometre", "in inch inche", "ft foot feet", "mi mile", "yd yard", "mph",
-    "s second sec", "min minute", "h hour hr", "am", "pm", "g gram", "kg kilogram", "mg", "lb pound", "oz ounce",
-    "l liter litre", "ml", "2 square sq", "3 cubic cu") for name in names.split()}
+    "cm centimeter centimetre", "km kilometer kilometre", "/ per", "in inch inche", "ft foot feet", "mi mile",
+    "yd yard", "s second sec", "min minute", "h hour hr", "am", "pm", "g gram gm", "kg kilogram", "mg", "lb pound",
+    "oz ounce", "l liter litre", "ml", "day", "week", "month", "year", "2 square sq", "3 cubic cu"
+    ) for name in names.split()}
 NOT_UNITS = FUNCTIONS.keys() | set(
     "is are was be not no if but so because since then the this it either neither sqrt pi mod squared cubed factorial "
     "half times more less dozen hundred thousand million billion trillion".split())
@@ -381,7 +435,7 @@ NOT_UNITS = FUNCTIONS.keys() | set(
 
 def _same_atom(a: str, b: str) -> bool:
     words_a, words_b = _words(a), _words(b)
-    if words_a == words_b != "" or max(len(words_a), len(words_b)) > 3:
+    if words_a == words_b != "" or max(len(words_a), len(words_b)) > 3 or words_a and words_b and (a + b).isupper():
         return words_a == words_b
     (a, unit_a), (b, unit_b) = _split_unit(a), _split_unit(b)
     if unit_a and unit_b and unit_a != unit_b:
@@ -408,17 +462,17 @@ def _split_unit(text: str) -> tuple[str, str]:
     power = re.search(r"\^\{?[23]\}?$", text)
     quote = text.find('"')
     head = text[:quote] if quote > 0 else re.sub(r"[A-Za-z/. €£]{0,40}$", "", text[:power.start()] if power else text)
-    tail = text[len(head):].replace(".", "")
-    words = [w.removesuffix("s") if len(w) > 2 else w for w in re.findall("[a-z€£]+", tail.lower())]
+    tail = re.sub(r"\.(?=[A-Za-z]{2})", " ", text[len(head):]).replace(".", "").replace("mph", "mi/h")
+    words = [w.removesuffix("s") if len(w) > 2 else w for w in re.findall("[a-z€£]+|/", tail.lower())]
     if quote > 0:
         is_unit = re.fullmatch(r'(?:"[^"]*"(?:\^\{?-?[0-9]\}?)?[ /*]?)+', tail)
     elif words and UNITS.keys() >= set(words):  # one letter may be a variable: only m^2 and m^3 are taken for units
-        is_unit = len(words[0]) > 1 or words[0] in "€£" or power and words == ["m"]
+        is_unit = len(words[0]) > 1 or words[0] in "€£" or power and words == ["m"] or tail[0] == " " and "/" in tail
     else:
         is_unit = tail.startswith(" ") and max(map(len, words), default=0) > 2
     if not is_unit or not 0 < len(words) <= 4 or NOT_UNITS & set(words) or not head.rstrip(" *"):
         return text, text[-1] if text.endswith(("°", "%")) else ""
-    return head.rstrip(" *"), " ".join(sorted(UNITS.get(w, w) for w in words + re.findall("[0-9]", tail)))
+    return head.rstrip(" *"), " ".join(sorted(UNITS.get(w, w) for w in words + re.findall("-?[0-9]", tail)))
 
 
 # --- expressions: read and computed at once, exactly as long as possible ----------------------------------------------
@@ -431,10 +485,10 @@ KNOWN = "|".join(sorted([*FUNCTIONS, "sqrt", "floor", "ceil"], reverse=True))
 TOKEN = re.compile(r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)(?P<base>_(?:\{[^{}]*\}|[0-9]+))?"
                    rf'|(?P<word>\\[A-Za-z]+|{KNOWN}|"[^"]*"|(?![ei])[A-Za-z]\([0-9]+\)|[^\W0-9_]|∞)'
                    r"(?P<index>(?:'|_(?:\{[^{}]*\}|\w))*)|[^ ]")
-PROSE = re.compile(rf"(?<![\\A-Za-z])(?!(?:{KNOWN}|pi)\b)(?:(?:[A-Za-z]{{3,}}|no) |(?<= )[A-Za-z]{{3,}})")
+PROSE = re.compile(rf"(?<![\\A-Za-z])(?!(?:{KNOWN}|pi)\b)(?:(?:[A-Za-z]{{3,}}|no) |not|(?<= )[A-Za-z]{{3,}})")
 LEVEL = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5, "°": 5, "%": 5}  # a factor without a sign is at 2 too
 CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
-OPAQUE = {r"\sum", r"\prod", r"\int", r"\lim", r"\cdots", r"\ldots", r"\dots", r"\cap", r"\setminus", r"\pmod"}
+OPAQUE = {r"\prod", r"\int", r"\lim", r"\cdots", r"\ldots", r"\dots", r"\cap", r"\setminus", r"\pmod"}
 Number = Fraction | complex
 
 
@@ -453,7 +507,9 @@ def _value(text: str) -> tuple[Number, ...]:
     if PROSE.search(text):
         return ()
     try:
-        return tuple(_Expression(text, point).whole() for point in "12")
+        first = _Expression(text, "1")
+        value = first.whole()
+        return value, _Expression(text, "2").whole() if first.names else value
     except (ValueError, ArithmeticError):
         return ()
 
@@ -528,16 +584,18 @@ class _Expression:
         return value
 
     def starts_factor(self) -> bool:
-        """Does a factor without a sign follow? Two numbers in a row are no product."""
+        """Does a factor without a sign follow? A number has to be a power for that: 2^6 3^5, but not 1 2 or x2."""
         if not self.next() or not self.at:
             return False
-        token, before = self.tokens[self.at], self.tokens[self.at - 1]
-        return bool(token["word"] or token["number"] and not before["number"] or token[0] in "([{"
+        token, after = self.tokens[self.at], self.tokens[self.at + 1:self.at + 2]
+        return bool(token["word"] or token["number"] and after and after[0][0] == "^" or token[0] in "([{"
                     or token[0] == "|" and not self.bars)
 
     def marked(self, value: Number, mark: str) -> Number:
         if mark == "!" and isinstance(value, Fraction) and value.denominator == 1 and 0 <= value <= 170:
             return Fraction(math.factorial(int(value)))
+        if mark == "!" and isinstance(value, Fraction) and value.denominator > 1 and abs(value) < 100:
+            return complex(math.gamma(value + 1))  # so that n! = n (n - 1)!
         return self.name(f"{value}!") if mark == "!" else value * self.degree if mark == "°" else value
 
     def primary(self) -> Number:
@@ -565,9 +623,12 @@ class _Expression:
             value = _power(self.argument(), 1 / degree)
         elif word in FUNCTIONS:
             value = self.function(word, token["index"])
-        elif word in ("floor", "ceil", "binom"):  # names for their arguments: no rules of theirs are known here
-            value = self.name(f'{word} {self.argument()} {self.argument() if word == "binom" else ""}')
-        elif word and token[0] not in OPAQUE:
+        elif word in ("floor", "ceil"):  # names for their arguments: no rules of theirs are known here
+            value = self.name(f"{word} {self.argument()}")
+        elif word == "binom":
+            n, k = self.argument(), self.argument()
+            value = self.marked(n, "!") / (self.marked(k, "!") * self.marked(n - k, "!"))
+        elif word and token["word"] not in OPAQUE and not NOT_UNITS & set(re.findall("[a-z]+", token[0].lower())):
             value = CONSTANTS.get(token[0]) or self.name(re.sub('["{}]', "", token[0]))
         else:
             raise ValueError("not an expression")
@@ -582,7 +643,7 @@ class _Expression:
 
     def argument(self) -> Number:
         r"""What follows \frac or \sqrt: a group or one token, of a number one digit: \frac12 is 1/2."""
-        token = self.tokens[self.at] if self.next() else self.take()
+        token = self.tokens[self.at] if self.next() not in ("", "+", "-") else self.take("a group or one token")
         if len(token[0]) > 1 and token[0].isdigit():
             self.tokens[self.at:self.at + 1] = map(TOKEN.match, (token[0][0], token[0][1:]))
         return self.primary()
@@ -610,6 +671,8 @@ class _Expression:
         while not bracket and self.starts_factor() and self.next().strip("\\") not in FUNCTIONS:
             value = self.bounded(value * self.read(3))
         self.degree = outer
+        if power == -1 and "arc" + word in FUNCTIONS:  # \sin^{-1} is the inverse function
+            return FUNCTIONS["arc" + word](complex(value))
         value = FUNCTIONS[word](complex(value))
         if index:
             value /= FUNCTIONS[word](complex(_Expression(index.strip("_{}"), self.point).whole()))

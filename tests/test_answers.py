@@ -5,12 +5,14 @@ import random
 import subprocess
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import eval_math
 from eval_math import MAX_ANSWER, extract_answer, extract_lenient, is_correct, last_number
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,16 @@ STATED = [  # response, answer
     ("<think>The answer is 7.</think>\n", "7"),
     (r"The answer is $\$6.50$.", r"\$6.50"),
     (r"The answer is $4\text{ sq. units}$. Done.", r"4\text{ sq. units}"),
+    ("The answer is:\n\n$$\n5\n$$\n", "5"),
+    ("The answer is `5`.", "5"),
+    (r"\boxed{1, 2, ...}", "1, 2, ..."),
+    (r"\boxed{5}" + "\n\n#### Conclusion\nThe result is five.", "5"),
+    ("The answer is 5.\n#### **Step 4: Check**\n2 + 3 = 5", "5"),
+    ("#### 5\n#### Note\nAll done.", "5"),
+    ("#### Step 1\n2 + 3\n#### 5", "5"),
+    (r"\boxed{5}" + "\n#### Answer: 6", "6"),
+    (r"\boxed{5}" + "\n#### x = 6", "x = 6"),
+    ("#### Monday", "Monday"),
 ]
 UNSTATED = [
     "",
@@ -80,6 +92,7 @@ def test_one_format_alone_can_be_read():
     response = r"\boxed{1} #### 2" + "\nThe answer is 3."
     assert [extract_answer(response, fmt) for fmt in ("boxed", "hash", "phrase", "any")] == ["1", "2", "3", "3"]
     assert extract_answer("The answer is 3.", "boxed") is None
+    assert extract_answer("#### Monday", "hash") == "Monday"
 
 
 def test_the_lenient_reading_is_kept_apart():
@@ -119,6 +132,37 @@ EQUAL = [  # answer, reference
     (r"\left\lfloor \frac{n}{2} \right\rfloor + 1", r"1+\lfloor n/2 \rfloor"), ("204_5", "204_{5}"),
     (r"\textbf{(B)}", "B"), ("(c)", r"\text{(C)}"), ("C. x = 42", "C"), ("Monday", r"\text{monday}"),
     (r"\text{A, C}", "C,A"), ("x != 3", r"x \ne 3"), ("b > a > c", "c < a < b"),
+    # numbers
+    (r"0.\overline{3}", "1/3"), (r"0.1\bar{6}", r"\frac16"), (r"0.\dot{9}", "1"), (r"\$15 000", r"\$15,\!000"),
+    (r"1\,599\text{ dollars}", "1599"), ("10{ , }000", "10000"), ("33 1/3", r"33 \frac{1}{3}"), ("2^6 3^5", "15552"),
+    ("∛8", "2"), ("2pi", r"2\pi"), (r"1 - \mathrm{e}^{-1}", r"1 - \frac{1}{\mathrm{e}}"),
+    (r"\sin^{-1}(10/13)", r"\arcsin\frac{10}{13}"),
+    (r"\binom{5}{2}", "10"), (r"\dbinom{2n}{n}", r"\frac{(2n)!}{(n!)^2}"), (r"{n \choose 2}", r"\frac{n(n-1)}{2}"),
+    (r"\frac{(n-1)!}{k!} \cdot \frac{n}{(n-k)!}", r"\frac{n!}{k!(n-k)!}"), (r"\log _{2} 8", "3"),
+    # names and text
+    ("v^2_0", "v_0^2"), (r"y^{\prime} + ry", "ry + y'"), (r"\frac{\dot{x}_0}{\omega}", r"\dot{x}_{0} / ω"),
+    ("⌊n/2⌋", r"\lfloor \frac n2 \rfloor"),
+    (r"\text{1:03 PM}", "1:03 p.m."), ("4{:}30", "4:30"), (r"\text{(P)}", "P"), ("Option C", r"\text{(C)}"),
+    (r"\textbf{(C)\ } 12", "C"),
+    ("25º", r"25^\circ"), ("12 sq. units", r"12\text{ square units}"), (r"12\text{ gm}", "12 grams"), ("10weeks", "10"),
+    (r"60\text{ miles per hour}", "60 mph"), (r"3 \times 10^8 m/s", "3e8"), (r"3~\mathrm{erg\,s^{-1}}", "3"),
+    # equations
+    ("f(x) = 2x + 3", "y = 2x + 3"),
+    (r"A^{-1} = \begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"), ("|AB| = 5", "5"),
+    ("SRMC = MR", "MR=SRMC"),
+    # sets
+    (r"x \in \{1, 3\}", "1, 3"), ("{-5, 5}", r"\pm 5"), (r"\{x \in \mathbb{R} : x > 2\}", "x > 2"),
+    ("(0,1) U (2,3)", r"(0,1) \cup (2,3)"),
+    (r"x \ge -2 \text{ and } x < 7", "[-2,7)"), (r"x < 0 \text{ or } x = 1", r"(-\infty, 0) \cup \{1\}"),
+    (r"\mathbb{R} \setminus \{2, -1\}", r"(-\infty,-1)\cup(-1,2)\cup(2,\infty)"),
+    (r"x \neq 2, -1", r"(-\infty,-1)\cup(-1,2)\cup(2,\infty)"),
+    (r"x \ne 2, x \ne -1", r"\mathbb{R} \backslash \{-1, 2\}"),
+    (r"\begin{pmatrix} 1 \\[4pt] 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    (r"\begin{pmatrix} {1} & 2 \end{pmatrix}", r"\begin{pmatrix} 1 & 2.0 \end{pmatrix}"), ("|-5|", "5"),
+    (r"\mathrm{e}^{\pi\mathrm{i}}", "-1"),
+    (r"\prod_{k=1}^{n} k", r"\prod_{k=1}^n k"),
+    (r"\sum_{k=1}^{n} a_k b_k", r"\sum_{k=1}^n b_k a_k"), ("01:03 PM", "1:03 pm"), ("RC", r"C \cdot R"),
+    (r"x = a \pm b \mp c", "a+b-c, a-b+c"),
 ]
 DIFFERENT = [
     ("5", "6"), ("-5", "5"), ("12345679", "12345678"), ("10^{401}", "10^{400}"), ("1e500", "1e400"), ("0.3333", "1/3"),
@@ -139,7 +183,42 @@ DIFFERENT = [
     (r"\frac{1}{9330}", r"\frac{19}{330}"), (r"28\sqrt2", "28"), ("3d", "3D"), ("|x|", "x"),
     (r"\sin^3 y", r"\sin^2 y"), ("x^2-1", "x^2+1"), (r"\frac10", r"\frac20"), ("-f(0)", "f(0)"), ("2516_9", "2516_8"),
     ("A", "B"), ("(A) or (B)", "A"), ("E*2", "E"), ("CBAD", "ABCD"), (r"\text{oddd}", r"\text{odd}"), ("Yes", "no"),
+    (r"0.\overline{3}", "0.3"), (r"0.\overline{3}", r"0.\overline{6}"), (r"0.\overline{3}", "0"), ("1 234/5", "1234/5"),
+    ("x2", "2x"), (r"\frac{3}{4}1", r"\frac34"), (r"\frac2+9", r"\frac29"), (r"1, 2, 3, ...", "1, 2, 3"), ("IV", "VI"),
+    ("ACB", "ABC"), ("LRAC", "SRAC=LRAC"), ("SARC=LRAC", "SRAC=LRAC"), (r"\bar{x}", "x"), (r"\dot{x}", r"\ddot{x}"),
+    ("n!", "n"),
+    (r"\binom{n}{2}", r"\binom{n}{3}"), (r"\text{not } 0", "0"), ("not0", "0"), ("0 is wrong", "0"), ("5 is x", "5"),
+    (r"5\text{ kg/m}", r"5\text{ kg m}"), (r"5\text{ m}^{-2}", r"5\text{ m}^2"),
+    (r"\text{2 apples and 3 pears}", "2"), (r"\sin^{-1} x", r"\frac{1}{\sin x}"),
+    ("x > 1, x < 3", "[1,3]"), (r"x < 1 \text{ and } x > 3", r"(-\infty,1)\cup(3,\infty)"),
+    (r"x \neq 2, -1", r"x \neq 2"),
+    (r"\mathbb{R} \setminus \{2\}", r"\{2\}"), (r"x \in \{1, 3\}", "1"), ("y = 2x", "x = 2y"), ("f(x) = x", "f(y) = x"),
+    ("(2,3) = (1,2)", "(1,2)"), ("0 but rounds up", "0"), (r"0 \text{ is wrong}", "0"), ("2x + z < 1", "2x + z = 1"),
+    (r"2x + z \ge 1", "2x + z > 1"), (r"1 + 3 + \cdots", r"2 + 2 + \cdots"),
+    (r"\prod_{k=1}^{n} 2k", r"2 \prod_{k=1}^{n} k"), (r"\sum_{k=1}^{n} k", r"\sum_{k=0}^{n} k"),
+    ("(10^{20}+1)^2", "10^{40}"),
+    (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^{-1}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
 ]
+
+
+SYMBOLS = [  # two spellings of one answer that differ in a symbol or two only
+    (r"1\:,\;2,\quad3,\qquad4", "1,2,3,4"), (r"\tbinom n2", r"\binom n2"), (r"\varphi\varepsilon", r"\phi\epsilon"),
+    (r"2 \ast 3 \div 4", "1.5"), ("2 · 3 × 4 ⋅ 5 ∙ 6 ÷ 7", "720/7"), (r"x \leqslant 3", "x ⩽ 3"), (r"x \geqslant 3",
+    "x ⩾ 3"),
+    (r"5\degree", "5°"), (r"\lvert x \rvert", "|x|"), (r"\{x \mid x > 2\}", r"\{x \vert x > 2\}"), (r"x \equiv 3", "3"),
+    (r"\langle 1, 2 \rangle", "（1，2）"), (r"\lceil x \rceil + 1", "1 + ⌈x⌉"), (r"\lbrace 1, 2 \rbrace", r"\{1,2\}"),
+    (r"\varnothing", "∅"), ("−5 – 3", "-8"), ("1⁄4 + ¼ + ¾", "1.25"), ("f′ + g’", "f' + g'"), ("4：30", "4:30"),
+    ("1, 2, …", r"1, 2, \ldots"),
+    *((symbol, rf"\{name}") for symbol, name in zip("αβγδελμνρστφχψωΔΩ", (
+        "alpha beta gamma delta epsilon lambda mu nu rho sigma tau phi chi psi omega Delta Omega").split())),
+]
+
+
+@pytest.mark.parametrize("answer, reference", SYMBOLS)
+def test_symbols_have_many_spellings(answer, reference):
+    assert is_correct(rf"\boxed{{{answer}}}", reference)
+    assert is_correct(rf"\boxed{{{reference}}}", answer)
 
 
 @pytest.mark.parametrize("answer, reference", EQUAL)
@@ -186,17 +265,31 @@ def test_every_reference_is_right_against_itself():
                 assert is_correct(f"so\n#### {answer}", answer), (path, answer)
 
 
-@needs_data
-def test_different_references_are_told_apart():
-    """Two different MATH numbers are never called equal: their values are compared here with plain rationals."""
-    from fractions import Fraction
+EQUAL_REFERENCES = {frozenset(pair) for pair in [  # all that are accepted of the random pairs below
+    ("0.01", r"\frac{1}{100}"), (r"10,\!000", "10{,}000"), ("15,600", "15600"), (r"180^\circ", r"180^{\circ}"),
+    ("3.2", r"\frac{16}{5}"), (r"\frac{29}{4}", r"\frac{29}4"), (r"0.25\,\text{ cm}", r"\frac14"),
+    ("9", r"9\text{ a.m.}"),
+    ("b=4", r"4\%"),  # in the last three one side has a unit
+]}
 
-    answers = {row["answer"] for row in rows(DATA / "math" / "test.jsonl")}
-    numbers = sorted(answer for answer in answers if answer.lstrip("-").isdecimal())
+
+@needs_data
+def test_different_references_are_told_apart(monkeypatch):
+    """Of 100,000 random pairs of the data sets' references those accepted are listed, and integers go by value."""
+    answers = sorted({row["answer"] for path in DATA.glob("*/t*.jsonl") for row in rows(path)} - {""})
+    monkeypatch.setattr(eval_math, "_value", lru_cache(maxsize=None)(eval_math._value.__wrapped__))
+    normalised = {answer: eval_math.normalise(answer) for answer in answers}
     rng = random.Random(0)
-    for _ in range(5000):
-        a, b = rng.choices(numbers, k=2)
-        assert is_correct(a, b) == (Fraction(a) == Fraction(b)), (a, b)
+    accepted = set()
+    for _ in range(100_000):
+        a, b = rng.sample(answers, 2)
+        if eval_math._equal(normalised[a], normalised[b]):
+            accepted.add(frozenset((a, b)))
+    assert accepted == EQUAL_REFERENCES
+    integers = [answer for answer in answers if answer.lstrip("-").isdecimal()]
+    for _ in range(2000):
+        a, b = rng.choices(integers, k=2)
+        assert is_correct(a, b) == (int(a) == int(b)), (a, b)
 
 
 # --- robustness -------------------------------------------------------------------------------------------------------
@@ -210,7 +303,11 @@ SHORT_HOSTILE = [
     "*".join(["(x+y)^9"] * 120), ",".join(rf"\sqrt{{{i}}}" for i in range(90)), "x=" * 400,
     r"\{" * 4 + ",".join(map(str, range(200))) + r"\}" * 4, ";".join(f"x<{i}" for i in range(150)), "2^" * 400 + "2",
     r"\sin" * 200 + "x", "__import__('os').system('false')", "\0", "\ud800", "\u202e5\u202c", "²", "٣", "1_000",
-    "e^{e^{e^{e^{e}}}}", r"10^{-400}\pi",
+    "e^{e^{e^{e^{e}}}}", r"10^{-400}\pi", "x≠,", r"x≠\frac",
+    r"\{" * 300 + "1,2" + r"\}" * 300, "(" * 400 + "1,2" + ")" * 400,
+    r"(-\infty,\infty)\setminus\{", "x<1,x>", r"\binom{9^{999}}{3}", "(-1)!",
+    "(1/2)!" * 100, r"0.\overline{" + "9" * 900 + "}",
+    r"\choose", r"{\choose}", "^{'}", "_^", "∈", r"\sin^{-1} 2", "f^{-1}",
 ]
 LONG_HOSTILE = {  # one unit of each, to be repeated
     "digits": "9", "braces": "{", "open boxes": r"\boxed{", "empty boxes": r"\boxed{}", "boxes": r"\boxed{1}",
@@ -218,6 +315,8 @@ LONG_HOSTILE = {  # one unit of each, to be repeated
     "hashes": "#", "hash lines": "####\n", "phrases": "answer is ", "half phrases": "answer ", "spaces": " ",
     "lines": "\n", "stars": "*",
     "dollars": "$", "backslashes": "\\", "brackets": "(", "commas": "1,", "groups": "1,000", "minus": "-1",
+    "bars": "|", "headings": "#### Ab\n", "scripts": "^1_", "recurring": r"0.1\overline{", "choices": r"{\choose ",
+    "accents": r"\bar ", "conditions": "x<1,", "holes": "x≠", "rows": r"\\[1pt]", "units": "m/s ", "powers": "2^2 ",
     "dots": ". ", "nul": "\0",
     "surrogates": "\ud800", "bidi": "\u202e", "letters": "a", "thoughts": "</think>", "markers": "<|im_end|",
     "fractions": r"\frac",
@@ -280,7 +379,8 @@ PIECES = st.sampled_from(list("0123456789abxyei.,:;()[]{}<>=+-*/^_!%$|&'\"\\ \n"
     r"\frac", r"\sqrt", r"\pm", r"\text{", r"\le ", r"\cup", r"\infty", r"\boxed{", "####", "answer is",
     r"\begin{pmatrix}",
     r"\end{pmatrix}", r"\\", r"\sin ", r"\log_", r"\{", r"\}", "^{", "√", "∪", "π", "°", "1e9", "10^", r"\binom",
-    r"\lfloor ",
+    r"\lfloor ", r"\setminus", r"\mathbb{R}", r"\choose", r"\overline{", r"\dot ", r"\ne ", " or ", " and ", "x",
+    " cm", "∈", "…",
 ])
 
 
