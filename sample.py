@@ -2,6 +2,7 @@
 
     python sample.py --prompt="Tom has 3 apples. Tom finds 4 more. How many apples are there now?"
     python sample.py --model=Qwen/Qwen2.5-7B-Instruct --adapter=out/qwen7b_u13 --prompt="What is 17 * 23?"
+    python sample.py --adapter=out/a,out/b,hex:3c23d70a    # several adapters side by side, in one batch
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from configurator import UserError, configure, run
 from model import load_model, load_tokenizer
 
 model = "toy/base"  # checkpoint directory or hub name
-adapter = ""  # adapter file, or the out_dir of a run; none if empty
+adapter = ""  # adapter file, the out_dir of a run, or text (hex:...); none if empty. Several: separated by commas
 prompt = "Tom has 3 apples. Tom finds 4 more. Then the number doubles. How many apples are there now?"
 system_prompt = ""  # system message of the chat; empty: what the chat template puts there, if anything
 chat = True  # wrap the prompt in the checkpoint's chat template, if it has one
@@ -96,12 +97,14 @@ def row_uniforms(seed, prompt_id, sample_id, count):
 
 @torch.inference_mode()
 def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0, seed=0, prompt_ids=None,
-             progress=None):
+             progress=None, adapters=None):
     """Sample n completions of every prompt.
 
     prompts: a list of token-id lists, or of strings (encoded as raw text, with the BOS the checkpoint asks for).
     prompt_ids: integers that name the prompts for the random numbers (default: their place in the list).
     progress: label of a progress bar, or None.
+    adapters: one per prompt (files, out_dirs or texts of adapters over the same linears, "" for none): every row of
+        the batch runs with its own vector on one set of weights (tinylora.load_adapters says which may be mixed).
     Returns a list (per prompt) of lists of n Completions. A prompt is prefilled once for its n rows. Raises UserError
     for an empty prompt or one that leaves no room in the model's context.
     """
@@ -113,16 +116,28 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     for i, p in enumerate(prompts):
         if not 0 < len(p) < context:
             raise UserError(f"prompt {i} has {len(p)} tokens; the model's context holds 1 to {context - 1} of them")
+    if adapters is not None and len(adapters) != len(prompts):
+        raise UserError(f"adapters must be one per prompt: {len(adapters)} for {len(prompts)} prompts")
+    R = tinylora.load_adapters(model, adapters) if adapters else None  # [N, prompts, r, r]
     prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
     wave = max(1, max_rows(model, max(map(len, prompts), default=0) + max_new_tokens) // n)
     bar = tqdm(total=len(prompts) * n, desc=progress, unit="row", leave=False, disable=None if progress else True)
     out = []
-    for start in range(0, len(prompts), wave):  # as many prompts at a time as fit in memory
-        part = slice(start, start + wave)
-        out += _generate_wave(model, tokenizer, prompts[part], n, max_new_tokens, temperature, seed, prompt_ids[part],
-                              bar)
-    bar.close()
+    try:
+        for start in range(0, len(prompts), wave):  # as many prompts at a time as fit in memory
+            part = slice(start, start + wave)
+            out += _generate_wave(model, tokenizer, prompts[part], n, max_new_tokens, temperature, seed,
+                                  prompt_ids[part], bar, None if R is None else R[:, part])
+    finally:
+        bar.close()
+        _use_rows(model, None)
     return out
+
+
+def _use_rows(model, R, rows=...):
+    """Give each line of the batches to come its own R, those of `rows` in R [N, prompts, r, r]; None: back to v."""
+    if hasattr(model, "adapter"):
+        model.adapter.rows = None if R is None else R[:, rows]
 
 
 def max_rows(model, length, limit=1024):
@@ -144,7 +159,8 @@ def free_memory(device):
         return 4 * 10**9
 
 
-def _generate_wave(model, tokenizer, prompts, n, max_new_tokens, temperature, seed, prompt_ids, bar):
+def _generate_wave(model, tokenizer, prompts, n, max_new_tokens, temperature, seed, prompt_ids, bar,
+                   R=None):
     """Sample the rows of one wave in lock step; rows that have stopped are dropped from the batch."""
     device, config = model.device, model.config
     rows = [(i, j) for i in range(len(prompts)) for j in range(n)]  # row r is sample j of prompt i
@@ -153,7 +169,8 @@ def _generate_wave(model, tokenizer, prompts, n, max_new_tokens, temperature, se
     lengths = torch.tensor([len(p) for p in prompts]).repeat_interleave(n).to(device)  # [B] tokens so far
     room = torch.tensor([config.max_position_embeddings - len(p) for p in prompts]).repeat_interleave(n)
     limits = room.clamp(max=max_new_tokens).to(device)
-    hidden, cache = prefill(model, tokenizer, prompts, n, max_new_tokens)
+    hidden, cache = prefill(model, tokenizer, prompts, n, max_new_tokens, R=R)
+    _use_rows(model, R, torch.arange(len(rows)) // n)
     stops = torch.tensor(sorted(tokenizer.stop_ids), device=device)
     alive = torch.arange(len(rows), device=device)  # which row each line of the batch is
     ids = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
@@ -176,6 +193,7 @@ def _generate_wave(model, tokenizer, prompts, n, max_new_tokens, temperature, se
         if len(keep) <= 0.75 * len(alive):  # drop finished rows, not at each step: it copies the cache
             alive, token, done = alive[keep], token[keep], done[keep]
             cache.select(keep)
+            _use_rows(model, R, alive // n)
         positions = (lengths[alive] + t).clamp(max=config.max_position_embeddings - 1)
         hidden = model.model(token[:, None], positions[:, None], cache.at(positions))[:, 0]  # [B, D]
     out = [[] for _ in prompts]
@@ -186,7 +204,7 @@ def _generate_wave(model, tokenizer, prompts, n, max_new_tokens, temperature, se
     return out
 
 
-def prefill(model, tokenizer, prompts, n, max_new_tokens, max_tokens=8192):
+def prefill(model, tokenizer, prompts, n, max_new_tokens, max_tokens=8192, R=None):
     """Run each prompt once and share its cache with its n rows. Returns the hidden state at each row's last prompt
     token [B, D] and the filled KVCache."""
     longest = max(map(len, prompts))
@@ -197,6 +215,7 @@ def prefill(model, tokenizer, prompts, n, max_new_tokens, max_tokens=8192):
         part = prompts[start : start + step]
         padded = [p + [tokenizer.pad_id] * (longest - len(p)) for p in part]
         part_cache = KVCache(model.config, len(part), longest, model.head)
+        _use_rows(model, R, slice(start, start + step))
         h = model.model(torch.tensor(padded, device=model.device), cache=part_cache)  # [P, T, D]
         hidden.append(h[torch.arange(len(part)), [len(p) - 1 for p in part]])
         rows = slice(start * n, (start + len(part)) * n)
@@ -216,13 +235,18 @@ def encode_prompt(tokenizer, text, system_prompt="", chat=True):
 def main():
     cfg = configure(globals())
     net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
-    if cfg.adapter:
+    adapters = cfg.adapter.split(",")  # "" is the base model
+    if adapters != [""] and len(adapters) == 1:
         tinylora.load_adapter(net, cfg.adapter)
     ids = encode_prompt(tokenizer, cfg.prompt, cfg.system_prompt, cfg.chat)
-    [completions] = generate(net, tokenizer, [ids], cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.seed,
-                             progress="sampling")
-    for c in completions:
-        print(f"{c.text}{' [cut off]' if c.truncated else ''}\n---")
+    # The same prompt_ids: every adapter draws the same random numbers, so differences are the adapters'.
+    answers = generate(net, tokenizer, [ids] * len(adapters), cfg.num_samples, cfg.max_new_tokens, cfg.temperature,
+                       cfg.seed, [0] * len(adapters), "sampling", adapters if len(adapters) > 1 else None)
+    for name, completions in zip(adapters, answers):
+        if len(adapters) > 1:
+            print(f"=== {name or 'no adapter'}")
+        for c in completions:
+            print(f"{c.text}{' [cut off]' if c.truncated else ''}\n---")
 
 
 if __name__ == "__main__":
