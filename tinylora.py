@@ -298,10 +298,10 @@ def _top_eigen(T, rank):
     return vectors.flip(1)[:, :rank], values
 
 
-def _lanczos(M, rank, tol, block, name):
+def _lanczos(M, rank, tol, block, name, limit=0):
     """A basis [n, k] of a Krylov space of M^T M and, within it, what _top_eigen returns; the residuals [r]."""
     n = M.shape[1]
-    limit = min(n, 1024 + 8 * rank)
+    limit = limit or min(n, 1024 + 8 * rank)
     generator = torch.Generator().manual_seed(0)  # the start decides the rounds needed, not the result
     X = torch.linalg.qr(torch.randn(n, block, generator=generator).to(M)).Q
     basis, T = X, M.new_zeros(limit, limit)  # T = basis^T M^T M basis
@@ -322,7 +322,8 @@ def _lanczos(M, rank, tol, block, name):
                 return basis, vectors, values, residual
         if k + block > limit:
             raise UserError(f"the SVD of {name} has not converged with {k} vectors; a smaller rank is easier")
-        X = torch.linalg.qr(X - basis @ (basis.T @ X)).Q  # orthogonalising twice is enough (Kahan)
+        for _ in range(2):  # twice is enough (Kahan), even where Z was in the basis but for rounding errors
+            X = torch.linalg.qr(X - basis @ (basis.T @ X)).Q
         basis = torch.cat((basis, X), 1)
 
 
@@ -360,9 +361,10 @@ def weight_checksum(W):
     one changed word changes its row's sum; no adversary is meant (the cache is the user's own). Integers are exact in
     any order, so this runs where the weights are, at the speed of memory: SHA-256 of 15 GB would take longer than the
     SVD on a GPU."""
-    words = W.detach().contiguous().view(torch.int64 if W[0].nbytes % 8 == 0 else torch.int16)
-    odd = np.random.RandomState(0).randint(-(2**62), 2**62, words.shape[1]) * 2 + 1
-    return (words * torch.from_numpy(odd).to(W.device)).sum(1).cpu().numpy().tobytes()
+    words = W.detach().contiguous().view(torch.int64 if W[0].nbytes % 8 == 0 else torch.int16).long()
+    odd = torch.from_numpy(np.random.RandomState(0).randint(-(2**62), 2**62, words.shape[1]) * 2 + 1).to(W.device)
+    sums = words @ odd if W.device.type == "cpu" else (words * odd).sum(1)  # CUDA multiplies no integer matrices
+    return sums.cpu().numpy().tobytes()
 
 
 def read_cache(path):
@@ -539,6 +541,9 @@ def load_adapters(model, adapters):
 # ------------------------------------------------------------------------------------- to and from other programs
 
 
+PEFT_LIMIT = 2**28  # numbers of P in a peft-tinylora file
+
+
 @contextmanager
 def new_directory(path):
     """A directory that has its name only when all of it is written; one that holds files is refused."""
@@ -582,10 +587,11 @@ def export_peft(model, path, base="", kind="peft"):
     else:
         groups, N = len(adapter.v), len(linears)
         tied = groups < N
+        size = adapter.P.numel() * (groups if tied else 1)
+        if size > PEFT_LIMIT:
+            raise UserError(f"PEFT has no tying such as n_tie={meta.get('n_tie', 1)}, tie={meta.get('tie', 'tiled')}, "
+                            f"targets={meta['targets']}; spelled out it takes {size * 4 / 1e9:.1f} GB: use --to=peft")
         P = adapter.P.new_zeros(N, groups if tied else 1, *adapter.P.shape[1:])
-        if P.numel() > 2**28:
-            raise UserError(f"PEFT has no tying such as n_tie={meta['n_tie']}, tie={meta['tie']}, targets="
-                            f"{meta['targets']}; spelled out it would take {P.numel() / 2**28:.0f} GB: use --to=peft")
         P[torch.arange(N), adapter.groups if tied else 0] = adapter.P
         v = adapter.v.reshape(1, -1) if tied else adapter.v  # [PEFT's groups, PEFT's u]
         config |= {"peft_type": "TINYLORA", "u": v.shape[1], "weight_tying": float(tied), "save_projection": True,
