@@ -46,7 +46,7 @@ answer_format = "hash"  # what the prompt asks for and the reward reads: hash (#
 out_dir = "out/toy"  # log, checkpoints, adapter
 init_from = "scratch"  # scratch, or resume: go on from the checkpoint in out_dir
 # what is trained (tinylora.py)
-method = "tinylora"  # tinylora, lora_xs, lora, or full: all weights, with none of the settings below read but seed
+method = "tinylora"  # tinylora, lora_xs, lora, or full: all weights, which leaves rank to save_dtype unread
 rank = 1  # r of the frozen SVD, paper: 2; or of LoRA
 u = 13  # tinylora: trained numbers per group
 n_tie = 0  # tinylora: linears that share a group; 0: all. The paper's 13 numbers are u = 1, n_tie = 16 on 196 linears

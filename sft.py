@@ -48,7 +48,7 @@ out_dir = "out/toy_sft"  # log, checkpoints, result
 init_from = "scratch"  # scratch, or resume: go on from the checkpoint in out_dir
 random_init = False  # start from random weights in the shape of the model's config.json (with method = full)
 # what is trained (tinylora.py)
-method = "tinylora"  # tinylora, lora_xs, lora, or full: all weights, with none of the settings below read but seed
+method = "tinylora"  # tinylora, lora_xs, lora, or full: all weights, which leaves rank to save_dtype unread
 rank = 1  # r of the frozen SVD, paper: 2; or of LoRA
 u = 13  # tinylora: trained numbers per group
 n_tie = 0  # tinylora: linears that share a group; 0: all

@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -350,8 +351,9 @@ def svd_factors(weights, rank):
 
 def cache_path(weights, rank):
     key = hashlib.sha256(f"svd-1 {rank}".encode())
-    for name, W in weights.items():
-        key.update(f"{name} {W.dtype} {list(W.shape)}".encode() + weight_checksum(W))
+    with ThreadPoolExecutor(4) as pool:
+        for (name, W), sums in zip(weights.items(), pool.map(weight_checksum, weights.values())):
+            key.update(f"{name} {W.dtype} {list(W.shape)}".encode() + sums)
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinylora")
     return os.path.join(os.environ.get("TINYLORA_CACHE") or default, key.hexdigest()[:40] + ".svd")
 
@@ -432,9 +434,10 @@ def adapter_text(adapter, dtype="float32"):
 def read_adapter(where):
     """Settings and tensors of an adapter file, the directory of one, or text. Numbers alone, 'hex:3c23d70a', are
     float32 and stand for one vector over all linears with add_adapter's defaults and no check of the base model."""
-    tensors = None
+    tensors, alone = None, False
     if where.startswith("hex:"):
         _, numbers, *rest = where.split(":")
+        alone = not rest
         form, settings = FORMAT, {"method": "tinylora", "rank": 2, "u": len(numbers) // 8, "n_tie": 0, "tie": "tiled",
                                   "seed": 0, "targets": "all", "base": "", "dtype": "float32"}
         where = f"the adapter '{where[:20]}...'"
@@ -462,7 +465,7 @@ def read_adapter(where):
     wanted = {"method", "base", "dtype", *SETTINGS.get(method if isinstance(method, str) else None, ())}
     if method not in list(SETTINGS) or set(settings) != wanted or any(
             type(settings[key]) is not KINDS[key] for key in wanted) or settings["dtype"] not in DTYPES or not (
-            re.fullmatch("([0-9a-f]{16})?", settings["base"])):
+            alone or re.fullmatch("[0-9a-f]{16}", settings["base"])):
         raise UserError(f"{where}: its settings are not those of an adapter")
     dtype = DTYPES[settings["dtype"]]
     if tensors is None:
@@ -491,7 +494,7 @@ def fit(model, where):
             shapes |= {f"A.{i}": (rank, linear.weight.shape[1]), f"B.{i}": (linear.weight.shape[0], rank)}
     else:
         shapes["v"] = (max(groups) + 1, meta.get("u", rank * rank))
-        if where.startswith("the adapter '") and tensors["v"].numel() == math.prod(shapes["v"]):
+        if "v" in tensors and tensors["v"].numel() == math.prod(shapes["v"]):  # a text has them in one row
             tensors["v"] = tensors["v"].view(shapes["v"])
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if found != shapes:
@@ -522,7 +525,7 @@ def load_adapters(model, adapters):
         if where:
             meta, groups, modules, tensors = fit(model, where)
             if meta["method"] == "lora":
-                raise UserError(f"{where}: a LoRA has its own factors and cannot share a batch; load it alone")
+                raise UserError(f"{where[:80]}: a LoRA has its own factors and cannot share a batch; load it alone")
             key = json.dumps(meta, sort_keys=True)
             if key not in cache:
                 cache[key] = projections(meta, modules)
@@ -530,7 +533,7 @@ def load_adapters(model, adapters):
             mine = [m for m in adapted_linears(model).values() if isinstance(m, AdaptedLinear)]
             if attached.meta["method"] == "lora" or meta["rank"] != attached.meta["rank"] or (
                     mine != list(modules.values())):
-                raise UserError(f"{where}: rank and targets must be the same for all adapters of a batch")
+                raise UserError(f"{where[:80]}: rank and targets must be the same for all adapters of a batch")
             out[k] = mix(tensors["v"], torch.tensor(groups), cache[key])
     if not any(adapters):
         raise UserError("of several adapters at least one must be given")
