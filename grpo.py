@@ -1,4 +1,4 @@
-"""GRPO on a frozen model with an adapter of a few numbers.
+"""GRPO on a frozen model with an adapter of a few numbers (or with LoRA, or on all weights).
 
     python grpo.py                                         # the embedded toy, a few minutes on a laptop's CPU
     python grpo.py config/qwen7b_u13.py                    # 13 numbers on Qwen2.5-7B, one GPU
@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 import eval_math
 import tinylora
 from configurator import UserError, configure, prepare_out_dir, run
-from model import load_model, load_tokenizer
+from model import checkpoint_dir, load_model, load_tokenizer, save_model
 from sample import generate
 
 # what to train: the defaults train the embedded toy; the paper's values are in config/
@@ -43,15 +43,18 @@ prompt_template = "{question}"  # the user's message
 answer_format = "hash"  # what the prompt asks for and the reward reads: hash (#### 42), boxed (\boxed{42}) or any
 out_dir = "out/toy"  # log, checkpoints, adapter
 init_from = "scratch"  # scratch, or resume: go on from the checkpoint in out_dir
-# adapter (tinylora.py)
-method = "tinylora"  # tinylora or lora_xs
-rank = 1  # r of the frozen SVD; paper: 2
-u = 13  # trained numbers per group
-n_tie = 0  # linears that share a group; 0: all. The paper's 13 numbers are u = 1, n_tie = 16 on 196 linears
-tie = "tiled"  # tiled (neighbours share) or structured (same type in neighbouring layers)
+# what is trained (tinylora.py)
+method = "tinylora"  # tinylora, lora_xs, lora, or full: all weights, which leaves rank to save_dtype unread
+rank = 1  # r of the frozen SVD, paper: 2; or of LoRA
+u = 13  # tinylora: trained numbers per group
+n_tie = 0  # tinylora: linears that share a group; 0: all. The paper's 13 numbers are u = 1, n_tie = 16 on 196 linears
+tie = "tiled"  # tinylora: tiled (neighbours share) or structured (same type in neighbouring layers)
+targets = "all"  # all, attention, mlp, or linears such as q_proj,v_proj; attention/mlp: a vector for each
+alpha = 32.0  # lora: its update is scaled by alpha / rank
+save_dtype = "float32"  # of the numbers in adapter.safetensors: float32, bfloat16, float16; trained in float32
 seed = 1337  # of the random projections, the data order and the sampling
 # optimisation
-lr = 0.005  # Adam, constant, no weight decay; paper at 7B: 1e-7 ... 2e-4
+lr = 0.005  # Adam, constant, no weight decay; paper at 7B: 1e-7 ... 2e-4. 0 with lora or full: LoRA Without Regret's
 max_steps = 60  # optimiser steps
 batch_size = 16  # problems a step, over all ranks; paper: 64
 group_size = 8  # answers a problem; paper: 4 on GSM8K, 8 on MATH
@@ -62,7 +65,7 @@ top_k = 0  # only 0, likewise
 objective = "dapo"  # grpo, dr_grpo, dapo (mean over tokens, the default of VERL, in which the paper trained), gspo
 clip_low = 0.0  # the policy ratio is clipped below at 1 - clip_low; 0: the objective's own, in CLIP below
 clip_high = 0.0  # and above at 1 + clip_high; 0: likewise. Clipping acts from the second pass on
-kl_coef = 0.0  # k3 penalty towards the base model; paper: 0 on GSM8K, 0.001 on MATH
+kl_coef = 0.0  # k3 penalty towards the base model (not with full); paper: 0 on GSM8K, 0.001 on MATH
 num_passes = 1  # optimiser passes over each batch; 1 is exactly on policy
 grad_clip = 1.0  # bound on the gradient's norm; 0: none
 micro_batch_tokens = 4096  # padded tokens in one forward and backward pass: bounds memory, not the gradient
@@ -241,6 +244,9 @@ def epoch_order(seed, epoch, num_problems):
 def check_settings(cfg):
     """Refuse what cannot work before anything is loaded."""
     bad = [
+        *bad_method(cfg),
+        (cfg.method == "full" and cfg.kl_coef > 0, "kl_coef must be 0 with method = full: the reference policy would "
+         "be a second copy of the weights"),
         (cfg.group_size < 2, "group_size must be at least 2: the advantage is relative to the group's mean"),
         (cfg.top_p != 1.0 or cfg.top_k != 0, "top_p and top_k must stay 1.0 and 0 in training: sampling from a cut "
          "distribution biases the policy ratio (use temperature)"),
@@ -256,6 +262,41 @@ def check_settings(cfg):
     for is_bad, message in bad:
         if is_bad:
             raise UserError(message)
+
+
+def bad_method(cfg):
+    """What check_settings refuses of the settings of `method`, here and in sft.py."""
+    methods, dtypes = [*tinylora.SETTINGS, "full"], [*tinylora.DTYPES]
+    return [
+        (cfg.method not in methods, f"method '{cfg.method}' is unknown; {', '.join(methods)} are known"),
+        (cfg.save_dtype not in dtypes, f"save_dtype must be one of {', '.join(dtypes)}"),
+        (cfg.method == "full" and cfg.dtype not in ("auto", "float32"), "method = full trains float32 weights: small "
+         "steps are rounded away in 16 bits"),
+        (cfg.lr == 0 and cfg.method not in ("lora", "full"), "lr must be above 0: there is a rule for lora and full "
+         "alone"),
+    ]
+
+
+def trained_parameters(net, cfg):
+    """What is trained, {name: parameter}, and the settings without which it means something else. Attaches the
+    adapter; with lr = 0, puts the rule's in its place."""
+    if cfg.lr == 0:
+        cfg.lr = tinylora.learning_rate_rule(net.config, cfg.method, cfg.max_steps)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"lr = {cfg.lr:.3g} (learning_rate_rule in tinylora.py)")
+    if cfg.method == "full":
+        return dict(net.requires_grad_(True).named_parameters()), {"method": "full"}
+    adapter = tinylora.add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed, cfg.targets,
+                                   cfg.alpha)
+    return dict(adapter.named_parameters()), adapter.meta
+
+
+def save_trained(net, cfg):
+    """Write what a run is for: the adapter, or with method = full the model."""
+    if cfg.method == "full":
+        save_model(net, os.path.join(cfg.out_dir, "model"), tokenizer_from=checkpoint_dir(cfg.model))
+    else:
+        tinylora.save_adapter(net.adapter, os.path.join(cfg.out_dir, "adapter.safetensors"), cfg.save_dtype)
 
 
 def start_ranks(cfg):
@@ -322,7 +363,8 @@ def load_checkpoint(path, parameters, optimizer, identity):
             tensors = {name: f.get_tensor(name) for name in f.keys()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot resume: no checkpoint can be read from {path} ({error})") from None
-    different = [key for key in identity if info["identity"].get(key) != identity[key]]
+    different = [key for key in identity if info["identity"].get(key) != identity[key]
+                 and not (key == "base" and tinylora.same_base(info["identity"].get(key, ""), identity[key]))]
     if different:
         raise UserError(f"cannot resume: {path} was made with another {', '.join(different)}")
     state = {}
@@ -348,12 +390,11 @@ def open_log(path, step):
     return log
 
 
-def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step, save_result):
+def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step):
     """The loop of grpo.py and sft.py: resume, evaluate, take steps, log, save, and give way to Ctrl-C.
 
-    parameters: {name: trained parameter}. identity: settings without which they mean something else.
+    parameters, identity: of trained_parameters.
     take_step(step, interrupt) changes them; it returns a dict of metrics for the log and a line for the screen.
-    save_result() writes what the run is for, beside the checkpoint.
     """
     chief = not dist.is_initialized() or dist.get_rank() == 0  # the one process that evaluates and writes
     eval_problems = eval_math.load_problems(cfg.eval_dataset, "test") if cfg.eval_dataset and chief else []
@@ -376,7 +417,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
         if chief:
             history["seconds"] = time.time() - began
             save_checkpoint(checkpoint_file, parameters, optimizer, step, history, identity)
-            save_result()
+            save_trained(net, cfg)
 
     def evaluate():
         if eval_problems:
@@ -414,8 +455,10 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
     finally:
         if chief:
             log.close()
+    numbers = sum(p.numel() for p in parameters.values())
+    if chief and "v" in parameters and numbers <= 1000:
+        print(f"the same in a message: --adapter={tinylora.adapter_text(net.adapter, cfg.save_dtype)}")
     if chief and history["base"] is not None:
-        numbers = sum(p.numel() for p in parameters.values())
         print(f"{os.path.basename(os.path.normpath(cfg.out_dir))}: greedy accuracy {history['base']:.3f} -> "
               f"{history['accuracy']:.3f} with {numbers} numbers in {time.time() - began:.0f} s")
     if dist.is_initialized():
@@ -435,26 +478,22 @@ def train(cfg):
     check_settings(cfg)
     rank, world, device = start_ranks(cfg)
     problems = eval_math.load_problems(cfg.dataset, "train")
-    net, tokenizer = load_model(cfg.model, cfg.dtype, device), load_tokenizer(cfg.model)
+    net = load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device)
+    tokenizer = load_tokenizer(cfg.model)
     prepare_problems(net, tokenizer, problems, cfg)
-    began = time.time()
-    adapter = tinylora.add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed)
-    optimizer = torch.optim.Adam(adapter.parameters(), lr=cfg.lr)
+    began, size = time.time(), sum(p.numel() for p in net.parameters())
+    parameters, identity = trained_parameters(net, cfg)
+    optimizer = torch.optim.Adam(parameters.values(), lr=cfg.lr)
     if rank == 0:
-        size = sum(p.numel() for p in net.parameters())
-        print(f"{cfg.model}: {size / 1e6:.1f}M frozen parameters, {adapter.v.numel()} trained numbers "
-              f"({len(adapter.groups)} linears, {adapter.v.shape[0]} groups of u = {adapter.v.shape[1]}), adapter made "
-              f"in {time.time() - began:.1f} s; {len(problems)} problems; {net.head.dtype} on {net.device}, "
-              f"{world} process(es)")
+        shape = f" ({net.adapter.v.shape[0]} groups of u = {net.adapter.v.shape[1]})" if "v" in parameters else ""
+        print(f"{cfg.model}: {size / 1e6:.1f}M parameters; {cfg.method} trains "
+              f"{sum(p.numel() for p in parameters.values())} numbers{shape}, made ready in {time.time() - began:.1f} "
+              f"s; {len(problems)} problems; {net.head.dtype} on {net.device}, {world} process(es)")
 
     def take_step(step, interrupt):
         return training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt)
 
-    def save_result():
-        tinylora.save_adapter(adapter, os.path.join(cfg.out_dir, "adapter.safetensors"))
-
-    parameters = dict(adapter.named_parameters())
-    training_loop(cfg, net, tokenizer, parameters, optimizer, adapter.meta, take_step, save_result)
+    training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step)
 
 
 def prepare_problems(net, tokenizer, problems, cfg):
@@ -496,11 +535,11 @@ def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, i
     interrupt.hold()
     if not cfg.kl_coef:
         rows = [row for row in rows if row.advantage]  # the others have no gradient
-    passes = []
+    passes, parameters = [], optimizer.param_groups[0]["params"]
     for _ in range(cfg.num_passes):
         optimizer.zero_grad(set_to_none=False)
         passes.append(accumulate_gradient(net, tokenizer, rows, cfg, n["rows"], n["tokens"]))
-        grad_norm = update(optimizer, net.adapter.parameters(), cfg.grad_clip)
+        grad_norm = update(optimizer, parameters, cfg.grad_clip)
     t2 = time.time()
     # Clipping, like grad_norm, is of the last pass; the rest of the first, which scores with the weights that sampled.
     sums = passes[0] | {"clipped": passes[-1]["clipped"]}
@@ -509,7 +548,7 @@ def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, i
     record = {"reward": n["right"] / n["rows"], "reward_lenient": n["lenient"] / n["rows"],
               "equal_groups": n["equal"] / n["rows"], "length": n["tokens"] / n["rows"],
               "truncated": n["truncated"] / n["rows"], "loss": sums.pop("loss"), "grad_norm": grad_norm,
-              "v_norm": net.adapter.v.norm().item()}
+              "v_norm": torch.stack([p.detach().norm() for p in parameters]).norm().item()}
     scored = sums.pop("tokens")  # of the rows that have a gradient; over them go the means of the rest
     record |= {key: total / scored if scored else None for key, total in sums.items()} | {"diff_max": diff_max}
     record["seconds"] = {"generate": t1 - t0, "update": t2 - t1, "tokens_per_second": n["tokens"] / (t1 - t0),

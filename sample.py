@@ -1,10 +1,13 @@
 """Text generation with a KV cache: batched, ragged prompts, greedy or sampled, with the log-prob of every token.
 
     python sample.py --prompt="Tom has 3 apples. Tom finds 4 more. How many apples are there now?"
-    python sample.py --model=Qwen/Qwen2.5-7B-Instruct --adapter=out/qwen7b_u13 --prompt="What is 17 * 23?"
+    python sample.py --model=Qwen/Qwen2.5-7B-Instruct --adapter=out/qwen7b_u13 --prompt=-    # a talk in the terminal
+    python sample.py --adapter=out/a,out/b,hex:3c23d70a --n=3    # several adapters and samples, in one batch
+    python sample.py --prompt_file=questions.txt --temperature=0
 """
 
 import math
+import time
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +23,16 @@ from configurator import UserError, configure, run
 from model import load_model, load_tokenizer
 
 model = "toy/base"  # checkpoint directory or hub name
-adapter = ""  # adapter file, or the out_dir of a run; none if empty
-prompt = "Tom has 3 apples. Tom finds 4 more. Then the number doubles. How many apples are there now?"
+adapter = ""  # adapter file, the out_dir of a run, or text (hex:...); none if empty. Several: separated by commas
+prompt = "Tom has 3 apples. Tom finds 4 more. Then the number doubles. How many apples are there now?"  # -: a talk
+prompt_file = ""  # a file with a prompt a line, instead of prompt
 system_prompt = ""  # system message of the chat; empty: what the chat template puts there, if anything
 chat = True  # wrap the prompt in the checkpoint's chat template, if it has one
-num_samples = 3  # completions to show
-max_new_tokens = 256  # a completion is cut off after so many
+n = 1  # completions of every prompt; a single one is printed as it is written
+max_new_tokens = 1024  # a completion is cut off after so many
 temperature = 1.0  # 0: greedy
+top_k = 0  # sample from the k likeliest tokens only; 0: from all
+top_p = 1.0  # sample from the likeliest tokens of this total probability only; 1: from all
 seed = 0  # of the sampling
 dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
@@ -129,14 +135,16 @@ class Sampler:
     prefilled of a prompt (the rest) is shared by its group.
     """
 
-    def __init__(self, model, tokenizer, slots, length, max_new_tokens, draw):
-        """length: positions of the longest row. draw(logits [B, V], uniforms [B]) -> ids [B], logprobs [B]."""
-        self.model, self.tokenizer, self.draw = model, tokenizer, draw
+    def __init__(self, model, tokenizer, slots, length, max_new_tokens, draw, R=None):
+        """length: positions of the longest row. draw(logits [B, V], uniforms [B]) -> ids [B], logprobs [B].
+        R [N, prompts, r, r]: of each prompt's own adapter (tinylora.load_adapters); None: all run with the model's."""
+        self.model, self.tokenizer, self.draw, self.R = model, tokenizer, draw, R
         device = model.device
         self.cache = KVCache(model.config, slots, length, model.head)
         self.stops = torch.tensor(sorted(tokenizer.stop_ids), device=device, dtype=torch.long)
         whole, columns = dict(dtype=torch.long, device=device), max_new_tokens + 1  # the last: rows that have stopped
         self.state = SimpleNamespace(  # a line a slot
+            prompt=torch.zeros(slots, **whole),  # which of the prompts it answers
             token=torch.zeros(slots, **whole),  # the next input
             position=torch.zeros(slots, **whole),  # where it stands
             count=torch.zeros(slots, **whole),  # tokens sampled so far
@@ -157,6 +165,7 @@ class Sampler:
         A row that has stopped goes on sampling into the spare column until the host notices."""
         s = self.state
         position, count = s.position[:B], s.count[:B]
+        self.use_adapters_of(s.prompt[:B])
         hidden = self.model.model(s.token[:B, None], position[:, None], self.cache.at(position, end))[:, 0]  # [B, D]
         at = count[:, None]
         uniforms = s.uniforms[:B].gather(1, at).squeeze(1)
@@ -169,15 +178,24 @@ class Sampler:
         s.done[:B] |= (token[:, None] == self.stops).any(1) | (count >= s.limit[:B])
         s.token[:B] = token
 
-    def run(self, prompts, n, limits, uniforms, finished, check_every=1):
+    def run(self, prompts, n, limits, uniforms, finished, on_token=None):
         """Sample n rows of every prompt (a list of ids), row j of prompt i at most limits(i, j) tokens with the random
         numbers uniforms(i, j) [max_new_tokens].
-        finished(i, j, ids, logprobs) is called as they stop. check_every: steps between looks at what has stopped."""
+        finished(i, j, ids, logprobs) is called as they stop, on_token(i, j, id) at every token."""
+        steps = 4 if self.model.device.type == "cuda" and not on_token else 1  # looking makes it wait
         waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
         while self.fill(waiting, prompts, n, limits, uniforms):
-            for _ in range(check_every):
+            for _ in range(steps):
                 self.advance()
+            if on_token:
+                for (i, j), token in zip(self.rows, self.state.token.tolist()):
+                    on_token(i, j, token)
             self.retire(finished)
+
+    def use_adapters_of(self, prompts):
+        """Every line of the next forward pass runs with the adapter of its prompt."""
+        if self.R is not None:
+            self.model.adapter.rows = self.R[:, prompts]  # [N, B, r, r]
 
     def fill(self, waiting, prompts, n, limits, uniforms):
         """Put waiting rows into free slots; with none left, close the gaps. Returns the number of rows in use."""
@@ -197,8 +215,8 @@ class Sampler:
         if new:
             s, device = self.state, self.model.device
             at = torch.tensor([slot for slot, _, _ in new], device=device)
-            columns = torch.tensor([[prompts[i][-1], len(prompts[i]) - 1, 0, limits(i, j)] for _, i, j in new])
-            s.token[at], s.position[at], s.count[at], s.limit[at] = columns.to(device).T
+            columns = torch.tensor([[i, prompts[i][-1], len(prompts[i]) - 1, 0, limits(i, j)] for _, i, j in new])
+            s.prompt[at], s.token[at], s.position[at], s.count[at], s.limit[at] = columns.to(device).T
             s.done[at] = False
             s.uniforms[at, :-1] = torch.from_numpy(np.stack([uniforms(i, j) for _, i, j in new])).to(device)
         for slot in reversed(free[len(new) :]):
@@ -220,6 +238,7 @@ class Sampler:
         cache = KVCache(self.model.config, len(chosen), longest, self.model.head)
         if longest:
             padded = [prompts[i][:-1] + [self.tokenizer.pad_id] * (longest - len(prompts[i]) + 1) for i in chosen]
+            self.use_adapters_of(torch.tensor(chosen))
             self.model.model(torch.tensor(padded, device=self.model.device), cache=cache)
         for line, i in enumerate(chosen):
             T = len(prompts[i]) - 1
@@ -255,13 +274,16 @@ class Sampler:
 
 @torch.inference_mode()
 def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0, seed=0, top_k=0, top_p=1.0,
-             prompt_ids=None, progress=None, on_done=None):
+             prompt_ids=None, progress=None, adapters=None, on_done=None, on_token=None):
     """Sample n completions of every prompt.
 
     prompts: a list of token-id lists, or of strings (encoded as raw text, with the BOS the checkpoint asks for).
     temperature: 0 is greedy. top_k (0: off), top_p (1: off): sample from the likeliest tokens only. Not for training.
     prompt_ids: integers that name the prompts for the random numbers (default: their place in the list).
-    progress: label of a progress bar, or None. on_done(i, completions) is called when all n rows of prompt i are done.
+    adapters: one per prompt (files, out_dirs or texts of adapters over the same linears, "" for none): every row of
+        the batch runs with its own vector on one set of weights (tinylora.load_adapters says which may be mixed).
+    progress: label of a progress bar, or None.
+    on_done(i, completions) is called when all n rows of prompt i are done, on_token(i, j, id) for every token of row j.
     Returns a list (per prompt) of lists of n Completions. A prompt is prefilled once for its n rows. Raises UserError
     for an empty prompt, one that leaves no room in the model's context, and too little memory for a single row.
     """
@@ -274,12 +296,15 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     for i, p in enumerate(prompts):
         if not 0 < len(p) < context:
             raise UserError(f"prompt {i} has {len(p)} tokens; the model's context holds 1 to {context - 1} of them")
+    if adapters is not None and len(adapters) != len(prompts):
+        raise UserError(f"adapters must be one per prompt: {len(adapters)} for {len(prompts)} prompts")
     if not prompts:
         return []
+    R = tinylora.load_adapters(model, adapters) if adapters else None  # [N, prompts, r, r]
     prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
     length = max(min(len(p) + max_new_tokens, context) for p in prompts)
     draw = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    sampler = Sampler(model, tokenizer, fitting_rows(model, length, len(prompts) * n), length, max_new_tokens, draw)
+    sampler = Sampler(model, tokenizer, fitting_rows(model, length, len(prompts) * n), length, max_new_tokens, draw, R)
     out = [[None] * n for _ in prompts]
     bar = tqdm(total=len(prompts) * n, desc=progress, unit="row", leave=False, disable=None if progress else True)
 
@@ -297,8 +322,12 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     def uniforms(i, j):
         return row_uniforms(seed, prompt_ids[i], j, max_new_tokens)
 
-    with bar:
-        sampler.run(prompts, n, limits, uniforms, finished, check_every=4 if model.device.type == "cuda" else 1)
+    try:
+        with bar:
+            sampler.run(prompts, n, limits, uniforms, finished, on_token)
+    finally:
+        if R is not None:
+            model.adapter.rows = None
     return out
 
 
@@ -336,16 +365,78 @@ def encode_prompt(tokenizer, text, system_prompt="", chat=True):
     return tokenizer.encode_chat([*system, {"role": "user", "content": text}])
 
 
+class Printer:
+    """Prints a completion as it grows. A character of several tokens appears when it is whole."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.shown = tokenizer, [], 0
+
+    def __call__(self, i, j, token):
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids, skip_special=True).rstrip("\ufffd")
+        print(text[self.shown :], end="", flush=True)
+        self.shown = max(self.shown, len(text))
+
+
+def converse(net, tokenizer, cfg):
+    """Turns in the terminal, until an empty line or the end of the input. Ctrl-C ends an answer, not the talk."""
+    if tokenizer.template is None:
+        raise UserError(f"{cfg.model} has no chat template to talk in; give it a --prompt to go on with")
+    messages = [{"role": "system", "content": cfg.system_prompt}] if cfg.system_prompt else []
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            text = ""
+        if not text:
+            return print()
+        messages.append({"role": "user", "content": text})
+        printer, began = Printer(tokenizer), time.time()
+        try:
+            generate(net, tokenizer, [tokenizer.encode_chat(messages)], 1, cfg.max_new_tokens, cfg.temperature,
+                     cfg.seed, cfg.top_k, cfg.top_p, prompt_ids=[len(messages)], on_token=printer)
+        except KeyboardInterrupt:
+            pass
+        seconds = time.time() - began
+        print(f"\n[{len(printer.ids)} tokens, {len(printer.ids) / seconds:.1f} a second]")
+        messages.append({"role": "assistant", "content": tokenizer.decode(printer.ids, skip_special=True)})
+
+
 def main():
     cfg = configure(globals())
+    adapters = cfg.adapter.split(",")  # "" is the base model
+    if cfg.prompt == "-" and (len(adapters) > 1 or cfg.n > 1 or cfg.prompt_file):
+        raise UserError("a talk (prompt=-) takes one adapter, n=1 and no prompt_file")
+    texts = [cfg.prompt]
+    if cfg.prompt_file:
+        try:
+            with open(cfg.prompt_file, encoding="utf-8-sig") as f:
+                texts = [line.strip() for line in f if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompt_file cannot be read: {error}") from None
     net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
-    if cfg.adapter:
+    if adapters != [""] and len(adapters) == 1:
         tinylora.load_adapter(net, cfg.adapter)
-    ids = encode_prompt(tokenizer, cfg.prompt, cfg.system_prompt, cfg.chat)
-    [completions] = generate(net, tokenizer, [ids], cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.seed,
-                             progress="sampling")
-    for c in completions:
-        print(f"{c.text}{' [cut off]' if c.truncated else ''}\n---")
+    if cfg.prompt == "-":
+        return converse(net, tokenizer, cfg)
+    asked = [(p, name) for p in range(len(texts)) for name in adapters]
+    prompts = [encode_prompt(tokenizer, text, cfg.system_prompt, cfg.chat) for text in texts]
+    single, began = len(asked) * cfg.n == 1, time.time()
+    # prompt_ids: every adapter draws the same random numbers, so differences are the adapters'.
+    answers = generate(net, tokenizer, [prompts[p] for p, _ in asked], cfg.n, cfg.max_new_tokens, cfg.temperature,
+                       cfg.seed, cfg.top_k, cfg.top_p, [p for p, _ in asked], None if single else "sampling",
+                       adapters=[name for _, name in asked] if len(adapters) > 1 else None,
+                       on_token=Printer(tokenizer) if single else None)
+    seconds = time.time() - began
+    for (p, name), completions in zip(asked, answers):
+        if len(texts) > 1 and name == adapters[0]:
+            print(f"### {texts[p]}")
+        if len(adapters) > 1:
+            print(f"=== {name or 'no adapter'}")
+        for c in completions:
+            print(f"{'' if single else c.text}{' [cut off]' if c.truncated else ''}\n---")
+    tokens = sum(len(c.ids) for completions in answers for c in completions)
+    print(f"{tokens} tokens, {tokens / seconds:.1f} a second")
 
 
 if __name__ == "__main__":

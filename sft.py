@@ -9,22 +9,22 @@ solution's tokens, the stop token included; the prompt is not trained on.
 """
 
 import math
-import os
 import time
 
 import torch
 
 import eval_math
-import tinylora
 from configurator import UserError, configure, run
 from grpo import (
     Row,
     all_reduce,
+    bad_method,
     batch_positions,
     completion_logprobs,
     micro_batches,
     peak_gb,
     start_ranks,
+    trained_parameters,
     training_loop,
     update,
 )
@@ -36,7 +36,6 @@ from model import (
     load_model,
     load_tokenizer,
     pick_device,
-    save_model,
 )
 
 model = "toy/base"  # checkpoint directory or hub name
@@ -49,14 +48,17 @@ out_dir = "out/toy_sft"  # log, checkpoints, result
 init_from = "scratch"  # scratch, or resume: go on from the checkpoint in out_dir
 random_init = False  # start from random weights in the shape of the model's config.json (with method = full)
 # what is trained (tinylora.py)
-method = "tinylora"  # tinylora, lora_xs, or full: all weights
-rank = 1  # r of the frozen SVD; paper: 2
-u = 13  # trained numbers per group
-n_tie = 0  # linears that share a group; 0: all
-tie = "tiled"  # tiled or structured
+method = "tinylora"  # tinylora, lora_xs, lora, or full: all weights, which leaves rank to save_dtype unread
+rank = 1  # r of the frozen SVD, paper: 2; or of LoRA
+u = 13  # tinylora: trained numbers per group
+n_tie = 0  # tinylora: linears that share a group; 0: all
+tie = "tiled"  # tinylora: tiled or structured
+targets = "all"  # all, attention, mlp, or linears such as q_proj,v_proj; attention/mlp: a vector for each
+alpha = 32.0  # lora: its update is scaled by alpha / rank
+save_dtype = "float32"  # of the numbers in adapter.safetensors: float32, bfloat16, float16; trained in float32
 seed = 1337  # of the random projections, the data order and fresh weights
 # optimisation
-lr = 0.005  # AdamW
+lr = 0.005  # AdamW. 0 with lora or full: the rule of LoRA Without Regret (learning_rate_rule in tinylora.py)
 lr_schedule = "constant"  # constant, or cosine down to zero
 warmup_steps = 0  # steps over which lr rises linearly
 weight_decay = 0.0
@@ -76,10 +78,8 @@ device = "auto"  # auto, cpu, cuda, cuda:1 ...
 
 def check_settings(cfg):
     bad = [
-        (cfg.method not in ("tinylora", "lora_xs", "full"), "method must be tinylora, lora_xs or full"),
+        *bad_method(cfg),
         (cfg.random_init and cfg.method != "full", "random_init goes with method = full"),
-        (cfg.method == "full" and cfg.dtype not in ("auto", "float32"), "method = full trains float32 weights: small "
-         "steps are rounded away in 16 bits"),
         (min(cfg.lr, cfg.weight_decay, cfg.grad_clip, cfg.warmup_steps, cfg.seed, cfg.eval_size) < 0
          or not 0 <= cfg.beta2 < 1, "lr, weight_decay, grad_clip, warmup_steps, seed and eval_size must not be "
          "negative, beta2 in [0, 1)"),
@@ -115,17 +115,12 @@ def supervised_row(tokenizer, problem, cfg, context):
 
 
 def build(cfg, device):
-    """The model and what of it is trained, {name: parameter}."""
-    if cfg.random_init:
-        net = Transformer(load_config(checkpoint_dir(cfg.model)))
-        init_weights(net, cfg.seed)
-        net = net.to(pick_device(device))
-    else:
-        net = load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device)
-    if cfg.method == "full":
-        return net.requires_grad_(True), dict(net.named_parameters())
-    adapter = tinylora.add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed)
-    return net, dict(adapter.named_parameters())
+    """The model: loaded, or with fresh weights."""
+    if not cfg.random_init:
+        return load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device)
+    net = Transformer(load_config(checkpoint_dir(cfg.model)))
+    init_weights(net, cfg.seed)
+    return net.to(pick_device(device))
 
 
 def train(cfg):
@@ -133,7 +128,8 @@ def train(cfg):
     rank, world, device = start_ranks(cfg)
     problems = eval_math.load_problems(cfg.dataset, "train")
     tokenizer = load_tokenizer(cfg.model)
-    net, parameters = build(cfg, device)
+    net = build(cfg, device)
+    parameters, identity = trained_parameters(net, cfg)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay
     )
@@ -164,14 +160,7 @@ def train(cfg):
                   "seconds": {"step": seconds, "peak_gb": peak_gb(net.device)}}
         return record, f"loss {loss_sum:.4f} | grad {grad_norm:.3f} | lr {record['lr']:.2e} | {seconds:.2f} s"
 
-    def save_result():
-        if cfg.method == "full":
-            save_model(net, os.path.join(cfg.out_dir, "model"), tokenizer_from=checkpoint_dir(cfg.model))
-        else:
-            tinylora.save_adapter(net.adapter, os.path.join(cfg.out_dir, "adapter.safetensors"))
-
-    identity = {"method": "full"} if cfg.method == "full" else net.adapter.meta
-    training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step, save_result)
+    training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step)
 
 
 def main():

@@ -1,31 +1,61 @@
-"""TinyLoRA and LoRA-XS: adapters of a handful of numbers over a frozen model ("Learning to Reason in 13 Parameters",
-Morris et al. 2026, section 4; LoRA-XS: Balazy et al. 2024).
+"""TinyLoRA, LoRA-XS and LoRA: adapters over the linears of a frozen model ("Learning to Reason in 13 Parameters",
+Morris et al. 2026, section 4; LoRA-XS: Balazy et al. 2024; LoRA as in "LoRA Without Regret", Schulman et al. 2025).
 
-    W' = W + U S R V^T,   R = sum_i v_i P_i
+    tinylora    W' = W + U S R V^T,   R = sum_i v_i P_i
+    lora_xs     W' = W + U S R V^T,   R itself trained
+    lora        W' = W + (alpha / r) B A
 
 U S V^T is the truncated SVD of the frozen W (rank r), the P_i [r, r] are fixed random matrices, and v [u] is all that
-is trained. Modules may share one v (tying), so a model can have as few as one trained number. Nothing is ever merged
-into W while training or sampling: an update this small would be rounded away in bf16. A layer computes
+TinyLoRA trains. Modules may share one v (tying), so a model can have as few as one trained number. Nothing is ever
+merged into W while training or sampling: an update this small would be rounded away in bf16. A layer computes
 
     y = W x + b + (U S) R (V^T x)
+
+and a LoRA layer the same with B, (alpha / r) 1 and A in the three places. As a script, to and from other programs:
+
+    python tinylora.py export --model=DIR --adapter=out/toy --to=peft --out_dir=DIR       # a LoRA for PEFT and vLLM
+    python tinylora.py export --model=DIR --adapter=hex:3c23d70a --to=hf --out_dir=DIR    # a merged checkpoint
+    python tinylora.py import --model=DIR --source=PEFT_LORA_DIR --out_dir=DIR            # a PEFT LoRA as ours
 """
 
 import hashlib
 import json
 import math
 import os
+import re
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, configure, run
+from model import checkpoint_dir, load_model, read_json, save_model
+
+model = "toy/base"  # checkpoint directory or hub name: the base of the adapter
+adapter = ""  # export: adapter file, the out_dir of a run, or text (hex:...)
+to = "peft"  # export: peft (a LoRA of rank r), peft-tinylora (PEFT's own TinyLoRA), hf (a merged checkpoint)
+source = ""  # import: directory of a PEFT LoRA
+out_dir = ""  # where to write; must not exist, or be empty
+device = "auto"  # of the SVD: auto, cpu, cuda, cuda:1 ...
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # forward order in a block
-FORMAT = "tinylora-1"
+TARGETS = {"all": LINEARS, "attention": LINEARS[:4], "mlp": LINEARS[4:]}
+SETTINGS = {"tinylora": ("rank", "u", "n_tie", "tie", "seed", "targets"), "lora_xs": ("rank", "targets"),
+            "lora": ("rank", "alpha", "seed", "targets")}  # what each method reads; the others it leaves unread
+KINDS = {"method": str, "rank": int, "u": int, "n_tie": int, "tie": str, "seed": int, "targets": str, "alpha": float,
+         "base": str, "dtype": str}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FORMAT = "tinylora-2"
+
+# ------------------------------------------------------------------------------------------------------ the adapter
 
 
 class AdaptedLinear(nn.Linear):
@@ -34,13 +64,13 @@ class AdaptedLinear(nn.Linear):
     @classmethod
     def adapt(cls, linear, adapter, index, US, Vt):
         linear.__class__ = cls  # in place: same parameters, same names, one more term in forward
-        linear.index, linear.US, linear.Vt = index, US, Vt
-        object.__setattr__(linear, "adapter", adapter)  # not a submodule: the model's state dict stays the checkpoint's
+        # Past nn.Module: neither submodule nor parameters, so that the model's state dict stays the checkpoint's.
+        linear.__dict__.update(adapter=adapter, index=index, US=US, Vt=Vt)
 
     def forward(self, x):
-        R = self.adapter.R[self.index]
-        h = F.linear(x, self.Vt).to(R.dtype) @ R.T  # [..., r], in fp32 so that v is not rounded
-        update = F.linear(h.to(x.dtype), self.US)
+        R = self.adapter.R[self.index]  # [r, r], or [B, r, r] where every row of x [B, T, n] has its own
+        h = F.linear(x, self.Vt.to(x.dtype)).to(R.dtype) @ R.mT  # [..., r], in fp32 so that v is not rounded
+        update = F.linear(h.to(x.dtype), self.US.to(x.dtype))
         # One addmm, so that W x + update is rounded once: added to an output that is already bf16, an update below
         # half a unit in its last place would be lost for every token alike.
         y = torch.addmm(update.flatten(0, -2), x.flatten(0, -2), self.weight.T).view_as(update)
@@ -48,129 +78,168 @@ class AdaptedLinear(nn.Linear):
 
 
 class Adapter(nn.Module):
-    """The trained numbers of a model, v [groups, u] in fp32, and what is fixed: P [N, u, r, r] and the group of each
-    of the N adapted linears. `meta` holds the settings that rebuild all of it."""
+    """The trained numbers, in fp32: v [groups, u] over fixed P [N, u, r, r] and the group of each of the N adapted
+    linears; for LoRA A [r, n] and B [m, r] of each. `meta` holds the settings that rebuild all of it, and `base`, the
+    fingerprint of the model."""
 
-    def __init__(self, P, groups, meta):
+    def __init__(self, meta, P=None, groups=None, A=(), B=()):
         super().__init__()
-        self.v = nn.Parameter(torch.zeros(int(groups.max()) + 1, P.shape[1], device=P.device))  # v = 0: W' = W
-        self.register_buffer("P", P, persistent=False)
-        self.register_buffer("groups", groups, persistent=False)
+        if meta["method"] == "lora":
+            self.A, self.B = nn.ParameterList(A), nn.ParameterList(B)
+            scale = torch.eye(meta["rank"], device=A[0].device) * (meta["alpha"] / meta["rank"])
+            self.register_buffer("scale", scale.expand(len(A), -1, -1), persistent=False)  # stands where R stands
+        else:
+            self.v = nn.Parameter(torch.zeros(int(groups.max()) + 1, P.shape[1], device=P.device))  # v = 0: W' = W
+            self.register_buffer("P", P, persistent=False)
+            self.register_buffer("groups", groups, persistent=False)
         self.meta = meta
         self.R = None
+        self.rows = None  # [N, B, r, r] from load_adapters: every row of a batch its own R; None: all the one of v
         self.enabled = True
 
     def refresh(self, *_):
-        """Compute all R [N, r, r] from v; runs before every forward pass, so an update of v is never missed."""
-        v = self.v if self.enabled else torch.zeros_like(self.v)
-        self.R = torch.einsum("nu,nuij->nij", v[self.groups], self.P)
+        """Set all R [N, r, r]; runs before every forward pass, so an update of v is never missed."""
+        if self.rows is not None:
+            self.R = self.rows
+        else:
+            self.R = self.scale if self.meta["method"] == "lora" else mix(self.v, self.groups, self.P)
+        if not self.enabled:
+            self.R = torch.zeros_like(self.R)
 
 
-def add_adapter(model, method="tinylora", rank=2, u=13, n_tie=0, tie="tiled", seed=0):
-    """Attach an adapter to all seven linears of every block of a frozen model; returns the Adapter, with v = 0.
+def mix(v, groups, P):
+    """R [N, r, r] = sum_i v_i P_i of every linear."""
+    return torch.einsum("nu,nuij->nij", v[groups], P)
 
-    method: 'tinylora', or 'lora_xs' (R itself is trained: u = rank^2, P_i = matrix units, no tying).
-    rank: r of the frozen SVD (paper: 2). u: numbers per group.
+
+def add_adapter(model, method="tinylora", rank=2, u=13, n_tie=0, tie="tiled", seed=0, targets="all", alpha=32.0):
+    """Attach an adapter that changes nothing yet to a frozen model; returns the Adapter.
+
+    method: 'tinylora'; 'lora_xs' (R itself is trained: u = rank^2, P_i = matrix units, no tying); 'lora' (B A).
+    rank: r of the frozen SVD (paper: 2), or of A and B. u: numbers per group.
     n_tie, tie: 'tiled' shares v among n_tie consecutive linears of the flat list (layer by layer, q k v o gate up
         down); 'structured' among n_tie layers' linears of the same type; n_tie = 0: one group for all (section 4).
-    seed: of P. P depends on the seed and the module's name alone.
+    targets: 'all', 'attention', 'mlp', or linears such as 'q_proj,v_proj'. Parts separated by '/' are tied each on
+        its own: 'attention/mlp' with n_tie = 0 has one vector for the attention and one for the MLPs.
+    seed: of P, or of A. They depend on the seed and the module's name alone.
+    alpha: lora only; its update is scaled by alpha / rank, which makes the best lr nearly independent of the rank.
+    Raises UserError, with the model as it was, for settings that do not fit.
     """
     if hasattr(model, "adapter"):
         raise UserError("this model has an adapter already")
-    modules = adapted_linears(model)
-    if method == "lora_xs":
-        u, n_tie, tie = rank * rank, 1, "tiled"
-    elif method != "tinylora":
-        raise UserError(f"method '{method}' is unknown; tinylora and lora_xs are known")
-    smallest = min(min(m.weight.shape) for m in modules.values())
-    if not 1 <= rank <= smallest or u < 1:
-        raise UserError(f"rank must be 1 to {smallest} and u at least 1, got rank={rank}, u={u}")
-    groups = torch.tensor(tying_groups(len(modules), n_tie, tie))
-    if method == "lora_xs":
-        P = torch.eye(u).view(u, rank, rank).expand(len(modules), u, rank, rank)
+    modules, groups, meta = plan(model, dict(method=method, rank=rank, u=u, n_tie=n_tie, tie=tie, seed=seed,
+                                             targets=targets, alpha=float(alpha)))
+    meta["base"] = fingerprint(model)
+    if method == "lora":
+        factors = lora_init(modules, rank, seed)
+        adapter = Adapter(meta, A=[A for _, A in factors], B=[B for B, _ in factors])
+        factors = list(zip(adapter.B, adapter.A))
     else:
-        P = torch.stack([random_projection(seed, name, u, rank) for name in modules])
-    meta = dict(method=method, rank=rank, u=u, n_tie=n_tie, tie=tie, seed=seed, linears=len(modules),
-                base=[])  # the largest singular value of every linear: a fingerprint of the base model
-    adapter = Adapter(P.to(model.device), groups.to(model.device), meta)
-    for index, linear in enumerate(modules.values()):
-        U, S, Vt = top_svd(linear.weight, rank)
-        meta["base"].append(round(S[0].item(), 4))
-        dtype = linear.weight.dtype
-        AdaptedLinear.adapt(linear, adapter, index, (U * S).to(dtype).contiguous(), Vt.to(dtype).contiguous())
-    object.__setattr__(model, "adapter", adapter)
+        factors = svd_factors({name: linear.weight for name, linear in modules.items()}, rank)
+        adapter = Adapter(meta, projections(meta, modules).to(model.device), torch.tensor(groups).to(model.device))
+        factors = [(US.to(model.head.dtype), Vt.to(model.head.dtype)) for US, Vt in factors]
+    for index, (linear, (US, Vt)) in enumerate(zip(modules.values(), factors)):
+        AdaptedLinear.adapt(linear, adapter, index, US, Vt)
+    object.__setattr__(model, "adapter", adapter)  # not a submodule, see AdaptedLinear.adapt
     adapter.hook = model.model.register_forward_pre_hook(adapter.refresh)
     return adapter
 
 
+def plan(model, settings):
+    """What add_adapter is going to do: the adapted linears {name: module} in forward order, the group of each, and
+    the settings that the method reads. Cheap, and raises UserError for all that can be wrong with settings."""
+    method, rank = settings["method"], settings["rank"]
+    if method not in SETTINGS:
+        raise UserError(f"method '{method}' is unknown; {', '.join(SETTINGS)} are known")
+    meta = {"method": method} | {key: settings[key] for key in SETTINGS[method]}
+    parts = parse_targets(meta["targets"])
+    chosen = [name for part in parts for name in part]
+    modules = {name: m for name, m in adapted_linears(model).items() if name.split(".")[-1] in chosen}
+    limit = min((max if method == "lora" else min)(m.weight.shape) for m in modules.values())
+    if not 1 <= rank <= limit:
+        raise UserError(f"rank must be 1 to {limit} here, got {rank}")
+    if method == "lora" and not 0 < meta["alpha"] < math.inf:
+        raise UserError(f"alpha must be above 0, got {meta['alpha']}")
+    if method == "tinylora" and meta["u"] < 1:
+        raise UserError(f"u must be at least 1, got {meta['u']}")
+    n_tie, tie = (meta["n_tie"], meta["tie"]) if method == "tinylora" else (1, "tiled")
+    groups, count = {}, 0
+    for part in parts:
+        names = [name for name in modules if name.split(".")[-1] in part]
+        of_part = tying_groups(len(names), n_tie, tie, types=len(part))
+        groups |= {name: count + group for name, group in zip(names, of_part)}
+        count += max(of_part) + 1
+    return modules, [groups[name] for name in modules], meta
+
+
 def adapted_linears(model):
-    """The flat list of linears in forward order, {name: module}."""
+    """The flat list of all linears in forward order, {name: module}."""
     return {f"model.layers.{i}.{part}.{name}": getattr(getattr(block, part), name)
             for i, block in enumerate(model.model.layers) for name in LINEARS
             for part in [("self_attn" if name in LINEARS[:4] else "mlp")]}
 
 
-def tying_groups(N, n_tie, tie="tiled"):
-    """The group of each of N linears in the flat list (paper section 4: tiled and structured sharing)."""
+def parse_targets(text):
+    """'attention/up_proj,down_proj' -> [(q_proj, k_proj, v_proj, o_proj), (up_proj, down_proj)]."""
+    parts = [[name for word in part.split(",") for name in TARGETS.get(word.strip(), (word.strip(),))]
+             for part in text.split("/")]
+    names = [name for part in parts for name in part]
+    if set(names) - set(LINEARS) or len(set(names)) < len(names):
+        raise UserError(f"targets must name {', '.join(TARGETS)} or some of {', '.join(LINEARS)}, each once, separated "
+                        f"by commas (one group) or slashes (separate vectors); got '{text}'")
+    return [tuple(name for name in LINEARS if name in part) for part in parts]
+
+
+def tying_groups(N, n_tie, tie="tiled", types=7):
+    """The group of each of N linears in the flat list, `types` of them in a layer (paper section 4)."""
     if n_tie < 0 or tie not in ("tiled", "structured"):
         raise UserError(f"n_tie must be 0 (one group) or more and tie tiled or structured; got {n_tie}, '{tie}'")
     if n_tie == 0:
         return [0] * N
     if tie == "tiled":
         return [i // n_tie for i in range(N)]
-    return [i // 7 // n_tie * 7 + i % 7 for i in range(N)]
+    return [i // types // n_tie * types + i % types for i in range(N)]
+
+
+def random_state(seed, name):
+    """numpy's RandomState, whose stream is frozen for good (NEP 19), seeded by a hash of (seed, name): the same
+    numbers on every machine, in any order of modules."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
 
 
 def random_projection(seed, name, u, rank):
     """P [u, r, r] ~ N(0, 1/r), another in every module: with one P for all, a tied model would have r^2 = 4 effective
-    numbers, whatever u is. From numpy's RandomState, whose stream is frozen for good (NEP 19), seeded by a hash of
-    (seed, name): the same on every machine, in any order of modules."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    state = np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
-    return torch.from_numpy(state.standard_normal((u, rank, rank)) / math.sqrt(rank)).float()
+    numbers, whatever u is."""
+    return torch.from_numpy(random_state(seed, name).standard_normal((u, rank, rank)) / math.sqrt(rank)).float()
 
 
-@torch.no_grad()
-def top_svd(W, rank, tol=1e-6, block=8, max_rounds=60):
-    """Top singular triplets of W [m, n]: U [m, r], S [r], Vt [r, n] in fp32, with canonical signs.
+def projections(meta, names):
+    """P [N, u, r, r] of the settings: random, or for lora_xs the matrix units."""
+    rank = meta["rank"]
+    if meta["method"] == "lora_xs":
+        return torch.eye(rank * rank).view(-1, rank, rank).expand(len(names), -1, -1, -1)
+    return torch.stack([random_projection(meta["seed"], name, meta["u"], rank) for name in names])
 
-    Block Lanczos with full reorthogonalisation (Golub, Luk & Overton 1981): the basis grows by W^T W applied to its
-    last block until the residual |W^T W v - s^2 v| / s^2 of every wanted pair is below tol. A full SVD of a 7B model
-    takes half an hour; this takes seconds, and on flat spectra merely more rounds.
-    Signs: (u, v) and (-u, -v) are both right but give different updates, so the entry of u that is largest in
-    magnitude is made positive (the first, if several are).
+
+def lora_init(modules, rank, seed):
+    """[(B, A)]: A [r, n] ~ U(-1/sqrt(n), 1/sqrt(n)), B [m, r] = 0 (LoRA Without Regret; the same as PEFT's)."""
+    out = []
+    for name, linear in modules.items():
+        m, n = linear.weight.shape
+        A = torch.from_numpy(random_state(seed, name).uniform(-1, 1, (rank, n)) / math.sqrt(n)).float()
+        out.append((torch.zeros(m, rank, device=linear.weight.device), A.to(linear.weight.device)))
+    return out
+
+
+def learning_rate_rule(config, method, steps):
+    """A first learning rate for 'full' or 'lora' (LoRA Without Regret; the constants are tinker-cookbook's, fitted to
+    supervised runs of 14 Llama and Qwen models): 5e-5 (2000 / hidden)^p for all weights, p = 0.781 for Llama and
+    0.0775 for Qwen; LoRA of any rank at alpha = 32 wants 10 times as much, and 15 times in runs of under 100 steps.
+    The factors hold for RL, too; the base rate does not: its authors' RL recipes use 2e-5 to 8e-5 for LoRA.
     """
-    W = W.detach().double()  # W^T W squares the spread of the spectrum: too much for fp32 where one value towers
-    U, S, Vt = _lanczos(W, rank, tol, block, max_rounds) or torch.linalg.svd(W, full_matrices=False)
-    U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
-    sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()  # [1, r]
-    return (U * sign).float(), S.float(), (Vt * sign.T).float()
-
-
-def _lanczos(W, rank, tol, block, max_rounds):
-    """U, S, Vt of the top `rank` triplets, or None where the basis fills the space or max_rounds do not suffice."""
-    generator = torch.Generator().manual_seed(0)  # the start decides the rounds needed, not the result
-    X = torch.randn(W.shape[1], max(block, rank + 4), generator=generator).to(W)
-    if min(W.shape) < 2 * X.shape[1]:
-        return None
-    X = torch.linalg.qr(X).Q
-    basis, images = X, W @ X  # V-side basis [n, k] and its image under W [m, k]
-    for _ in range(max_rounds):
-        values, vectors = torch.linalg.eigh(images.T @ images)  # Rayleigh-Ritz, ascending
-        top = vectors[:, -rank:].flip(-1)
-        V, WV, S2 = basis @ top, images @ top, values[-rank:].flip(-1)
-        residual = (W.T @ WV - V * S2).norm(dim=0) / S2
-        if residual.max() < tol:
-            S = WV.norm(dim=0)
-            return WV / S, S, V.T
-        if basis.shape[1] + X.shape[1] > min(W.shape):
-            return None
-        X = W.T @ images[:, -X.shape[1] :]
-        for _ in range(2):  # orthogonalising twice is enough (Kahan)
-            X = X - basis @ (basis.T @ X)
-        X = torch.linalg.qr(X).Q
-        basis, images = torch.cat((basis, X), 1), torch.cat((images, W @ X), 1)
-    return None
+    power = {"llama": 0.781, "qwen2": 0.0775}[config.raw["model_type"]]
+    return 5e-5 * (2000 / config.hidden_size) ** power * (1 if method == "full" else 10 if steps >= 100 else 15)
 
 
 @torch.no_grad()
@@ -178,47 +247,434 @@ def merge(model):
     """Fold the adapter into the weights, in fp32 with one rounding, and remove it. For export only."""
     adapter = model.adapter
     adapter.refresh()
-    for linear in adapted_linears(model).values():
-        update = linear.US.float() @ adapter.R[linear.index] @ linear.Vt.float()
-        linear.weight.copy_((linear.weight.float() + update).to(linear.weight.dtype))
-        linear.__class__ = nn.Linear
-        del linear.adapter, linear.index, linear.US, linear.Vt
+    for linear in list(adapted_linears(model).values()):
+        if isinstance(linear, AdaptedLinear):
+            update = linear.US.float() @ adapter.R[linear.index] @ linear.Vt.float()
+            linear.weight.copy_((linear.weight.float() + update).to(linear.weight.dtype))
+            linear.__class__ = nn.Linear
+            del linear.adapter, linear.index, linear.US, linear.Vt
     adapter.hook.remove()
     del model.adapter
     return model
 
 
-def save_adapter(adapter, path):
-    """Write v and the settings that rebuild the rest, 13 numbers and a line of JSON, as one safetensors file."""
+# ---------------------------------------------------------------------------------------------------------- the SVD
+
+
+@torch.no_grad()
+def top_svd(W, rank, name="a matrix", tol=1e-6, block=8):
+    """Top singular triplets of W [m, n]: U [m, r], S [r], Vt [r, n] in fp32, with canonical signs.
+
+    Block Lanczos on the smaller of W^T W and W W^T with full reorthogonalisation (Golub, Luk & Overton 1981), until
+    residual / gap, a bound on the angle by which a singular vector is off, is below tol for each of them. A full SVD
+    of a 7B model takes half an hour; this takes seconds, and on flat spectra merely more rounds.
+    Signs: (u, v) and (-u, -v) are both right but give different updates, so the entry of u that is largest in
+    magnitude is made positive (the first, if several are).
+    """
+    W = W.detach().double()  # squaring spreads the spectrum: too much for fp32 where one value towers
+    M = W if W.shape[0] >= W.shape[1] else W.T  # [m, n], n the smaller side
+    n = M.shape[1]
+    if n <= max(512, 8 * rank):  # small enough for all of M^T M, which is then faster
+        basis, vectors, values = None, *_top_eigen(M.T @ M, rank)
+        residual = 1e-15 * values[:1]
+    else:
+        basis, vectors, values, residual = _lanczos(M, rank, tol, max(block, rank // 4), name)
+    gaps = (values[:-1] - values[1:]).clamp(min=1e-300)  # [r] below each wanted value; above it is its neighbour's
+    angle = (residual / torch.minimum(gaps, torch.cat((gaps[:1], gaps[:-1])))).max().item()
+    if angle > 1e-5:
+        print(f"note: {name}: singular values {', '.join(f'{s:.6g}' for s in values.sqrt())} nearly coincide, which "
+              "leaves their vectors open: v may mean another update on another machine")
+    V = vectors if basis is None else basis @ vectors
+    US = M @ V
+    S = US.norm(dim=0)
+    U, V = (US / S.clamp(min=1e-300), V) if M is W else (V, US / S.clamp(min=1e-300))
+    sign = torch.where(U.gather(0, U.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)  # [1, r]
+    return (U * sign).float().contiguous(), S.float(), (V * sign).T.float().contiguous()
+
+
+def _top_eigen(T, rank):
+    """The top eigenvectors of a symmetric T [k, k], descending [k, r], and one eigenvalue more than these (or a 0)."""
+    values, vectors = (t.to(T.device) for t in torch.linalg.eigh(T.cpu()))  # a GPU is slower at this size
+    values = torch.cat((values.flip(0), values.new_zeros(1)))[: rank + 1].clamp(min=0)
+    return vectors.flip(1)[:, :rank], values
+
+
+def _lanczos(M, rank, tol, block, name, limit=0):
+    """A basis [n, k] of a Krylov space of M^T M and, within it, what _top_eigen returns; the residuals [r]."""
+    n = M.shape[1]
+    limit = limit or min(n, 1024 + 8 * rank)
+    generator = torch.Generator().manual_seed(0)  # the start decides the rounds needed, not the result
+    X = torch.linalg.qr(torch.randn(n, block, generator=generator).to(M)).Q
+    basis, T = X, M.new_zeros(limit, limit)  # T = basis^T M^T M basis
+    rounds, next_check = 0, 4
+    while True:
+        rounds, k = rounds + 1, basis.shape[1]
+        Z = M.T @ (M @ X)
+        H = basis.T @ Z
+        T[:k, k - block : k], T[k - block : k, :k] = H, H.T
+        X, remainder = torch.linalg.qr(Z - basis @ H)
+        if rounds >= next_check and k > rank:
+            next_check = rounds + max(2, rounds // 4)  # the eigenproblem grows: look less often as it does
+            vectors, values = _top_eigen(T[:k, :k], rank)
+            residual = (remainder @ vectors[-block:]).norm(dim=0)  # of M^T M v = s^2 v, without another product
+            gaps = values[:-1] - values[1:]
+            gaps = torch.minimum(gaps, torch.cat((gaps[:1], gaps[:-1])))
+            if (residual <= torch.maximum(tol * gaps, 1e-14 * values[0])).all():  # or all that float64 can tell
+                return basis, vectors, values, residual
+        if k + block > limit:
+            raise UserError(f"the SVD of {name} has not converged with {k} vectors; a smaller rank is easier")
+        for _ in range(2):  # twice is enough (Kahan), even where Z was in the basis but for rounding errors
+            X = torch.linalg.qr(X - basis @ (basis.T @ X)).Q
+        basis = torch.cat((basis, X), 1)
+
+
+CACHE_FROM = 10**7  # numbers in the adapted weights; the SVD of smaller models takes less than a second or two
+
+
+def svd_factors(weights, rank):
+    """[(US [m, r], Vt [r, n])] in fp32 of weights {name: W}; of large models from the disk cache, where they are.
+
+    The cache is a file in $TINYLORA_CACHE (default: ~/.cache/tinylora) under a name that depends on every bit of the
+    weights. It is renamed into place when whole, and what fails its own checksum is made again.
+    """
+    path = cache_path(weights, rank) if sum(W.numel() for W in weights.values()) >= CACHE_FROM else None
+    tensors = read_cache(path) if path else None
+    if tensors is None:
+        tensors, bar = {}, tqdm(weights.items(), desc="SVD", leave=False, disable=None if path else True)
+        for name, W in bar:
+            U, S, Vt = top_svd(W, rank, name)
+            tensors |= {f"{name}.US": (U * S).cpu(), f"{name}.Vt": Vt.cpu()}
+        if path:
+            write_cache(path, tensors)
+    return [(tensors[f"{name}.US"].to(W.device), tensors[f"{name}.Vt"].to(W.device)) for name, W in weights.items()]
+
+
+def cache_path(weights, rank):
+    key = hashlib.sha256(f"svd-1 {rank}".encode())
+    with ThreadPoolExecutor(4) as pool:
+        for (name, W), sums in zip(weights.items(), pool.map(weight_checksum, weights.values())):
+            key.update(f"{name} {W.dtype} {list(W.shape)}".encode() + sums)
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinylora")
+    return os.path.join(os.environ.get("TINYLORA_CACHE") or default, key.hexdigest()[:40] + ".svd")
+
+
+def weight_checksum(W):
+    """Bytes that depend on every bit of W: its rows as 64-bit words times fixed odd numbers, summed modulo 2^64. Any
+    one changed word changes its row's sum; no adversary is meant (the cache is the user's own). Integers are exact in
+    any order, so this runs where the weights are, at the speed of memory: SHA-256 of 15 GB would take longer than the
+    SVD on a GPU."""
+    words = W.detach().contiguous().view(torch.int64 if W[0].nbytes % 8 == 0 else torch.int16).long()
+    odd = torch.from_numpy(np.random.RandomState(0).randint(-(2**62), 2**62, words.shape[1]) * 2 + 1).to(W.device)
+    sums = words @ odd if W.device.type == "cpu" else (words * odd).sum(1)  # CUDA multiplies no integer matrices
+    return sums.cpu().numpy().tobytes()
+
+
+def read_cache(path):
+    try:
+        with open(path, "rb") as f:
+            digest, data = f.read(32), f.read()
+    except OSError:
+        return None
+    if hashlib.sha256(os.path.basename(path).encode() + data).digest() == digest:
+        return safetensors.torch.load(data)
+    print(f"the cached SVD in {path} is damaged; it is made again")
+    return None
+
+
+def write_cache(path, tensors):
+    data = safetensors.torch.save(tensors)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.{os.getpid()}.tmp", "wb") as f:  # the ranks of one run write at the same time
+            f.write(hashlib.sha256(os.path.basename(path).encode() + data).digest() + data)
+        os.replace(f.name, path)
+    except OSError as error:
+        print(f"the SVD could not be cached and will be made again next time: {error}")
+
+
+def fingerprint(model):
+    """16 hex digits that tell base models apart and do not depend on the dtype the weights are held in: two sums with
+    fixed random weights over the log norms of all linears. Rounding to bf16 moves such a norm by about 1e-6 of itself,
+    a fine-tuning by far more; a hash of the bits would refuse the same model in another dtype."""
+    norms = [torch.linalg.vector_norm(m.weight.detach(), dim=1, dtype=torch.float32).double().square().sum()
+             for m in adapted_linears(model).values()]
+    logs = torch.stack(norms).clamp(min=1e-30).log().cpu().numpy() / 2
+    return (np.random.RandomState(0).standard_normal((2, len(logs))) @ logs).astype(">f4").tobytes().hex()
+
+
+def same_base(a, b, tol=1e-3):
+    """Whether two fingerprints are of the same model."""
+    a, b = (np.frombuffer(bytes.fromhex(x), dtype=">f4").astype(float) for x in (a, b))
+    return bool((np.abs(a - b) <= tol).all())
+
+
+# ---------------------------------------------------------------------------------------- files, text, many at once
+
+
+def save_adapter(adapter, path, dtype="float32"):
+    """Write the trained numbers and the settings that rebuild the rest: 13 numbers and a line of JSON, as safetensors.
+    dtype: of the numbers in the file, float32, bfloat16 or float16."""
     if os.path.dirname(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-    meta = {"format": FORMAT, "settings": json.dumps(adapter.meta)}
-    save_file({"v": adapter.v.detach().float().cpu().contiguous()}, path + ".tmp", metadata=meta)
+    tensors = {name: p.detach().to(DTYPES[dtype]).cpu().contiguous() for name, p in adapter.named_parameters()}
+    meta = {"format": FORMAT, "settings": json.dumps(adapter.meta | {"dtype": dtype})}
+    safetensors.torch.save_file(tensors, path + ".tmp", metadata=meta)
     os.replace(path + ".tmp", path)
 
 
-def load_adapter(model, path):
-    """Rebuild the adapter of a file on its base model. Another base is refused by its singular values."""
-    path = os.path.join(path, "adapter.safetensors") if os.path.isdir(path) else path
-    try:
-        with safe_open(path, framework="pt") as f:
-            info, v = f.metadata() or {}, f.get_tensor("v")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"no adapter can be read from '{path}': {error}") from None
-    if info.get("format") != FORMAT:
-        raise UserError(f"{path}: format {info.get('format')!r}, this version reads {FORMAT!r}")
-    try:
-        meta = json.loads(info["settings"])
-        linears, base = meta.pop("linears"), meta.pop("base")
-    except (KeyError, ValueError, AttributeError):
-        raise UserError(f"{path}: the settings in its metadata cannot be read") from None
-    if linears != len(adapted_linears(model)):
-        raise UserError(f"{path} is for a model of {linears} linears, this one has {len(adapted_linears(model))}")
+def adapter_text(adapter, dtype="float32"):
+    """The adapter as one line, hex:NUMBERS:SETTINGS, to be sent in a message; --adapter takes it. The numbers are
+    big-endian, v [groups, u] row by row: two bytes each in bfloat16 or float16, four in float32."""
+    raw = adapter.v.detach().to(DTYPES[dtype]).cpu().contiguous().view(torch.uint8).numpy()
+    numbers = raw.reshape(-1, DTYPES[dtype].itemsize)[:, ::-1].tobytes().hex()
+    settings = ":".join(f"{key}={value}" for key, value in (adapter.meta | {"dtype": dtype}).items())
+    return f"hex:{numbers}:{FORMAT}:{settings.replace(',', '+')}"
+
+
+def read_adapter(where):
+    """Settings and tensors of an adapter file, the directory of one, or text. Numbers alone, 'hex:3c23d70a', are
+    float32 and stand for one vector over all linears with add_adapter's defaults and no check of the base model."""
+    tensors, alone = None, False
+    if where.startswith("hex:"):
+        _, numbers, *rest = where.split(":")
+        alone = not rest
+        form, settings = FORMAT, {"method": "tinylora", "rank": 2, "u": len(numbers) // 8, "n_tie": 0, "tie": "tiled",
+                                  "seed": 0, "targets": "all", "base": "", "dtype": "float32"}
+        where = f"the adapter '{where[:20]}...'"
+        try:
+            if rest:
+                form, pairs = rest[0], [pair.partition("=") for pair in rest[1:]]
+                settings = {key: KINDS.get(key, str)(value.replace("+", ",")) for key, _, value in pairs}
+            data = bytes.fromhex(numbers)
+        except ValueError:
+            raise UserError(f"{where} is mistyped or cut off: its numbers or settings cannot be read") from None
+    else:
+        where = os.path.join(where, "adapter.safetensors") if os.path.isdir(where) else where
+        try:
+            with safe_open(where, framework="pt") as f:
+                info, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
+            form = info.get("format")
+            settings = json.loads(info.get("settings", "{}"))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"no adapter can be read from '{where}': {error}") from None
+        except (ValueError, RecursionError):
+            raise UserError(f"{where}: the settings in its metadata cannot be read") from None
+    if form != FORMAT:
+        raise UserError(f"{where}: format {str(form)[:40]!r}, this version reads {FORMAT!r}")
+    method = settings.get("method") if isinstance(settings, dict) else None
+    wanted = {"method", "base", "dtype", *SETTINGS.get(method if isinstance(method, str) else None, ())}
+    if method not in list(SETTINGS) or set(settings) != wanted or any(
+            type(settings[key]) is not KINDS[key] for key in wanted) or settings["dtype"] not in DTYPES or not (
+            alone or re.fullmatch("[0-9a-f]{16}", settings["base"])):
+        raise UserError(f"{where}: its settings are not those of an adapter")
+    dtype = DTYPES[settings["dtype"]]
+    if tensors is None:
+        size = dtype.itemsize
+        if not data or len(data) % size or method == "lora":
+            raise UserError(f"{where} is mistyped or cut off: {len(data)} bytes are not whole {settings['dtype']} "
+                            "numbers of a vector")
+        swapped = np.frombuffer(data, dtype=np.uint8).reshape(-1, size)[:, ::-1].copy()
+        tensors = {"v": torch.from_numpy(swapped).view(dtype).flatten()}
+    if any(t.dtype != dtype or not torch.isfinite(t).all() for t in tensors.values()):
+        raise UserError(f"{where}: its numbers are not finite numbers in {settings['dtype']}")
+    return where, settings, {name: t.float() for name, t in tensors.items()}
+
+
+def fit(model, where):
+    """read_adapter, checked against the model: what is to be passed to add_adapter, and the tensors in their shapes."""
+    where, settings, tensors = read_adapter(where)
+    base, _ = settings.pop("base"), settings.pop("dtype")
+    modules, groups, meta = plan(model, settings)
+    here = model.adapter.meta["base"] if hasattr(model, "adapter") else fingerprint(model)
+    if base and not same_base(base, here):
+        raise UserError(f"{where} was trained on another base model: the norms of this one's weights differ")
+    rank, shapes = meta["rank"], {}
+    if meta["method"] == "lora":
+        for i, linear in enumerate(modules.values()):
+            shapes |= {f"A.{i}": (rank, linear.weight.shape[1]), f"B.{i}": (linear.weight.shape[0], rank)}
+    else:
+        shapes["v"] = (max(groups) + 1, meta.get("u", rank * rank))
+        if "v" in tensors and tensors["v"].numel() == math.prod(shapes["v"]):  # a text has them in one row
+            tensors["v"] = tensors["v"].view(shapes["v"])
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if found != shapes:
+        name = min(set(found.items()) ^ set(shapes.items()))[0]
+        raise UserError(f"{where}: {name} has shape {found.get(name)}, its settings and this model say "
+                        f"{shapes.get(name)}")
+    return meta, groups, modules, tensors
+
+
+def load_adapter(model, where):
+    """Attach the adapter of a file, of the out_dir of a run, or of a text to its base model; another base is refused.
+    Raises UserError, with the model as it was, for what cannot be read or does not fit."""
+    meta, _, _, tensors = fit(model, where)
     adapter = add_adapter(model, **meta)
-    if not np.allclose(base, adapter.meta["base"], rtol=1e-3):
-        raise UserError(f"{path} was trained on another base model: its singular values differ")
-    if v.shape != adapter.v.shape:
-        raise UserError(f"{path}: v has shape {list(v.shape)}, its settings say {list(adapter.v.shape)}")
     with torch.no_grad():
-        adapter.v.copy_(v)
+        for name, p in adapter.named_parameters():
+            p.copy_(tensors[name])
     return adapter
+
+
+def load_adapters(model, adapters):
+    """R [N, K, r, r] in fp32 of K adapters over the same linears with the same rank, for sample.generate: files,
+    directories, texts, or "" for none. They may differ in u, tying and seed. The factors of the SVD are shared: those
+    of the model's adapter, or of the first of these, which is then attached.
+    """
+    out, cache = [None] * len(adapters), {}
+    for k, where in enumerate(adapters):
+        if where:
+            meta, groups, modules, tensors = fit(model, where)
+            if meta["method"] == "lora":
+                raise UserError(f"{where[:80]}: a LoRA has its own factors and cannot share a batch; load it alone")
+            key = json.dumps(meta, sort_keys=True)
+            if key not in cache:
+                cache[key] = projections(meta, modules)
+            attached = model.adapter if hasattr(model, "adapter") else load_adapter(model, where)
+            mine = [m for m in adapted_linears(model).values() if isinstance(m, AdaptedLinear)]
+            if attached.meta["method"] == "lora" or meta["rank"] != attached.meta["rank"] or (
+                    mine != list(modules.values())):
+                raise UserError(f"{where[:80]}: rank and targets must be the same for all adapters of a batch")
+            out[k] = mix(tensors["v"], torch.tensor(groups), cache[key])
+    if not any(adapters):
+        raise UserError("of several adapters at least one must be given")
+    none = torch.zeros_like(next(R for R in out if R is not None))
+    return torch.stack([none if R is None else R for R in out], dim=1).to(model.device)
+
+
+# ------------------------------------------------------------------------------------- to and from other programs
+
+
+PEFT_LIMIT = 2**28  # numbers of P in a peft-tinylora file
+
+
+@contextmanager
+def new_directory(path):
+    """A directory that has its name only when all of it is written; one that holds files is refused."""
+    if not path or os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
+        raise UserError(f"out_dir must name a new or empty directory, not '{path}'")
+    aside = os.path.normpath(path) + ".tmp"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.makedirs(aside)
+        try:
+            yield aside
+            os.replace(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"out_dir '{path}' cannot be written: {error}") from None
+
+
+@torch.no_grad()
+def export_peft(model, path, base="", kind="peft"):
+    """Write the model's adapter as a directory that PEFT loads (float32).
+
+    base: the base model's name or directory, for PEFT's config.
+    kind: 'peft', a LoRA of rank r (B = U S R, A = V^T; vLLM loads it, too), or 'peft-tinylora', PEFT's own TinyLoRA
+        with our factors and projections in the place of its own, which can be trained on. PEFT ties modules evenly or
+        not at all, so any other tying becomes one vector of all groups' numbers, with zeros in P for the others'.
+    """
+    adapter, meta = model.adapter, model.adapter.meta
+    adapter.refresh()
+    linears = {f"base_model.model.{name}": m for name, m in adapted_linears(model).items()
+               if isinstance(m, AdaptedLinear)}
+    factors = {name: (m.US.float(), m.Vt.float(), adapter.R[m.index].float()) for name, m in linears.items()}
+    config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "r": meta["rank"], "inference_mode": True,
+              "target_modules": sorted({name.split(".")[-1] for name in linears}), "bias": "none"}
+    if kind == "peft":
+        config |= {"peft_type": "LORA", "lora_alpha": meta["rank"], "lora_dropout": 0.0}
+        tensors = {f"{name}.lora_A.weight": Vt for name, (_, Vt, _) in factors.items()}
+        tensors |= {f"{name}.lora_B.weight": US @ R for name, (US, _, R) in factors.items()}
+    elif kind != "peft-tinylora" or meta["method"] == "lora":
+        raise UserError(f"a {meta['method']} adapter cannot be written as '{kind}'; peft takes any")
+    else:
+        groups, N = len(adapter.v), len(linears)
+        tied = groups < N
+        size = adapter.P.numel() * (groups if tied else 1)
+        if size > PEFT_LIMIT:
+            raise UserError(f"PEFT has no tying such as n_tie={meta.get('n_tie', 1)}, tie={meta.get('tie', 'tiled')}, "
+                            f"targets={meta['targets']}; spelled out it takes {size * 4 / 1e9:.1f} GB: use --to=peft")
+        P = adapter.P.new_zeros(N, groups if tied else 1, *adapter.P.shape[1:])
+        P[torch.arange(N), adapter.groups if tied else 0] = adapter.P
+        v = adapter.v.reshape(1, -1) if tied else adapter.v  # [PEFT's groups, PEFT's u]
+        config |= {"peft_type": "TINYLORA", "u": v.shape[1], "weight_tying": float(tied), "save_projection": True,
+                   "projection_seed": meta.get("seed", 0), "init_weights": True}
+        tensors = {f"base_model.tinylora_v.{i}": line for i, line in enumerate(v)}
+        for i, (name, (US, Vt, _)) in enumerate(factors.items()):
+            tensors |= {f"{name}.tinylora_A": Vt, f"{name}.tinylora_B": US, f"{name}.tinylora_P": P[i].flatten(0, 1)}
+    with new_directory(path) as aside:
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+        safetensors.torch.save_file(tensors, os.path.join(aside, "adapter_model.safetensors"), {"format": "pt"})
+        with open(os.path.join(aside, "adapter_config.json"), "w", encoding="utf-8") as f:
+            json.dump(config, f, indent=2)
+
+
+@torch.no_grad()
+def import_peft(model, path):
+    """Attach the PEFT LoRA in directory `path` to its base model, as method 'lora'. Returns the Adapter."""
+    config = read_json(os.path.join(path, "adapter_config.json"))
+    file = os.path.join(path, "adapter_model.safetensors")
+    config = config if isinstance(config, dict) else {}
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if config.get("peft_type") != "LORA" or type(rank) is not int or not isinstance(alpha, (int, float)) or rank < 1:
+        raise UserError(f"{path}: only a PEFT adapter of type LORA can be read")
+    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layer_replication",
+                "trainable_token_indices", "target_parameters"):
+        if config.get(key):
+            raise UserError(f"{path}: {key} is not supported")
+    try:
+        tensors = safetensors.torch.load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    pattern = re.compile(r"base_model\.model\.(model\.layers\.\d+\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])\.weight")
+    found = {name: pattern.fullmatch(name) for name in tensors}
+    odd = [name for name, m in found.items() if m is None or m[2] not in LINEARS]
+    if odd or not tensors:
+        raise UserError(f"{file}: {odd[0] if odd else 'nothing'} is not the A or B of a linear in a block")
+    named = {(m[1], m[3]): tensors[name].float() for name, m in found.items()}
+    targets = ",".join(name for name in LINEARS if any(m[2] == name for m in found.values()))
+    modules, _, _ = plan(model, dict(method="lora", rank=rank, alpha=float(alpha), seed=0, targets=targets))
+    for name, linear in modules.items():
+        m, n = linear.weight.shape
+        for part, shape in (("A", (rank, n)), ("B", (m, rank))):
+            t = named.pop((name, part), None)
+            if t is None or tuple(t.shape) != shape or not torch.isfinite(t).all():
+                raise UserError(f"{file}: {part} of {name} is missing, not finite or not of shape {list(shape)}")
+            named[name, part] = t
+    if len(named) > 2 * len(modules):
+        raise UserError(f"{file} holds layers that this model does not have")
+    scale = math.sqrt(rank) if config.get("use_rslora") else 1.0  # rank-stabilised: alpha / sqrt(r)
+    adapter = add_adapter(model, "lora", rank, seed=0, targets=targets, alpha=alpha * scale)
+    for name, A, B in zip(modules, adapter.A, adapter.B):
+        A.copy_(named[name, "A"])
+        B.copy_(named[name, "B"])
+    return adapter
+
+
+def main():
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command not in ("export", "import", "--help", "-h"):
+        raise UserError("say what to do: python tinylora.py export ... or python tinylora.py import ...")
+    cfg = configure(globals(), sys.argv[1 if command.startswith("-") else 2 :])
+    if cfg.to not in ("peft", "peft-tinylora", "hf"):
+        raise UserError("to must be peft, peft-tinylora or hf")
+    given, unread = (cfg.adapter, cfg.source) if command == "export" else (cfg.source, cfg.adapter)
+    if not given or unread:
+        raise UserError("export needs --adapter=..., import --source=..., and neither takes the other")
+    with new_directory(cfg.out_dir) as aside:
+        net = load_model(cfg.model, "float32", cfg.device)
+        if command == "import":
+            save_adapter(import_peft(net, cfg.source), os.path.join(aside, "adapter.safetensors"))
+        else:
+            load_adapter(net, cfg.adapter)
+            if cfg.to == "hf":
+                own = net.config.raw.get("dtype") or net.config.raw.get("torch_dtype")
+                net = merge(net).to(DTYPES.get(own, torch.float32))  # the one rounding: to the checkpoint's own dtype
+                save_model(net, aside, tokenizer_from=checkpoint_dir(cfg.model))
+            else:
+                export_peft(net, aside, cfg.model, cfg.to)
+    print(f"written to {cfg.out_dir}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -407,7 +407,7 @@ def test_a_hub_name_works_offline_once_it_is_downloaded(checkpoint, tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     options = dict(HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
-    done = run_script("sample.py", "--model=owner/name", "--num_samples=1", "--max_new_tokens=3", **options)
+    done = run_script("sample.py", "--model=owner/name", "--n=1", "--max_new_tokens=3", **options)
     assert done.returncode == 0 and "---" in done.stdout, done.stderr
     assert_refused(run_script("sample.py", "--model=owner/other", **options), "'owner/other' is no local directory")
 

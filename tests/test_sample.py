@@ -107,6 +107,6 @@ def test_odd_requests(net, tokenizer):
 
 
 def test_the_script_prints_completions_and_refuses_a_missing_model(checkpoint):
-    done = run_script("sample.py", f"--model={checkpoint}", "--prompt=a=b", "--num_samples=2", "--max_new_tokens=5")
+    done = run_script("sample.py", f"--model={checkpoint}", "--prompt=a=b", "--n=2", "--max_new_tokens=5")
     assert done.returncode == 0 and done.stdout.count("---") == 2, done.stderr
     assert_refused(run_script("sample.py", "--model=nowhere"), "no model directory at 'nowhere'")
