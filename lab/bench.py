@@ -5,8 +5,11 @@
     python -m lab.bench grade --dataset=FILE                   # our answer checker against math-verify
     python -m lab.bench svd                                    # top 2 singular triplets against the full SVD; the cache
     python -m lab.bench adapters                               # decoding: no adapter, one for all rows, one a row
+    python -m lab.bench compare --shape=toy                    # generate, ours against transformers'
+    python -m lab.bench decode --shape=qwen7b --rows=64 --context=512     # as a share of what the device can do
+    python -m lab.bench train --shape=qwen7b --rows=16 --context=512
 
-Each ends with one line of JSON; `ratio` is the other's time over ours.
+Each ends with one line of JSON; `ratio` is the other's time over ours. A --shape has random weights: no download.
 """
 
 import json
@@ -15,11 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
+from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 import eval_math
+import grpo
 import model as model_file
 import sample
 import tinylora
@@ -32,6 +39,24 @@ size = 3584  # svd: side of the matrix
 rows = 256  # adapters: in the batch
 tokens = 32  # adapters: a row
 repeats = 5  # of each measurement; the median counts
+shape = "toy"  # compare, decode, train: a name in SHAPES
+context = 512  # decode, train: tokens before the decoded ones; tokens in a trained row
+group = 8  # compare: rows that share a prompt
+slots = 64  # compare: rows at a time, ours and theirs
+limit = 256  # compare: most tokens a row; their number is geometric with a quarter of it as its mean
+dtype = "auto"  # compare, decode, train: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
+device = "auto"  # decode, train: auto, cpu, cuda, cuda:1 ...
+
+SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads, tied; as published
+    "toy": (512, 128, 384, 3, 4, 2, True),
+    "qwen0.5b": (151936, 896, 4864, 24, 14, 2, True),
+    "qwen1.5b": (151936, 1536, 8960, 28, 12, 2, True),
+    "qwen3b": (151936, 2048, 11008, 36, 16, 2, True),
+    "qwen7b": (152064, 3584, 18944, 28, 28, 4, False),
+    "llama1b": (128256, 2048, 8192, 16, 32, 8, True),
+    "llama3b": (128256, 3072, 8192, 28, 24, 8, True),
+    "llama8b": (128256, 4096, 14336, 32, 32, 8, False),
+}
 
 
 def median_seconds(function):
@@ -208,8 +233,228 @@ def bench_adapters():
             "one_a_row": each, "ratio": each / one, "shared_over_off": one / off}
 
 
-BENCHES = {"load": bench_load, "tokenize": bench_tokenize, "grade": bench_grade,
-           "svd": bench_svd, "adapters": bench_adapters}
+# --- the speed of generation and training -----------------------------------------------------------------------------
+
+NO_TEXT = SimpleNamespace(stop_ids=set(), pad_id=0, bos_ids=[], decode=lambda *_, **__: "")  # a tokenizer's place
+
+
+def shaped_model(device):
+    """A model of SETTINGS.shape with random weights, made on the device."""
+    if SETTINGS.shape not in SHAPES:
+        raise UserError(f"shape must be one of {', '.join(SHAPES)}")
+    vocab, hidden, intermediate, layers, heads, kv_heads, tied = SHAPES[SETTINGS.shape]
+    raw = {"model_type": "llama" if SETTINGS.shape.startswith("llama") else "qwen2", "vocab_size": vocab,
+           "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+           "num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied}
+    with tempfile.TemporaryDirectory() as path:
+        with open(os.path.join(path, "config.json"), "w") as f:
+            json.dump(raw, f)
+        config = model_file.load_config(path)
+    dtypes = tinylora.DTYPES | {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}
+    with torch.device("meta"):
+        net = model_file.Transformer(config).to(dtypes[SETTINGS.dtype])
+    net = net.to_empty(device=device).requires_grad_(False).eval()
+    torch.manual_seed(0)
+    for name, p in net.named_parameters():
+        torch.nn.init.ones_(p) if name.endswith("norm.weight") else torch.nn.init.normal_(p, 0.0, 0.02)
+    return net
+
+
+def add_random_adapter(net):
+    """TinyLoRA with u = 13 over random factors: speed does not care which, and the SVD of 7B takes a while."""
+    def factors(weights, rank):
+        return [(torch.randn(W.shape[0], rank, device=W.device) * 1e-3,
+                 torch.randn(rank, W.shape[1], device=W.device) * 1e-3) for W in weights.values()]
+
+    real, tinylora.svd_factors = tinylora.svd_factors, factors
+    adapter = tinylora.add_adapter(net)
+    tinylora.svd_factors = real
+    torch.nn.init.normal_(adapter.v, std=1e-3)
+    return adapter
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(function, device, repeats=None):
+    """Median seconds of a call, the device's work included, after one to warm up."""
+    function()
+    wait(device)
+    seconds = []
+    for _ in range(repeats or SETTINGS.repeats):
+        began = time.perf_counter()
+        function()
+        wait(device)
+        seconds.append(time.perf_counter() - began)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def device_limits(device, dtype):
+    """What this device can do, measured: bytes a second of a copy (read and write counted), operations a second of a
+    matrix product in dtype."""
+    n = 2**30 if device.type == "cuda" else 2**27
+    a, b = torch.ones(n, dtype=torch.uint8, device=device), torch.empty(n, dtype=torch.uint8, device=device)
+    bandwidth = 2 * n / seconds_of(lambda: b.copy_(a), device)
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+    return bandwidth, 2 * n**3 / seconds_of(lambda: a @ b, device)
+
+
+def decode_step_seconds(net, rows, context, steps, R=None):
+    """Seconds of one decode step over `rows` rows that have `context` tokens behind them, and seconds to the first
+    token of one prompt of that length."""
+    draw = partial(sample.sample_tokens, temperature=1.0)
+    prompt = torch.randint(0, net.config.vocab_size, (context,)).tolist()
+    with torch.inference_mode():
+        sampler = sample.Sampler(net, NO_TEXT, rows, context + 4 * steps, 4 * steps, draw, R)
+        sampler.fill(deque((0, j) for j in range(rows)), [prompt], rows, lambda i, j: 4 * steps,
+                     lambda i, j: sample.row_uniforms(0, i, j, 4 * steps))
+        for _ in range(steps):  # graphs are recorded, if any
+            sampler.advance()
+        wait(net.device)
+        began = time.perf_counter()
+        for _ in range(2 * steps):
+            sampler.advance()
+        wait(net.device)
+        return (time.perf_counter() - began) / (2 * steps)
+
+
+def bench_decode():
+    """One decode step over --rows rows with --context tokens behind each, as a share of the measured limits: the time
+    to read all weights and the rows' keys and values once, or to do the products, whichever is longer."""
+    device = model_file.pick_device(SETTINGS.device)
+    net = shaped_model(device)
+    bandwidth, rate = device_limits(device, net.head.dtype)
+    rows, steps, c = SETTINGS.rows, SETTINGS.tokens, net.config
+    numbers = sum(p.numel() for p in net.model.layers.parameters()) + net.head.numel()
+    entry = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    size = net.head.element_size() * (numbers + rows * entry * (SETTINGS.context + 2 * steps))
+    floor = max(size / bandwidth, 2 * numbers * rows / rate)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = decode_step_seconds(net, rows, SETTINGS.context, steps)
+    prompt = [torch.randint(0, c.vocab_size, (SETTINGS.context,)).tolist()]
+    first = seconds_of(lambda: sample.generate(net, NO_TEXT, prompt, max_new_tokens=1), device)
+    adapter = add_random_adapter(net)
+    shared = decode_step_seconds(net, rows, SETTINGS.context, steps)
+    N, r = len(adapter.groups), adapter.P.shape[-1]
+    own = decode_step_seconds(net, 1 if rows == 1 else rows, SETTINGS.context, steps,
+                              torch.randn(N, 1, r, r, device=device) * 1e-3)
+    print(f"limits: copy {bandwidth / 1e9:.0f} GB/s, matrix product {rate / 1e12:.2f} TFLOP/s\n"
+          f"{SETTINGS.shape}, {rows} rows, {SETTINGS.context} tokens behind each: {seconds * 1e3:.2f} ms a step, "
+          f"{rows / seconds:.0f} tokens/s, {size / seconds / 1e9:.0f} GB/s, {floor / seconds:.0%} of the limit\n"
+          f"with one adapter {shared / seconds - 1:+.1%}, with one a row {own / seconds - 1:+.1%}; first token after "
+          f"{first * 1e3:.0f} ms; peak {grpo.peak_gb(device):.1f} GB")
+    return {"shape": SETTINGS.shape, "rows": rows, "context": SETTINGS.context, "dtype": str(net.head.dtype),
+            "device": str(device), "ms_a_step": seconds * 1e3, "tokens_per_second": rows / seconds,
+            "gb_per_second": size / seconds / 1e9, "copy_gb_per_second": bandwidth / 1e9, "tflops_limit": rate / 1e12,
+            "share_of_limit": floor / seconds, "adapter_ratio": shared / seconds, "adapter_a_row_ratio": own / seconds,
+            "first_token_ms": first * 1e3, "peak_gb": grpo.peak_gb(device)}
+
+
+def bench_train():
+    """Log-probs and the gradient of v for --rows rows of --context tokens, as a share of the measured matrix product:
+    4 operations a parameter and token (forward, and backward to the activations alone)."""
+    device = model_file.pick_device(SETTINGS.device)
+    net = shaped_model(device)
+    _, rate = device_limits(device, net.head.dtype)
+    adapter = add_random_adapter(net)
+    half = SETTINGS.context // 2
+    rows = [grpo.Row(*(torch.randint(0, net.config.vocab_size, (half,)).tolist() for _ in range(2)), [0.0] * half, 1.0)
+            for _ in range(SETTINGS.rows)]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def step():
+        logp, _, _ = grpo.completion_logprobs(net, NO_TEXT, rows, 1.0)
+        logp.sum().backward()
+
+    seconds = seconds_of(step, device)
+    tokens = SETTINGS.rows * SETTINGS.context
+    numbers = sum(p.numel() for p in net.model.layers.parameters())
+    work = 4 * numbers * tokens + 6 * net.head.numel() * tokens / 2  # logits of completions alone, computed twice
+    print(f"{SETTINGS.shape}, {SETTINGS.rows} x {SETTINGS.context} tokens: {seconds:.3f} s, {tokens / seconds:.0f} "
+          f"tokens/s, {work / seconds / 1e12:.2f} of {rate / 1e12:.2f} TFLOP/s; peak {grpo.peak_gb(device):.1f} GB")
+    assert adapter.v.grad.isfinite().all()
+    return {"shape": SETTINGS.shape, "rows": SETTINGS.rows, "context": SETTINGS.context, "dtype": str(net.head.dtype),
+            "device": str(device), "seconds": seconds, "tokens_per_second": tokens / seconds,
+            "tflops": work / seconds / 1e12, "tflops_limit": rate / 1e12, "share_of_limit": work / seconds / rate,
+            "peak_gb": grpo.peak_gb(device)}
+
+
+def peak_memory(function):
+    """Bytes that this process holds at most while it calls function, beyond what it holds before (Linux)."""
+    def status(key):
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
+
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # the peak starts anew
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
+
+
+def bench_compare():
+    """--rows completions of given lengths, --group to a prompt, --slots rows at a time: ours, which refills the slots,
+    and transformers' generate, batch after batch, each of which lasts as long as its longest row. Same weights."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("compare needs transformers: pip install -r requirements-dev.txt") from None
+    device = model_file.pick_device("cpu")
+    net, random = shaped_model(device), np.random.default_rng(0)
+    rows, group, slots, limit = SETTINGS.rows, SETTINGS.group, SETTINGS.slots, SETTINGS.limit
+    if rows % group or rows % slots:
+        raise UserError(f"rows={rows} must be whole groups of {group} and whole batches of {slots}")
+    lengths = np.minimum(random.geometric(4 / limit, size=rows), limit).tolist()
+    prompts = [random.integers(0, net.config.vocab_size, n).tolist() for n in random.integers(20, 60, rows // group)]
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**net.config.raw))
+    theirs.load_state_dict(dict(net.state_dict()), assign=True, strict=False)
+    theirs.tie_weights()
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
+    theirs.eval()
+    counted = []
+
+    @torch.inference_mode()
+    def ours():
+        counted.clear()
+        longest = max(len(prompts[i // group]) + n for i, n in enumerate(lengths))
+        sampler = sample.Sampler(net, NO_TEXT, slots, longest, limit, partial(sample.sample_tokens, temperature=1.0))
+        sampler.run(prompts, group, lambda i, j: lengths[i * group + j],
+                    lambda i, j: sample.row_uniforms(0, i, j, limit), lambda i, j, ids, _: counted.append(len(ids)))
+        assert sorted(counted) == sorted(lengths)
+
+    @torch.inference_mode()
+    def reference():
+        for start in range(0, rows, slots):
+            batch = [prompts[i // group] for i in range(start, start + slots)]
+            longest = max(map(len, batch))
+            ids = torch.tensor([[0] * (longest - len(p)) + p for p in batch])
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
+            ends = longest + torch.tensor(lengths[start : start + slots])
+            stop = transformers.StoppingCriteriaList([lambda ids, _, ends=ends, **__: ids.shape[1] >= ends])
+            out = theirs.generate(ids, attention_mask=mask, max_new_tokens=limit, do_sample=True, top_k=0,
+                                  pad_token_id=0, eos_token_id=None, stopping_criteria=stop)
+            assert out.shape[1] == ends.max()
+
+    reference_peak, our_peak = peak_memory(reference), peak_memory(ours)
+    times = [(seconds_of(ours, device, 1), seconds_of(reference, device, 1)) for _ in range(SETTINGS.repeats)]
+    seconds, their_seconds = (sorted(column)[len(times) // 2] for column in zip(*times))  # in turn: to share the noise
+    print(f"{SETTINGS.shape}, {rows} completions of {sum(lengths) / rows:.0f} tokens on average: "
+          f"{sum(lengths) / seconds:.0f} tokens/s, transformers {sum(lengths) / their_seconds:.0f}: "
+          f"{their_seconds / seconds:.1f} times; memory {our_peak / 1e6:.0f} MB, transformers "
+          f"{reference_peak / 1e6:.0f} MB")
+    return {"shape": SETTINGS.shape, "rows": rows, "group": group, "slots": slots, "limit": limit,
+            "tokens_per_second": sum(lengths) / seconds, "theirs": sum(lengths) / their_seconds,
+            "ratio": their_seconds / seconds, "peak_mb": our_peak / 1e6, "their_peak_mb": reference_peak / 1e6}
+
+
+BENCHES = {"load": bench_load, "tokenize": bench_tokenize, "grade": bench_grade, "svd": bench_svd,
+           "adapters": bench_adapters, "compare": bench_compare, "decode": bench_decode, "train": bench_train}
 
 
 def main():
