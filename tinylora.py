@@ -403,7 +403,9 @@ def fingerprint(model):
 
 
 def same_base(a, b, tol=1e-3):
-    """Whether two fingerprints are of the same model."""
+    """Whether two fingerprints are of the same model; anything else is none's."""
+    if not all(re.fullmatch("[0-9a-f]{16}", str(x)) for x in (a, b)):
+        return False
     a, b = (np.frombuffer(bytes.fromhex(x), dtype=">f4").astype(float) for x in (a, b))
     return bool((np.abs(a - b) <= tol).all())
 
