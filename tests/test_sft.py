@@ -87,7 +87,7 @@ def test_an_adapter_learns_and_is_saved(checkpoint, problems, tmp_path):
     assert last < first and load_file(tmp_path / "run" / "adapter.safetensors")["v"].shape == (14, 4)
 
 
-@pytest.mark.parametrize("changes, words", [(dict(method="lora_xxs"), "method must be"),
+@pytest.mark.parametrize("changes, words", [(dict(method="lora_xxs"), "is unknown"),
                                             (dict(random_init=True), "random_init goes with"),
                                             (dict(lr_schedule="steps"), "lr_schedule must be")])
 def test_wrong_settings_are_refused(checkpoint, problems, tmp_path, changes, words):

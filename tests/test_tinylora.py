@@ -437,6 +437,8 @@ def test_the_fingerprint_survives_a_dtype_and_not_a_fine_tuning(net):
     with torch.no_grad():
         net.model.layers[1].mlp.up_proj.weight.mul_(1.01)
     assert not tinylora.same_base(before, tinylora.fingerprint(net))
+    for other in ("", "x" * 16, None, [1.5], before[:8], "7fc00000" * 2):
+        assert not tinylora.same_base(before, other)
 
 
 def test_wrong_settings_are_refused(net):
