@@ -68,9 +68,10 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding in the checkpoints' half-split layout. x [B, T, H, hd]; cos, sin [B, T, 1, hd]."""
+    """Rotary position embedding in the checkpoints' half-split layout. x [B, T, H, hd]; cos, sin [B, T, 1, hd], the
+    first half of sin negated."""
     x1, x2 = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat((x2, x1), dim=-1), sin)
 
 
 class Attention(nn.Module):
@@ -84,11 +85,15 @@ class Attention(nn.Module):
         self.v_proj = Linear(dim, kv_dim, bias=config.qkv_bias)
         self.o_proj = Linear(q_dim, dim, bias=False)
 
+    def project(self, x):
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def forward(self, x, cos, sin, cache):
         B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # [B, heads, T, hd]
-        k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # [B, kv_heads, T, hd]
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))
+        q = rotate(q, cos, sin).transpose(1, 2)  # [B, heads, T, hd]
+        k = rotate(k, cos, sin).transpose(1, 2)  # [B, kv_heads, T, hd]
+        v = v.transpose(1, 2)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
@@ -103,8 +108,12 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def project(self, x):
+        return self.gate_proj(x), self.up_proj(x)
+
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -142,9 +151,9 @@ class Trunk(nn.Module):
         if self.inv_freq is None or self.inv_freq.device != ids.device:
             self.inv_freq = rope_frequencies(self.config).to(ids.device)
         angles = positions[:, :, None, None] * self.inv_freq  # [B, T, 1, hd/2], in fp32
-        angles = torch.cat((angles, angles), dim=-1)
         x = self.embed_tokens(ids)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         for block in self.layers:
             x = block(x, cos, sin, cache)
         return self.norm(x)

@@ -63,9 +63,13 @@ class KVCache:
     def at(self, positions, end):
         """Rows 0 .. B-1 store their next token at `positions` [B] and attend to those up to there, all below `end`."""
         self.clear(end)
+        heads, length = self.k.shape[2:4]
         self.positions, self.end = positions, end
-        self.rows = torch.arange(len(positions), device=positions.device)
-        self.mask = (torch.arange(end, device=positions.device) <= positions[:, None])[:, None, None]
+        lines = torch.arange(len(positions) * heads, device=positions.device).view(-1, heads)
+        self.places = (lines * length + positions[:, None]).flatten()  # [B * kv_heads] of their tokens in a layer
+        mask = self.k.new_zeros(len(positions), 1, 1, end)
+        future = torch.arange(end, device=positions.device) > positions[:, None]
+        self.mask = mask.masked_fill_(future[:, None, None], -math.inf)
         return self
 
     def clear(self, end):
@@ -81,8 +85,8 @@ class KVCache:
             self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k, v
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         B, heads, _, hd = q.shape
-        self.k[layer, self.rows, :, self.positions] = k[:, :, 0]
-        self.v[layer, self.rows, :, self.positions] = v[:, :, 0]
+        for entries, new in ((self.k, k), (self.v, v)):
+            entries[layer].view(-1, hd).index_copy_(0, self.places, new.reshape(-1, hd))
         keys, values = self.k[layer, :B, :, : self.end], self.v[layer, :B, :, : self.end]
         q = q.view(B, keys.shape[1], -1, hd)  # the heads that share a key head become its queries: no copy of k, v
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask).view(B, heads, 1, hd)
@@ -97,14 +101,14 @@ def sample_tokens(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
     logits = logits.float() / (temperature or 1.0)
     if temperature and (top_k or top_p < 1):
         logits = keep_likeliest(logits, top_k, top_p)
-    logprobs = torch.log_softmax(logits, dim=-1)
+    p = torch.softmax(logits, dim=-1)
     if temperature == 0:
-        ids = logprobs.argmax(-1)
+        ids = p.argmax(-1, keepdim=True)
     else:
-        cdf = logprobs.exp().cumsum(-1)
-        ids = torch.searchsorted(cdf, (uniforms[:, None] * cdf[:, -1:]), right=True).squeeze(1)
+        cdf = p.cumsum(-1)
+        ids = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
         ids = ids.clamp(max=logits.shape[1] - 1)  # NaN would point past the end; the trainer reports it
-    return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
+    return ids.squeeze(1), p.gather(1, ids).log().squeeze(1)
 
 
 def keep_likeliest(logits, top_k, top_p):
@@ -322,12 +326,8 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     def uniforms(i, j):
         return row_uniforms(seed, prompt_ids[i], j, max_new_tokens)
 
-    try:
-        with bar:
-            sampler.run(prompts, n, limits, uniforms, finished, on_token)
-    finally:
-        if R is not None:
-            model.adapter.rows = None
+    with bar, tinylora.sampling_form(model, own=R is not None):
+        sampler.run(prompts, n, limits, uniforms, finished, on_token)
     return out
 
 

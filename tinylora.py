@@ -96,15 +96,86 @@ class Adapter(nn.Module):
         self.R = None
         self.rows = None  # [N, B, r, r] from load_adapters: every row of a batch its own R; None: all the one of v
         self.enabled = True
+        self.held = False  # R is not looked at: sampling_form has multiplied it out
 
     def refresh(self, *_):
         """Set all R [N, r, r]; runs before every forward pass, so an update of v is never missed."""
+        if self.held:
+            return
         if self.rows is not None:
             self.R = self.rows
         else:
             self.R = self.scale if self.meta["method"] == "lora" else mix(self.v, self.groups, self.P)
         if not self.enabled:
             self.R = torch.zeros_like(self.R)
+
+
+class Product:
+    """Linears of one input as a single product, for sampling, while weights and adapter stand still: the weights side
+    by side, and of the update the two thin factors V^T and U S R, multiplied out."""
+
+    def __init__(self, linears, adapter, own):
+        self.parts = [len(linear.weight) for linear in linears] if len(linears) > 1 else None
+        self.weight, self.bias = linears[0].weight, linears[0].bias
+        if self.parts:
+            self.weight = torch.cat([linear.weight for linear in linears])
+            self.bias = None if self.bias is None else torch.cat([linear.bias for linear in linears])
+        self.down, self.adapter = None, adapter if own else None  # own: every row of a batch has its R
+        adapted = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
+        if adapted:
+            self.index = [linear.index for linear in adapted]
+            self.down = torch.cat([linear.Vt for linear in adapted]).to(self.weight.dtype)  # [k r, n]
+            ups = [linear.US.float() if own else linear.US.float() @ adapter.R[linear.index] for linear in adapted]
+            blocks = iter(torch.block_diag(*ups).split([len(up) for up in ups]))
+            none = self.down.new_zeros(1, len(self.down), dtype=torch.float32)
+            self.up = torch.cat([next(blocks) if linear in adapted else none.expand(len(linear.weight), -1)
+                                 for linear in linears]).to(self.weight.dtype)  # [m, k r]
+
+    def __call__(self, x):
+        if self.down is None:
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            h = F.linear(x, self.down)  # [B, T, k r]
+            if self.adapter:
+                R = self.adapter.R[self.index]  # [k, B, r, r]
+                h = torch.einsum("btkj,kbij->btki", h.unflatten(-1, (len(R), -1)).float(), R).flatten(2).to(x.dtype)
+            update = F.linear(h, self.up)
+            y = torch.addmm(update.flatten(0, -2), x.flatten(0, -2), self.weight.T).view_as(update)  # as AdaptedLinear
+            y = y if self.bias is None else y + self.bias
+        return y.split(self.parts, dim=-1) if self.parts else y
+
+
+@contextmanager
+def sampling_form(model, own=False, join_below=50_000_000):
+    """While weights and adapter stand still, every linear is a Product. q, k, v and gate, up are joined in a model of
+    fewer weights than join_below: where a step's time goes into calls, and a second copy of the weights is small.
+    own: every row of a batch has its own R, which stands in adapter.rows at each forward pass."""
+    adapter = getattr(model, "adapter", None)
+    if adapter:
+        adapter.refresh()
+        adapter.held = not own
+    joined = sum(p.numel() for p in model.model.layers.parameters()) < join_below
+    changed = []  # (object, name of the method that its attribute hides)
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        singles = [attention.o_proj, mlp.down_proj]
+        if joined:
+            attention.project = Product([attention.q_proj, attention.k_proj, attention.v_proj], adapter, own)
+            mlp.project = Product([mlp.gate_proj, mlp.up_proj], adapter, own)
+            changed += [(attention, "project"), (mlp, "project")]
+        else:
+            singles += [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
+        for linear in singles:
+            if isinstance(linear, AdaptedLinear):
+                linear.forward = Product([linear], adapter, own)
+                changed.append((linear, "forward"))
+    try:
+        yield
+    finally:
+        for thing, name in changed:
+            delattr(thing, name)
+        if adapter:
+            adapter.held, adapter.rows = False, None
 
 
 def mix(v, groups, P):

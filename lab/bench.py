@@ -307,7 +307,7 @@ def decode_step_seconds(net, rows, context, steps, R=None):
     token of one prompt of that length."""
     draw = partial(sample.sample_tokens, temperature=1.0)
     prompt = torch.randint(0, net.config.vocab_size, (context,)).tolist()
-    with torch.inference_mode():
+    with torch.inference_mode(), tinylora.sampling_form(net, own=R is not None):
         sampler = sample.Sampler(net, NO_TEXT, rows, context + 4 * steps, 4 * steps, draw, R)
         sampler.fill(deque((0, j) for j in range(rows)), [prompt], rows, lambda i, j: 4 * steps,
                      lambda i, j: sample.row_uniforms(0, i, j, 4 * steps))
@@ -424,8 +424,9 @@ def bench_compare():
         counted.clear()
         longest = max(len(prompts[i // group]) + n for i, n in enumerate(lengths))
         sampler = sample.Sampler(net, NO_TEXT, slots, longest, limit, partial(sample.sample_tokens, temperature=1.0))
-        sampler.run(prompts, group, lambda i, j: lengths[i * group + j],
-                    lambda i, j: sample.row_uniforms(0, i, j, limit), lambda i, j, ids, _: counted.append(len(ids)))
+        with tinylora.sampling_form(net):
+            sampler.run(prompts, group, lambda i, j: lengths[i * group + j],
+                        lambda i, j: sample.row_uniforms(0, i, j, limit), lambda i, j, ids, _: counted.append(len(ids)))
         assert sorted(counted) == sorted(lengths)
 
     @torch.inference_mode()
