@@ -73,7 +73,7 @@ def prepare_out_dir(settings, evidence):
 
 
 def run(main):
-    """Call main(), and turn a UserError into one line on stderr and exit code 2."""
+    """Call main(), and turn a UserError, and too little memory, into one line on stderr and exit code 2."""
     sys.stdout.reconfigure(line_buffering=True)  # a log in a file or a pipe is as fresh as one on the screen
     try:
         main()
@@ -82,6 +82,13 @@ def run(main):
         raise SystemExit(130) from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Exception as error:
+        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):  # torch's, without importing torch
+            raise
+        reason = (str(error).splitlines() or ["of the host"])[0]
+        print(f"error: out of memory ({reason}); lower batch_size, max_new_tokens or micro_batch_tokens",
+              file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -36,13 +36,13 @@ model = "toy/base"  # tokenize, adapters: checkpoint directory; adapters takes "
 dataset = "toy/train.jsonl"  # tokenize, grade: problems; grade also takes responses as eval_math.py writes them
 layers = 32  # load, svd, adapters: of the Qwen2.5-0.5B shape (it has 24); 32 make about 2 GB in float32
 size = 3584  # svd: side of the matrix
-rows = 256  # adapters: in the batch
-tokens = 32  # adapters: a row
+rows = 512  # adapters, compare, decode, train: in all
+tokens = 32  # adapters, decode: a row
 repeats = 5  # of each measurement; the median counts
 shape = "toy"  # compare, decode, train: a name in SHAPES
 context = 512  # decode, train: tokens before the decoded ones; tokens in a trained row
 group = 8  # compare: rows that share a prompt
-slots = 64  # compare: rows at a time, ours and theirs
+slots = 512  # compare: rows at a time, ours and theirs
 limit = 256  # compare: most tokens a row; their number is geometric with a quarter of it as its mean
 dtype = "auto"  # compare, decode, train: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # decode, train: auto, cpu, cuda, cuda:1 ...
@@ -442,7 +442,7 @@ def bench_compare():
                                   pad_token_id=0, eos_token_id=None, stopping_criteria=stop)
             assert out.shape[1] == ends.max()
 
-    reference_peak, our_peak = peak_memory(reference), peak_memory(ours)
+    our_peak, reference_peak = peak_memory(ours), peak_memory(reference)  # the second may reuse what the first freed
     times = [(seconds_of(ours, device, 1), seconds_of(reference, device, 1)) for _ in range(SETTINGS.repeats)]
     seconds, their_seconds = (sorted(column)[len(times) // 2] for column in zip(*times))  # in turn: to share the noise
     print(f"{SETTINGS.shape}, {rows} completions of {sum(lengths) / rows:.0f} tokens on average: "

@@ -1,8 +1,12 @@
 """sample.py: what is sampled does not depend on how it is batched, and its log-probs are the model's."""
 
+import re
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
-from conftest import assert_refused, make_checkpoint, run_script
+from conftest import ROOT, assert_refused, make_checkpoint, run_script
 
 import grpo
 import model
@@ -10,16 +14,22 @@ import sample
 import tinylora
 from configurator import UserError
 
+RAGGED = ["Tom has 3 apples. " * (1 + i % 5) + "How many?" * (i % 3) + chr(97 + i % 26) for i in range(32)]
 PROMPTS = ["Tom has 3 apples.", "How many?", "Ann has 12 coins. Ann finds 7 more. Then the number doubles.", "x"]
 
 
 def test_greedy_equals_transformers(net, tokenizer, checkpoint):
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
     reference = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    for prompt, [ours] in zip(PROMPTS, sample.generate(net, tokenizer, PROMPTS, max_new_tokens=40, temperature=0)):
+    for prompt, [ours] in zip(RAGGED, sample.generate(net, tokenizer, RAGGED, max_new_tokens=40, temperature=0)):
         ids = torch.tensor([tokenizer.encode(prompt)])
         out = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
         assert ours.ids == out[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return model.load_model(ROOT / "toy/base", device="cpu"), model.load_tokenizer(ROOT / "toy/base")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
@@ -89,6 +99,93 @@ def test_a_token_of_probability_zero_is_never_drawn():
     assert ids.tolist() == [1, 3, 3]
 
 
+@pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (5, 1.0), (0, 0.6), (20, 0.9), (600, 0.999)])
+def test_top_k_and_top_p_leave_the_tokens_that_transformers_leaves(top_k, top_p):
+    warpers = pytest.importorskip("transformers", reason="transformers is the oracle here").generation
+    torch.manual_seed(0)
+    logits = torch.randn(50, 512) * 3
+    expected = logits
+    if top_k:
+        expected = warpers.TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = warpers.TopPLogitsWarper(top_p)(None, expected)
+    assert torch.equal(sample.keep_likeliest(logits, top_k, top_p), expected)
+    ids, logprobs = sample.sample_tokens(logits, torch.rand(50), 1.0, top_k, top_p)
+    assert torch.allclose(logprobs, expected.log_softmax(-1).gather(1, ids[:, None])[:, 0], atol=1e-5)
+
+
+def test_a_decode_step_never_waits_for_the_device(net, tokenizer):
+    """On fake tensors, which have no numbers, any look at one raises: so the step can be recorded as a CUDA graph."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        draw = partial(sample.sample_tokens, temperature=0.7, top_k=9, top_p=0.9)
+        sampler = sample.Sampler(net, tokenizer, 4, 30, 20, draw)
+        sampler.step(4, 16)
+        with pytest.raises(RuntimeError):
+            sampler.state.logprobs.sum().item()  # such a look
+
+
+def test_the_rows_of_a_group_share_one_prefill_and_short_rows_are_replaced_at_once(net, tokenizer, monkeypatch):
+    """40 rows of 5 prompts in 8 slots: 5 prefilled lines, and as many steps as full slots need, plus the last rows'."""
+    monkeypatch.setattr(sample, "fitting_rows", lambda *_: 8)
+    monkeypatch.setattr(tokenizer, "stop_ids", set(range(0, 512, 16)))
+    lines, steps = [], []
+    forward, step = net.model.forward, sample.Sampler.step
+
+    def counting(ids, positions=None, cache=None):
+        if positions is None:
+            lines.append(len(ids))
+        return forward(ids, positions, cache)
+
+    monkeypatch.setattr(net.model, "forward", counting)
+    monkeypatch.setattr(sample.Sampler, "step", lambda self, B, end: (steps.append(B), step(self, B, end)))
+    groups = sample.generate(net, tokenizer, ["Tom has.", "x y", "How many?", "a b c d", "so"], n=8, max_new_tokens=60)
+    lengths = [len(c.ids) for group in groups for c in group]
+    assert sum(lines) == 5
+    assert sum(steps) == sum(lengths)  # no step computes a row that has stopped
+    assert len(steps) <= sum(lengths) / 8 + max(lengths)
+    assert steps == sorted(steps, reverse=True)
+
+
+def test_an_interruption_leaves_the_model_as_it_was(net, tokenizer):
+    tinylora.add_adapter(net, u=5)
+    before = {name: set(vars(module)) for name, module in net.named_modules()}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample.generate(net, tokenizer, PROMPTS, max_new_tokens=5, on_token=interrupt)
+    assert {name: set(vars(module)) for name, module in net.named_modules()} == before
+    [[a]] = sample.generate(net, tokenizer, ["x"], max_new_tokens=5, temperature=0)
+    torch.nn.init.normal_(net.adapter.v, std=0.5)  # a change of v is seen by the next call
+    [[b]] = sample.generate(net, tokenizer, ["x"], max_new_tokens=5, temperature=0)
+    assert a.logprobs != b.logprobs
+
+
+@pytest.mark.parametrize("adapted", ["none", "q_proj,up_proj", "all"])
+@pytest.mark.parametrize("join_below", [0, 10**9])
+def test_the_sampling_form_computes_what_the_model_computes(net, adapted, join_below):
+    if adapted != "none":
+        tinylora.add_adapter(net, u=3, n_tie=2, targets=adapted)
+        torch.nn.init.normal_(net.adapter.v, std=0.3)
+    ids = torch.randint(0, 500, (3, 9))
+    with torch.no_grad():
+        expected = net(ids)
+        with tinylora.sampling_form(net, join_below=join_below):
+            assert (net(ids) - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert torch.equal(net(ids), expected)
+
+
+def test_too_little_memory_for_one_row_is_refused_with_what_fits(net, tokenizer, monkeypatch):
+    monkeypatch.setattr(sample, "free_memory", lambda _: 50_000)
+    with pytest.raises(UserError, match=r"needs .* GB .* at most \d+ tokens"):
+        sample.generate(net, tokenizer, ["x"], max_new_tokens=200)
+    monkeypatch.setattr(sample, "free_memory", lambda _: 400_000)  # enough for a few rows: slots, not failure
+    assert len(sample.generate(net, tokenizer, ["x"], n=9, max_new_tokens=20)[0]) == 9
+
+
 def test_a_row_stops_at_the_end_of_the_context(tokenizer, tmp_path):
     net = model.load_model(make_checkpoint(tmp_path / "short", max_position_embeddings=24), device="cpu")
     groups = sample.generate(net, tokenizer, [[5] * 10, [5] * 22], n=20, max_new_tokens=50)
@@ -104,9 +201,40 @@ def test_odd_requests(net, tokenizer):
             sample.generate(net, tokenizer, ["x"], **bad)
     with pytest.raises(UserError, match="prompt 0 has 0 tokens"):
         sample.generate(net, tokenizer, [""])
+    for bad in (dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(adapters=["", ""])):
+        with pytest.raises(UserError):
+            sample.generate(net, tokenizer, ["x"], **bad)
 
 
-def test_the_script_prints_completions_and_refuses_a_missing_model(checkpoint):
+def test_the_script_prints_completions_and_refuses_a_missing_model(checkpoint, tmp_path):
     done = run_script("sample.py", f"--model={checkpoint}", "--prompt=a=b", "--n=2", "--max_new_tokens=5")
     assert done.returncode == 0 and done.stdout.count("---") == 2, done.stderr
+    assert re.search(r"\d+ tokens, \d+\.\d a second", done.stdout)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("How many?\n\nWho?\n")
+    done = run_script("sample.py", f"--model={checkpoint}", f"--prompt_file={prompts}", "--max_new_tokens=5")
+    assert re.findall("### (.*)", done.stdout) == ["How many?", "Who?"], done.stderr
     assert_refused(run_script("sample.py", "--model=nowhere"), "no model directory at 'nowhere'")
+    assert_refused(run_script("sample.py", f"--model={checkpoint}", "--prompt_file=nowhere"), "prompt_file cannot be")
+    assert_refused(run_script("sample.py", "--prompt=-", "--n=2"), "a talk")
+    assert_refused(run_script("sample.py", "--adapter=hex:00"), "mistyped or cut off")
+
+
+def test_a_single_completion_is_streamed_and_equals_the_whole(net, tokenizer, capsys):
+    printer = sample.Printer(tokenizer)
+    [[c]] = sample.generate(net, tokenizer, ["Zoë"], max_new_tokens=60, seed=3, on_token=printer)
+    shown = capsys.readouterr().out
+    assert c.text.startswith(shown) and c.text[len(shown) :].strip("\ufffd") == "" and len(shown) > 20
+
+
+def test_a_talk_remembers_what_was_said(toy, monkeypatch, capsys):
+    lines, asked = iter(["Tom has 3 apples. Tom finds 4 more. How many apples are there now?", "Why?", ""]), []
+    generate = sample.generate
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(sample, "generate", lambda net, tok, prompts, *a, **k: (
+        asked.append(tok.decode(prompts[0])), generate(net, tok, prompts, *a, **k)))
+    cfg = SimpleNamespace(model="toy", system_prompt="Answer at once.", max_new_tokens=20, temperature=0.0, seed=0,
+                          top_k=0, top_p=1.0)
+    sample.converse(*toy, cfg)
+    assert asked[1].startswith(asked[0]) and "Why?" in asked[1] and "####" in asked[1][len(asked[0]) :]
+    assert "tokens" in capsys.readouterr().out
