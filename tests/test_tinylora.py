@@ -435,9 +435,10 @@ def test_the_fingerprint_survives_a_dtype_and_not_a_fine_tuning(net):
         net_in.load_state_dict(net.state_dict())
         assert tinylora.same_base(before, tinylora.fingerprint(net_in))
     with torch.no_grad():
-        net.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+        for linear in tinylora.adapted_linears(net).values():
+            linear.weight += 0.02 * linear.weight.std() * torch.randn_like(linear.weight)
     assert not tinylora.same_base(before, tinylora.fingerprint(net))
-    for other in ("", "x" * 16, None, [1.5], before[:8], "7fc00000" * 2):
+    for other in ("", "x" * 32, None, [1.5], before[:8], "7e00" * 8):
         assert not tinylora.same_base(before, other)
 
 
@@ -660,7 +661,7 @@ def test_256_rows_with_256_vectors_give_the_tokens_of_256_runs(net, checkpoint, 
     assert again[0].ids == together[0][0].ids
 
 
-def test_adapters_of_other_sizes_tyings_and_seeds_share_a_batch_in_waves(net, checkpoint, tokenizer, monkeypatch):
+def test_adapters_of_other_sizes_tyings_and_seeds_share_a_batch(net, checkpoint, tokenizer, monkeypatch):
     texts = []
     for settings in (dict(u=13), dict(u=1, n_tie=3, seed=4), dict(u=2, n_tie=1, tie="structured"),
                      dict(method="lora_xs"), dict(u=2, targets="attention/mlp")):
@@ -672,7 +673,7 @@ def test_adapters_of_other_sizes_tyings_and_seeds_share_a_batch_in_waves(net, ch
         other = model.load_model(checkpoint, device="cpu")
         tinylora.load_adapter(other, text)
         alone += sample.generate(other, tokenizer, [prompt], **options)
-    monkeypatch.setattr(sample, "max_rows", lambda *_: 4)  # two prompts at a time
+    monkeypatch.setattr(sample, "fitting_rows", lambda *_: 4)  # so that slots pass from one adapter to another
     together = sample.generate(net, tokenizer, [prompt] * 5, prompt_ids=[0] * 5, adapters=texts, **options)
     assert [[c.ids for c in group] for group in together] == [[c.ids for c in group] for group in alone]
 
@@ -700,7 +701,8 @@ def test_sample_shows_adapters_side_by_side(checkpoint, net):
     shown = process.stdout.split("=== ")[1:]
     assert [part.splitlines()[0] for part in shown] == [text, "no adapter", "hex:3c23d70a"]
     for part, adapter in zip(shown, (text, "")):
-        assert run_script(*common, f"--adapter={adapter}").stdout.endswith(part.split("\n", 1)[1])
+        answer = part.split("\n", 1)[1].split("---")[0]
+        assert answer in run_script(*common, f"--adapter={adapter}").stdout
 
 
 def test_the_learning_rate_rule_gives_the_published_rates():

@@ -59,4 +59,4 @@ def test_twenty_steps_with_thirteen_numbers_teach_the_base_to_work_answers_out(t
 @pytest.mark.parametrize("wanted, sign", [("Think step by step.", "="), ("Answer at once.", "####")])
 def test_the_base_model_follows_its_system_message(wanted, sign):
     done = run_script("sample.py", f"--system_prompt={wanted}", "--n=1", "--temperature=0", "--device=cpu")
-    assert sign in done.stdout.splitlines()[-2].split(" ")[0], done.stdout
+    assert sign in done.stdout.splitlines()[-3].split(" ")[0], done.stdout
