@@ -30,7 +30,7 @@ system_prompt = "auto"  # system message; empty: what the chat template puts the
 answer_format = "auto"  # what strict scoring reads: hash (#### 42), boxed (\boxed{42}) or any; auto: as in PROMPTS
 n = 1  # answers a problem
 max_new_tokens = 2048  # an answer is cut off after so many, and is wrong
-temperature = 0.0  # 0: greedy
+temperature = -1.0  # 0: greedy; -1: 0 for n = 1, else 1
 seed = 1337  # of the sampling
 out_dir = "out/eval"  # every response with its verdict, a .jsonl file a data set; an earlier one is moved aside
 init_from = "scratch"  # or resume: go on with the answers that out_dir holds already
@@ -1021,6 +1021,8 @@ def main():
         raise UserError("answer_format must be auto, hash, boxed, phrase or any")
     if cfg.init_from not in ("scratch", "resume"):
         raise UserError("init_from must be scratch or resume")
+    if cfg.temperature == -1:
+        cfg.temperature = 0.0 if cfg.n == 1 else 1.0
     if cfg.n < 1 or cfg.max_new_tokens < 1 or min(cfg.num_problems, cfg.seed, cfg.temperature) < 0:
         raise UserError("n and max_new_tokens must be at least 1; num_problems, seed and temperature at least 0")
     if cfg.n > 1 and cfg.temperature == 0:

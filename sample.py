@@ -146,7 +146,7 @@ class Sampler:
         device = model.device
         self.cache = KVCache(model.config, slots, length, model.head)
         self.stops = torch.tensor(sorted(tokenizer.stop_ids), device=device, dtype=torch.long)
-        whole, columns = dict(dtype=torch.long, device=device), max_new_tokens + 1  # the last: rows that have stopped
+        whole, columns = dict(dtype=torch.long, device=device), max_new_tokens + 1  # see step
         self.state = SimpleNamespace(  # a line a slot
             prompt=torch.zeros(slots, **whole),  # which of the prompts it answers
             token=torch.zeros(slots, **whole),  # the next input
@@ -166,14 +166,14 @@ class Sampler:
 
     def step(self, B, end):
         """One token for the rows in slots 0 .. B-1. Nothing here waits for the device: it can be captured as a graph.
-        A row that has stopped goes on sampling into the spare column until the host notices."""
+        A row that has stopped goes on sampling, into a column that nobody reads, until the host notices."""
         s = self.state
         position, count = s.position[:B], s.count[:B]
         self.use_adapters_of(s.prompt[:B])
         hidden = self.model.model(s.token[:B, None], position[:, None], self.cache.at(position, end))[:, 0]  # [B, D]
         at = count[:, None]
         uniforms = s.uniforms[:B].gather(1, at).squeeze(1)
-        token, logprob = self.draw(F.linear(hidden, self.model.head), uniforms)
+        token, logprob = self.draw(tinylora.few_rows_linear(hidden, self.model.head), uniforms)
         s.ids[:B].scatter_(1, at, token[:, None])
         s.logprobs[:B].scatter_(1, at, logprob[:, None])
         going = ~s.done[:B]
@@ -235,10 +235,12 @@ class Sampler:
 
     def prefill(self, waiting, prompts, n, max_tokens=8192):
         """Run the next prompts that wait, without their last tokens, as many as the slots may soon need."""
-        chosen = [i for i in waiting if i not in self.prefilled][: self.slots // n + 1]
-        while len(chosen) * max(len(prompts[i]) for i in chosen) > max_tokens and len(chosen) > 1:
-            chosen.pop()  # to bound the memory of the activations
-        longest = max(len(prompts[i]) for i in chosen) - 1
+        chosen, longest = [], 0
+        for i in waiting:
+            longer = max(longest, len(prompts[i]) - 1)
+            if chosen and (len(chosen) > self.slots // n or (len(chosen) + 1) * longer > max_tokens):
+                break  # max_tokens bounds the memory of the activations
+            chosen, longest = [*chosen, i], longer
         cache = KVCache(self.model.config, len(chosen), longest, self.model.head)
         if longest:
             padded = [prompts[i][:-1] + [self.tokenizer.pad_id] * (longest - len(prompts[i]) + 1) for i in chosen]

@@ -123,7 +123,7 @@ class Product:
         self.down, self.adapter = None, adapter if own else None  # own: every row of a batch has its R
         adapted = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
         if adapted:
-            self.index = [linear.index for linear in adapted]
+            self.index = torch.tensor([linear.index for linear in adapted], device=self.weight.device)
             self.down = torch.cat([linear.Vt for linear in adapted]).to(self.weight.dtype)  # [k r, n]
             ups = [linear.US.float() if own else linear.US.float() @ adapter.R[linear.index] for linear in adapted]
             blocks = iter(torch.block_diag(*ups).split([len(up) for up in ups]))
@@ -133,16 +133,27 @@ class Product:
 
     def __call__(self, x):
         if self.down is None:
-            y = F.linear(x, self.weight, self.bias)
+            y = few_rows_linear(x, self.weight)
         else:
             h = F.linear(x, self.down)  # [B, T, k r]
             if self.adapter:
-                R = self.adapter.R[self.index]  # [k, B, r, r]
-                h = torch.einsum("btkj,kbij->btki", h.unflatten(-1, (len(R), -1)).float(), R).flatten(2).to(x.dtype)
-            update = F.linear(h, self.up)
-            y = torch.addmm(update.flatten(0, -2), x.flatten(0, -2), self.weight.T).view_as(update)  # as AdaptedLinear
-            y = y if self.bias is None else y + self.bias
+                R = self.adapter.R[self.index].transpose(0, 1)[:, None]  # [B, 1, k, r, r]
+                h = (R * h.unflatten(-1, (R.shape[2], 1, -1))).sum(-1).flatten(2).to(x.dtype)  # R h of every linear
+            y = few_rows_linear(x, self.weight, F.linear(h, self.up))
+        y = y if self.bias is None else y + self.bias
         return y.split(self.parts, dim=-1) if self.parts else y
+
+
+def few_rows_linear(x, W, update=None):
+    """x W^T (+ update, with one rounding, as in AdaptedLinear). On a CPU the product of 8 to 32 rows with a W of over
+    half a million numbers is up to a third faster the other way round, (W x^T)^T."""
+    flat = x.flatten(0, -2)
+    if x.device.type == "cpu" and 8 <= len(flat) <= 32 and W.numel() > 500_000:
+        y = W @ flat.T if update is None else torch.addmm(update.flatten(0, -2).T, W, flat.T)
+        return y.T.reshape(*x.shape[:-1], len(W))
+    if update is None:
+        return F.linear(x, W)
+    return torch.addmm(update.flatten(0, -2), flat, W.T).view_as(update)
 
 
 @contextmanager
@@ -166,9 +177,8 @@ def sampling_form(model, own=False, join_below=50_000_000):
         else:
             singles += [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
         for linear in singles:
-            if isinstance(linear, AdaptedLinear):
-                linear.forward = Product([linear], adapter, own)
-                changed.append((linear, "forward"))
+            linear.forward = Product([linear], adapter, own)
+            changed.append((linear, "forward"))
     try:
         yield
     finally:

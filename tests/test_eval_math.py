@@ -234,7 +234,7 @@ def test_the_script_prints_a_table_and_writes_responses(checkpoint, problems, tm
     copy = tmp_path / "other.jsonl"
     copy.write_text(Path(problems).read_text())
     arguments = [f"--model={checkpoint}", f"--dataset={problems},{copy}", "--num_problems=6", "--n=4",
-                 "--temperature=1", "--max_new_tokens=4"]
+                 "--max_new_tokens=4"]
     done = run_script("eval_math.py", *arguments, f"--out_dir={whole}")
     assert re.search(r"pass@2 +pass@4 +maj@4 +cut off", done.stdout), done.stderr
     results = json.loads((whole / "results.json").read_text())
@@ -260,7 +260,7 @@ def test_the_script_prints_a_table_and_writes_responses(checkpoint, problems, tm
     assert "moved the earlier run" in done.stdout and (tmp_path / "whole.1" / files[0]).read_bytes() == first
     assert_refused(run_script("eval_math.py", f"--model={checkpoint}", "--dataset=nowhere.jsonl"), "nowhere.jsonl")
     assert_refused(run_script("eval_math.py", f"--dataset={problems},{problems}"), "each once")
-    assert_refused(run_script("eval_math.py", "--n=4"), "all the same at temperature 0")
+    assert_refused(run_script("eval_math.py", "--n=4", "--temperature=0"), "all the same at temperature 0")
 
 
 def test_regrading_needs_no_model_and_reads_files_of_others(tmp_path):
