@@ -34,7 +34,7 @@ def test_three_steps_of_gsm8k_run_in_bounded_memory(qwen_half_billion, tmp_path)
                       "--u=13", "--n_tie=0", "--max_steps=3", "--batch_size=2", "--group_size=2", "--max_new_tokens=16",
                       "--micro_batch_tokens=512", "--kl_coef=0.001", "--device=cpu", OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
-    assert "494.0M frozen parameters, 13 trained numbers (168 linears, 1 groups" in done.stdout
+    assert "494.0M parameters; tinylora trains 13 numbers (1 groups of u = 13)" in done.stdout
     steps = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     steps = [line for line in steps if "reward" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
