@@ -894,7 +894,7 @@ def evaluate(net, tokenizer, problems, cfg, n=1, temperature=0.0, indices=None, 
     prompts = encode_problems(tokenizer, problems, cfg.system_prompt, cfg.prompt_template)
     generate(net, tokenizer, prompts, n, cfg.max_new_tokens, temperature, cfg.seed, prompt_ids=indices,
              progress="evaluating", on_done=grade)
-    return summarise(groups) | {"rows": [row for group in groups for row in group]}
+    return (summarise(groups) if groups else {}) | {"rows": [row for group in groups for row in group]}
 
 
 # --- the script -------------------------------------------------------------------------------------------------------

@@ -10,10 +10,12 @@ answers that beat their group's mean. What is not here: a critic, a reward model
 reference policy is the same model with v = 0), a merged or quantised engine that samples from another policy.
 """
 
+import hashlib
 import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -67,8 +69,11 @@ clip_low = 0.0  # the policy ratio is clipped below at 1 - clip_low; 0: the obje
 clip_high = 0.0  # and above at 1 + clip_high; 0: likewise. Clipping acts from the second pass on
 kl_coef = 0.0  # k3 penalty towards the base model (not with full); paper: 0 on GSM8K, 0.001 on MATH
 num_passes = 1  # optimiser passes over each batch; 1 is exactly on policy
+tis_cap = 0.0  # truncated importance sampling: weight tokens by min(trainer's / sampler's probability, this); 0: off
+overlong_tokens = 0  # the last so many tokens before max_new_tokens cost reward, up to 1 (DAPO); 0: none
 grad_clip = 1.0  # bound on the gradient's norm; 0: none
 micro_batch_tokens = 4096  # padded tokens in one forward and backward pass: bounds memory, not the gradient
+recompute = False  # keep only the layers' inputs and compute the rest again in the backward pass: less memory, slower
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # problems in an evaluation; 0: all
@@ -101,6 +106,13 @@ def group_advantages(rewards, objective="grpo", eps=1e-6):
     return centred / (rewards.std(dim=1, keepdim=True) + eps)
 
 
+def overlong_penalty(lengths, max_new_tokens, overlong_tokens):
+    """What answers close to the limit pay, 0 to 1 (DAPO, Yu et al. 2025, eq. 13): lengths [P, G] -> [P, G]."""
+    if not overlong_tokens:
+        return torch.zeros(lengths.shape)
+    return ((lengths - (max_new_tokens - overlong_tokens)) / overlong_tokens).clamp(0, 1)
+
+
 def token_weights(lengths, objective, max_new_tokens, num_rows, num_tokens):
     """Weight of every token of rows with these lengths [B] in the loss -> [B]. num_rows and num_tokens count the whole
     global batch, fixed before it is cut into micro-batches: the gradient is the same for any cut."""
@@ -112,8 +124,9 @@ def token_weights(lengths, objective, max_new_tokens, num_rows, num_tokens):
     return 1 / (lengths * num_rows)  # grpo, gspo: mean over an answer's tokens, then over answers
 
 
-def policy_loss(logp, old_logp, advantages, weights, mask, objective="grpo", clip_low=0.2, clip_high=0.2):
-    """Clipped surrogate, summed. logp, old_logp, mask [B, T]; advantages, weights [B] -> loss, share of clipped tokens.
+def policy_loss(logp, old_logp, advantages, weights, mask, objective="grpo", clip_low=0.2, clip_high=0.2, mismatch=1):
+    """Clipped surrogate, summed. logp, old_logp, mask, mismatch [B, T]; advantages, weights [B] -> loss, number of
+    clipped tokens. mismatch: a factor of every token, without gradient.
 
     On policy the ratio is 1 and the value is that of the advantages alone (about 0): it is the gradient that matters.
     """
@@ -125,7 +138,7 @@ def policy_loss(logp, old_logp, advantages, weights, mask, objective="grpo", cli
     advantages = advantages.unsqueeze(1)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)  # pessimistic: PPO (Schulman et al. 2017)
     clip_count = ((clipped * advantages < ratio * advantages) * mask).sum()
-    return -(surrogate * mask * weights.unsqueeze(1)).sum(), clip_count
+    return -(surrogate * mismatch * mask * weights.unsqueeze(1)).sum(), clip_count
 
 
 def k3(logp, ref_logp):
@@ -198,7 +211,11 @@ def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
         advantages = torch.tensor([row.advantage for row in batch], device=logp.device)
         lengths = [len(row.ids) for row in batch]
         weights = token_weights(lengths, cfg.objective, cfg.max_new_tokens, num_rows, num_tokens).to(logp.device)
-        loss, clipped = policy_loss(logp, old_logp, advantages, weights, mask, cfg.objective, clip_low, clip_high)
+        sampler_logp = pad([torch.tensor(row.sampler_logprobs) for row in batch], logp)
+        check_finite(logp, mask, batch, cfg)
+        mismatch = (old_logp - sampler_logp).exp().clamp(max=cfg.tis_cap) if cfg.tis_cap else mask  # Yao et al. 2025
+        loss, clipped = policy_loss(logp, old_logp, advantages, weights, mask, cfg.objective, clip_low, clip_high,
+                                    mismatch)
         if cfg.kl_coef:
             net.adapter.enabled = False  # v = 0 is the reference policy
             with torch.no_grad():
@@ -208,7 +225,7 @@ def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
             loss = loss + cfg.kl_coef * (kl * weights[:, None]).sum()
             sums["kl"] += kl.sum().item()
         loss.backward()
-        diff = (logp.detach() - pad([torch.tensor(row.sampler_logprobs) for row in batch], logp)).abs() * mask
+        diff = (logp.detach() - sampler_logp).abs() * mask
         sums["loss"] += loss.item()
         sums["clipped"] += clipped.item()
         sums["entropy"] += entropy.sum().item()
@@ -216,6 +233,18 @@ def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
         sums["diff_max"] = max(sums["diff_max"], diff.max().item())
         sums["tokens"] += int(mask.sum())
     return sums
+
+
+def check_finite(logp, mask, batch, cfg):
+    """Stop at the first row with a NaN or infinite log-prob, and write it down for whoever looks into it."""
+    bad = (~logp.isfinite() & mask).any(1).nonzero()
+    if len(bad):
+        path = os.path.join(cfg.out_dir, "not_finite.json")
+        with open(path, "w", encoding="utf-8") as f:
+            row = batch[int(bad[0])]
+            json.dump(vars(row) | {"old_logprobs": None, "trainer_logprobs": logp[int(bad[0])].tolist()}, f)
+        raise UserError(f"a log-prob is not finite; its row is in {path}, and this step changed nothing. Lower lr, or "
+                        "use --dtype=bfloat16 or float32")
 
 
 def pad(rows, like):
@@ -247,6 +276,8 @@ def check_settings(cfg):
         *bad_method(cfg),
         (cfg.method == "full" and cfg.kl_coef > 0, "kl_coef must be 0 with method = full: the reference policy would "
          "be a second copy of the weights"),
+        (not 0 <= cfg.overlong_tokens < cfg.max_new_tokens or cfg.tis_cap < 0, "overlong_tokens must be 0 or more and "
+         "below max_new_tokens, tis_cap 0 or more"),
         (cfg.group_size < 2, "group_size must be at least 2: the advantage is relative to the group's mean"),
         (cfg.top_p != 1.0 or cfg.top_k != 0, "top_p and top_k must stay 1.0 and 0 in training: sampling from a cut "
          "distribution biases the policy ratio (use temperature)"),
@@ -291,12 +322,14 @@ def trained_parameters(net, cfg):
     return dict(adapter.named_parameters()), adapter.meta
 
 
-def save_trained(net, cfg):
-    """Write what a run is for: the adapter, or with method = full the model."""
+def save_trained(net, cfg, best=False):
+    """Write what a run is for: the adapter, or with method = full the model; the last, or the best evaluated so far."""
     if cfg.method == "full":
-        save_model(net, os.path.join(cfg.out_dir, "model"), tokenizer_from=checkpoint_dir(cfg.model))
+        name = "best" if best else "model"
+        save_model(net, os.path.join(cfg.out_dir, name), tokenizer_from=checkpoint_dir(cfg.model))
     else:
-        tinylora.save_adapter(net.adapter, os.path.join(cfg.out_dir, "adapter.safetensors"), cfg.save_dtype)
+        name = "best.safetensors" if best else "adapter.safetensors"
+        tinylora.save_adapter(net.adapter, os.path.join(cfg.out_dir, name), cfg.save_dtype)
 
 
 def start_ranks(cfg):
@@ -318,19 +351,22 @@ def all_reduce(values, device, op="sum"):
 
 
 class Interrupt:
-    """Ctrl-C raises KeyboardInterrupt at once while answers are sampled, when nothing has changed since the last step;
-    from hold() on, when the update begins, it waits for release(), when step count, weights and log agree again."""
+    """Ctrl-C or SIGTERM raises KeyboardInterrupt at once while answers are sampled, when nothing has changed since the
+    last step; from hold() on, when the update begins, it waits for release(), when step count, weights and log agree
+    again."""
 
     def __enter__(self):
         self.held = self.requested = False
-        self.previous = signal.signal(signal.SIGINT, self.handle)
+        self.exit_code = 130
+        self.previous = {name: signal.signal(name, self.handle) for name in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.previous)
+        for name, handler in self.previous.items():
+            signal.signal(name, handler)
 
-    def handle(self, *_):
-        self.requested = True
+    def handle(self, number, _):
+        self.requested, self.exit_code = True, 128 + number
         if not self.held:
             raise KeyboardInterrupt
 
@@ -344,29 +380,69 @@ class Interrupt:
 
 
 def save_checkpoint(path, parameters, optimizer, step, history, identity):
-    """Parameters, Adam's moments, step, `history` (what the last line of the run reports) and `identity` (what the
-    parameters mean) in one safetensors file, written aside and then renamed: a run killed at any moment leaves the
-    previous one whole."""
+    """Parameters, Adam's moments, step, `history` (what the last line of the run reports), `identity` (what the
+    parameters mean) and the code's revision in one safetensors file with a checksum. It is written aside and renamed,
+    and the one before is kept: a run killed at any moment, or a damaged file, costs some save_interval steps."""
     tensors = {f"param.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": value.cpu().contiguous() for key, value in state.items()}
-    info = {"step": step, "history": history, "identity": identity}
-    save_file(tensors, path + ".tmp", metadata={key: json.dumps(value) for key, value in info.items()})
+    info = {"step": step, "history": history, "identity": identity, "revision": revision()}
+    info = {key: json.dumps(value) for key, value in info.items()}
+    save_file(tensors, path + ".tmp", metadata=info | {"sha256": checksum(tensors, info)})
+    if os.path.exists(path):
+        os.replace(path, previous(path))
     os.replace(path + ".tmp", path)
 
 
-def load_checkpoint(path, parameters, optimizer, identity):
-    """Restore what save_checkpoint wrote; returns step and history. Raises UserError for one of other settings."""
+def previous(path):
+    return path.replace(".safetensors", ".previous.safetensors")
+
+
+def checksum(tensors, info):
+    digest = hashlib.sha256(json.dumps(info, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@lru_cache
+def revision():
+    """The commit that this code is at, with a + if files differ from it; empty where git cannot tell."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def read_checkpoint(path):
+    """(tensors, info) of a checkpoint whose checksum is right; OSError otherwise."""
     try:
         with safe_open(path, framework="pt") as f:
-            info = {key: json.loads(value) for key, value in f.metadata().items()}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot resume: no checkpoint can be read from {path} ({error})") from None
+            info, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    if info.pop("sha256", None) != checksum(tensors, info):
+        raise OSError("its checksum is wrong")
+    return tensors, {key: json.loads(value) for key, value in info.items()}
+
+
+def load_checkpoint(path, parameters, optimizer, identity):
+    """Restore what save_checkpoint wrote, the one before where the last is damaged; returns step and history. Raises
+    UserError where there is none, or one of other settings."""
+    for file in (path, previous(path)):
+        try:
+            tensors, info = read_checkpoint(file)
+            break
+        except OSError as error:
+            print(f"{file} cannot be used: {error}")
+    else:
+        raise UserError(f"cannot resume: {os.path.dirname(path)} holds no whole checkpoint; leave out "
+                        "init_from to start")
     different = [key for key in identity if info["identity"].get(key) != identity[key]
                  and not (key == "base" and tinylora.same_base(info["identity"].get(key, ""), identity[key]))]
     if different:
-        raise UserError(f"cannot resume: {path} was made with another {', '.join(different)}")
+        raise UserError(f"cannot resume: {file} was made with another {', '.join(different)}")
     state = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
@@ -396,12 +472,16 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
     parameters, identity: of trained_parameters.
     take_step(step, interrupt) changes them; it returns a dict of metrics for the log and a line for the screen.
     """
-    chief = not dist.is_initialized() or dist.get_rank() == 0  # the one process that evaluates and writes
-    eval_problems = eval_math.load_problems(cfg.eval_dataset, "test") if cfg.eval_dataset and chief else []
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    chief = rank == 0  # the one process that writes
+    eval_problems = eval_math.load_problems(cfg.eval_dataset, "test") if cfg.eval_dataset else []
     eval_problems = eval_problems[: cfg.eval_size or None]
     checkpoint_file = os.path.join(cfg.out_dir, "checkpoint.safetensors")
-    step, history = 0, {"seconds": 0.0, "base": None, "accuracy": None, "evaluated": None}
-    if cfg.init_from == "resume":
+    step, history = 0, {"seconds": 0.0, "base": None, "accuracy": None, "evaluated": None, "best": -1.0}
+    if cfg.init_from == "resume" and os.path.exists(os.path.join(cfg.out_dir, "settings.py")) and not (
+            os.path.exists(checkpoint_file) or os.path.exists(previous(checkpoint_file))):
+        print(f"{cfg.out_dir} has no checkpoint yet: this starts at step 0")
+    elif cfg.init_from == "resume":
         step, history = load_checkpoint(checkpoint_file, parameters, optimizer, identity)
     if chief:
         prepare_out_dir(cfg, "log.jsonl")
@@ -420,11 +500,23 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
             save_trained(net, cfg)
 
     def evaluate():
-        if eval_problems:
-            result = eval_math.evaluate(net, tokenizer, eval_problems, cfg)
+        if not eval_problems:
+            return
+        mine = list(range(rank, len(eval_problems), world))  # every rank asks its share
+        result = eval_math.evaluate(net, tokenizer, [eval_problems[i] for i in mine], cfg, indices=mine)
+        if world > 1:
+            shares = [None] * world
+            dist.all_gather_object(shares, result["rows"])
+            rows = sorted((row for share in shares for row in share), key=lambda row: row["index"])
+            result = eval_math.summarise([[row] for row in rows]) | {"rows": rows}
+        history.update(accuracy=result["strict"], evaluated=step)
+        write({"step": step, "eval": {k: v for k, v in result.items() if k != "rows"}})
+        if chief:
             print_evaluation(step, result)
-            write({"step": step, "eval": {k: v for k, v in result.items() if k != "rows"}})
-            history.update(accuracy=result["strict"], evaluated=step)
+        if result["strict"] > history["best"]:
+            history["best"] = result["strict"]
+            if chief and step:
+                save_trained(net, cfg, best=True)
 
     try:
         with Interrupt() as interrupt:
@@ -451,7 +543,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
                 save()
                 if chief:
                     print(f"\ninterrupted: {step} steps are saved in {cfg.out_dir}; go on with --init_from=resume")
-                raise SystemExit(130) from None
+                raise SystemExit(interrupt.exit_code) from None
     finally:
         if chief:
             log.close()
@@ -482,6 +574,7 @@ def train(cfg):
     tokenizer = load_tokenizer(cfg.model)
     prepare_problems(net, tokenizer, problems, cfg)
     began, size = time.time(), sum(p.numel() for p in net.parameters())
+    net.model.recompute = cfg.recompute
     parameters, identity = trained_parameters(net, cfg)
     optimizer = torch.optim.Adam(parameters.values(), lr=cfg.lr)
     if rank == 0:
@@ -517,12 +610,14 @@ def rollout(net, tokenizer, problems, cfg, step, rank, world):
     scores = [[eval_math.score(c.text, c.truncated, problem["answer"], cfg.answer_format) for c in group]
               for problem, group in zip(batch, groups)]
     rewards = torch.tensor([[float(s["strict"]) for s in group] for group in scores]).view(-1, cfg.group_size)  # [P, G]
-    advantages = group_advantages(rewards, cfg.objective)
+    lengths = torch.tensor([[len(c.ids) for c in group] for group in groups]).view(-1, cfg.group_size)
+    shaped = rewards - overlong_penalty(lengths, cfg.max_new_tokens, cfg.overlong_tokens)
+    advantages = group_advantages(shaped, cfg.objective)
     rows = [Row(prompt, c.ids, c.logprobs, advantages[i, j].item())
             for i, (prompt, group) in enumerate(zip(prompts, groups)) for j, c in enumerate(group)]
     counts = {"rows": len(rows), "tokens": sum(len(row.ids) for row in rows), "right": rewards.sum().item(),
               "lenient": sum(s["lenient"] for group in scores for s in group),
-              "equal": int((rewards.std(dim=1) == 0).sum()) * cfg.group_size,
+              "equal": int((shaped.std(dim=1) == 0).sum()) * cfg.group_size,
               "truncated": sum(c.truncated for group in groups for c in group)}
     return rows, dict(zip(counts, all_reduce(list(counts.values()), net.device)))
 
@@ -548,7 +643,8 @@ def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, i
     record = {"reward": n["right"] / n["rows"], "reward_lenient": n["lenient"] / n["rows"],
               "equal_groups": n["equal"] / n["rows"], "length": n["tokens"] / n["rows"],
               "truncated": n["truncated"] / n["rows"], "loss": sums.pop("loss"), "grad_norm": grad_norm,
-              "v_norm": torch.stack([p.detach().norm() for p in parameters]).norm().item()}
+              "v_norm": torch.stack([p.detach().norm() for p in parameters]).norm().item(),
+              "v_max": max(p.detach().abs().max().item() for p in parameters)}
     scored = sums.pop("tokens")  # of the rows that have a gradient; over them go the means of the rest
     record |= {key: total / scored if scored else None for key, total in sums.items()} | {"diff_max": diff_max}
     record["seconds"] = {"generate": t1 - t0, "update": t2 - t1, "tokens_per_second": n["tokens"] / (t1 - t0),
@@ -565,10 +661,26 @@ def summary(r, cfg):
     else:
         line += f"entropy {r['entropy']:.2f} | sampler-trainer {r['diff']:.0e} | "
     line += f"{r['seconds']['generate']:.1f} + {r['seconds']['update']:.1f} s"
-    if r["truncated"] > 0.2:
-        line += (f"\nwarning: {r['truncated']:.0%} of the answers were cut off and earned nothing; raise "
-                 f"max_new_tokens (now {cfg.max_new_tokens})")
-    return line
+    return "\n".join([line, *(f"warning: {text}" for text in warnings_of(r, cfg))])
+
+
+def warnings_of(r, cfg):
+    """What in a step's metrics calls for a hand."""
+    mismatch = 1e-3 if cfg.dtype == "float32" else 0.05
+    entropy, diff = r["entropy"], r["diff"] or 0.0  # None in a step without a gradient
+    signs = [
+        (r["truncated"] > 0.2, f"{r['truncated']:.0%} of the answers were cut off and earned nothing; raise "
+         f"max_new_tokens (now {cfg.max_new_tokens})"),
+        (r["equal_groups"] > 0.9, f"in {r['equal_groups']:.0%} of the groups all answers earned the same and teach "
+         "nothing; take harder or easier problems, or a larger group_size"),
+        (entropy is not None and entropy < 0.005, "the entropy is nearly 0: all answers of a group are the "
+         "same; lower lr"),
+        (diff > mismatch, f"sampler and trainer disagree by {diff:.3f} on average; "
+         "set tis_cap to 2, or use float32"),
+        (cfg.method in ("tinylora", "lora_xs") and r["v_max"] > 1, f"a number of v has grown to {r['v_max']:.1f}: the "
+         "update outweighs the weights it is made of; lower lr"),
+    ]
+    return [text for is_so, text in signs if is_so]
 
 
 def update(optimizer, parameters, grad_clip):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 
@@ -144,6 +145,7 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.config = config
         self.inv_freq = None  # fp32, made on first use: a model built on the meta device has no numbers yet
+        self.recompute = False  # in training keep a block's input only, and run the block again in the backward pass
 
     def forward(self, ids, positions=None, cache=None):
         if positions is None:
@@ -155,7 +157,10 @@ class Trunk(nn.Module):
         cos, sin = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         for block in self.layers:
-            x = block(x, cos, sin, cache)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, cache, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, cache)
         return self.norm(x)
 
 

@@ -102,7 +102,8 @@ def test_chunked_logprobs_equal_the_full_softmax(chunk):
 
 
 def settings(**changes):
-    cfg = SimpleNamespace(objective="grpo", temperature=1.0, micro_batch_tokens=10**6, max_new_tokens=12, clip_low=0.0,
+    cfg = SimpleNamespace(objective="grpo", temperature=1.0, micro_batch_tokens=10**6, max_new_tokens=12, tis_cap=0.0,
+                          clip_low=0.0,
                           clip_high=0.0, kl_coef=0.0)
     return SimpleNamespace(**vars(cfg) | changes)
 
@@ -307,6 +308,125 @@ def test_ctrl_c_saves_and_exits_cleanly(checkpoint, problems, tmp_path):
     assert [line["step"] for line in log_of(tmp_path / "run") if "reward" in line] == list(range(1, saved + 2))
 
 
+@pytest.mark.parametrize("kill_at", ["", '"step": 1,', '"step": 3,'])
+def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers_and_the_same_log(checkpoint, problems, tmp_path,
+                                                                                 kill_at):
+    """SIGKILL before the first step, before the first checkpoint, and between checkpoints."""
+    options = dict(max_steps=5, save_interval=2, eval_interval=2, eval_size=3, lr=0.5)
+    done = run_script("grpo.py", *args(checkpoint, problems, tmp_path / "whole", **options))
+    assert done.returncode == 0, done.stderr
+    log = tmp_path / "parts" / "log.jsonl"
+    process = subprocess.Popen([sys.executable, "grpo.py", *args(checkpoint, problems, tmp_path / "parts", **options)],
+                               cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (log.exists() and kill_at in log.read_text()) and time.time() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    done = run_script("grpo.py", *args(checkpoint, problems, tmp_path / "parts", init_from="resume", **options))
+    assert done.returncode == 0, done.stderr
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+    assert torch.equal(*(load_file(tmp_path / d / "adapter.safetensors")["v"] for d in ("whole", "parts")))
+
+
+def test_sigterm_saves_and_exits(checkpoint, problems, tmp_path, lucky, monkeypatch):
+    generate, calls = grpo.generate, []
+
+    def terminated(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(grpo, "generate", terminated)
+    with pytest.raises(SystemExit) as stopped:
+        run(*args(checkpoint, problems, tmp_path / "run", max_steps=9, eval_dataset=""))
+    assert stopped.value.code == 143
+    assert grpo.read_checkpoint(str(tmp_path / "run" / "checkpoint.safetensors"))[1]["step"] == 2
+
+
+def test_the_best_evaluated_adapter_is_kept_beside_the_last(checkpoint, problems, tmp_path, monkeypatch):
+    """Accuracies 0.1, 0.5, 0.3 after 0, 1 and 2 steps: the best is the one after step 1."""
+    accuracies = iter([0.1, 0.5, 0.3])
+    monkeypatch.setattr(eval_math, "evaluate", lambda *_, **__: {
+        "strict": next(accuracies), "lenient": 0.0, "stderr": 0.0, "length": 1.0, "truncated": 0.0,
+        "rows": [{"question": "?", "response": "", "answer": "1"}]})
+    seen, save = {}, grpo.tinylora.save_adapter
+    monkeypatch.setattr(grpo.tinylora, "save_adapter", lambda adapter, path, dtype: (
+        seen.setdefault(os.path.basename(path), []).append(adapter.v.detach().clone()), save(adapter, path, dtype)))
+    run(*args(checkpoint, problems, tmp_path / "run", max_steps=2, eval_interval=1, save_interval=1))
+    assert len(seen["best.safetensors"]) == 1
+    assert torch.equal(seen["best.safetensors"][0], seen["adapter.safetensors"][0])
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(checkpoint, problems, tmp_path, lucky, capsys,
+                                                                    damage):
+    options = dict(max_steps=3, save_interval=1, eval_dataset="")
+    run(*args(checkpoint, problems, tmp_path / "run", **options))
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    v, data = load_file(tmp_path / "run" / "adapter.safetensors")["v"], path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(data[:-9] if damage == "cut" else data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    run(*args(checkpoint, problems, tmp_path / "run", init_from="resume", **options))
+    assert "checkpoint.safetensors cannot be used" in capsys.readouterr().out
+    assert torch.equal(load_file(tmp_path / "run" / "adapter.safetensors")["v"], v)
+    for file in ("checkpoint.safetensors", "checkpoint.previous.safetensors"):
+        (tmp_path / "run" / file).write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        run(*args(checkpoint, problems, tmp_path / "run", init_from="resume", **options))
+
+
+def test_answers_near_the_limit_pay():
+    lengths = torch.tensor([[10, 60, 70, 79, 80]])
+    assert grpo.overlong_penalty(lengths, 80, 20).tolist() == [[0, 0, 0.5, pytest.approx(0.95), 1]]
+    assert not grpo.overlong_penalty(lengths, 80, 0).any()
+
+
+def test_truncated_importance_sampling_weights_tokens_by_the_mismatch():
+    """Two tokens, on policy: the gradient of each is the advantage times min(trainer's / sampler's share, cap)."""
+    logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    mismatch = (logp.detach() - torch.tensor([[-1.2, -5.0]])).exp().clamp(max=2.0)
+    loss, _ = grpo.policy_loss(logp, logp.detach(), torch.tensor([0.5]), torch.tensor([1.0]), torch.ones(1, 2),
+                               mismatch=mismatch)
+    loss.backward()
+    assert torch.allclose(logp.grad, -0.5 * torch.tensor([[math.exp(0.2), 2.0]]))
+
+
+def test_the_cap_and_recomputation_change_nothing_where_both_sides_agree(checkpoint, problems, tmp_path, lucky):
+    for name, options in dict(plain={}, tis=dict(tis_cap=2.0), recompute=dict(recompute=True)).items():
+        run(*args(checkpoint, problems, tmp_path / name, eval_dataset="", **options))
+    v = {name: load_file(tmp_path / name / "adapter.safetensors")["v"] for name in ("plain", "tis", "recompute")}
+    assert torch.equal(v["plain"], v["recompute"]) and torch.allclose(v["plain"], v["tis"], atol=1e-4)
+
+
+def test_a_log_prob_that_is_not_finite_is_written_down(checkpoint, problems, tmp_path, lucky, monkeypatch):
+    scored = grpo.completion_logprobs
+
+    def broken(*arguments):
+        logp, *rest = scored(*arguments)
+        logp = logp.clone()
+        logp[1, 0] = math.nan
+        return logp, *rest
+
+    monkeypatch.setattr(grpo, "completion_logprobs", broken)
+    with pytest.raises(UserError, match="not_finite.json"):
+        run(*args(checkpoint, problems, tmp_path / "run", eval_dataset=""))
+    row = json.loads((tmp_path / "run" / "not_finite.json").read_text())
+    assert len(row["ids"]) == len(row["sampler_logprobs"]) and math.isnan(row["trainer_logprobs"][0])
+
+
+def test_warnings_name_the_cure():
+    calm = dict(truncated=0.0, equal_groups=0.5, entropy=0.5, diff=1e-7, v_max=0.1)
+    cfg = SimpleNamespace(max_new_tokens=64, dtype="auto", method="tinylora")
+    assert grpo.warnings_of(calm, cfg) == []
+    for key, value, word in [("truncated", 0.5, "max_new_tokens"), ("equal_groups", 1.0, "problems"),
+                             ("entropy", 0.0, "lr"), ("diff", 0.2, "tis_cap"), ("v_max", 3.0, "lr")]:
+        [text] = grpo.warnings_of(calm | {key: value}, cfg)
+        assert word in text
+
+
 def test_a_second_run_moves_the_first_aside(checkpoint, problems, tmp_path):
     for _ in range(2):
         run(*args(checkpoint, problems, tmp_path / "run", max_steps=1, eval_dataset=""))
@@ -318,12 +438,12 @@ def test_two_processes_learn_what_one_does(checkpoint, problems, tmp_path, net):
     adapter = tinylora.add_adapter(net, rank=2, u=1, n_tie=1, seed=1337)
     torch.nn.init.normal_(adapter.v, std=0.2, generator=torch.Generator().manual_seed(0))
     parameters, optimizer = dict(adapter.named_parameters()), torch.optim.Adam(adapter.parameters())
-    history = {"seconds": 0.0, "base": None, "accuracy": None, "evaluated": None}
+    history = {"seconds": 0.0, "base": 0.0, "accuracy": None, "evaluated": None, "best": 0.0}
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         grpo.save_checkpoint(str(tmp_path / name / "checkpoint.safetensors"), parameters, optimizer, 0, history,
                              adapter.meta)
-    options = dict(max_steps=2, batch_size=4, eval_dataset="", kl_coef=0.5, init_from="resume")
+    options = dict(max_steps=2, batch_size=4, eval_size=5, kl_coef=0.5, init_from="resume")
     run(*args(checkpoint, problems, tmp_path / "one", **options))
     done = run_script("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", "grpo.py",
                       *args(checkpoint, problems, tmp_path / "two", **options))
@@ -331,8 +451,9 @@ def test_two_processes_learn_what_one_does(checkpoint, problems, tmp_path, net):
     one, two = (load_file(tmp_path / d / "checkpoint.safetensors") for d in ("one", "two"))
     moment = one["optimizer.0.exp_avg"]
     assert (two["optimizer.0.exp_avg"] - moment).norm() < 1e-4 * moment.norm() and moment.norm() > 0
-    lengths = [[line["length"] for line in log_of(tmp_path / d)] for d in ("one", "two")]
-    assert lengths[0] == lengths[1]
+    one, two = (log_of(tmp_path / d) for d in ("one", "two"))
+    assert [line.get("length") for line in one] == [line.get("length") for line in two]
+    assert one[-1]["eval"]["problems"] == 5 and one[-1] == two[-1]  # each rank asked its share
 
 
 def test_a_step_follows_the_policy_gradient_of_its_samples(net, tokenizer, checkpoint, problems, lucky, monkeypatch):
@@ -422,7 +543,8 @@ REFUSED = {
     "unknown method": (dict(method="dora"), "method 'dora' is unknown"),
     "wrong type": (dict(max_steps="many"), "--max_steps wants an int"),
     "unknown key": (dict(learning_rate=1), "learning_rate"),
-    "nothing to resume": (dict(init_from="resume"), "no checkpoint can be read"),
+    "nothing to resume": (dict(init_from="resume"), "holds no whole checkpoint"),
+    "overlong_tokens beyond the limit": (dict(overlong_tokens=10**6), "overlong_tokens must be"),
     "prompt longer than the context": (
         dict(prompt_template="{question}" * 40),
         "longer than the model's context of 512",
