@@ -225,6 +225,8 @@ def pick_device(device="auto"):
     try:
         device = torch.device(device)
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # CUDA graphs are recorded on the current device
     except (RuntimeError, AssertionError):
         raise UserError(f"device '{device}' is not available here; use --device=auto, cpu or cuda") from None
     return device

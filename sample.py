@@ -2,7 +2,7 @@
 
     python sample.py --prompt="Tom has 3 apples. Tom finds 4 more. How many apples are there now?"
     python sample.py --model=Qwen/Qwen2.5-7B-Instruct --adapter=out/qwen7b_u13 --prompt=-    # a talk in the terminal
-    python sample.py --adapter=out/a,out/b,hex:3c23d70a --n=3    # several adapters and samples, in one batch
+    python sample.py --adapter=,out/a,out/b --n=3    # without and with adapters, several samples, in one batch
     python sample.py --prompt_file=questions.txt --temperature=0
 """
 
@@ -229,6 +229,7 @@ class Sampler:
                 self.rows[slot], self.reached[slot], last = row, reached, len(self.rows)
                 for lines in vars(self.state).values():
                     lines[slot] = lines[last]
+                self.state.done[last] = True
                 for entries in (self.cache.k, self.cache.v):
                     entries[:, slot, :, :reached] = entries[:, last, :, :reached]
         return len(self.rows)
@@ -295,10 +296,10 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     """
     prompts = [tokenizer.bos_ids + tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
     context = model.config.max_position_embeddings
-    if n < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise UserError("n and max_new_tokens must be at least 1, temperature and top_k 0 or more, top_p in (0, 1]; "
-                        f"got n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, "
-                        f"top_p={top_p}")
+    if n < 1 or max_new_tokens < 1 or min(temperature, top_k, seed) < 0 or not 0 < top_p <= 1:
+        raise UserError("n and max_new_tokens must be at least 1; temperature, top_k and seed 0 or more; top_p in (0, 1]"
+                        f"; got n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, "
+                        f"seed={seed}, top_p={top_p}")
     for i, p in enumerate(prompts):
         if not 0 < len(p) < context:
             raise UserError(f"prompt {i} has {len(p)} tokens; the model's context holds 1 to {context - 1} of them")
@@ -306,8 +307,11 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
         raise UserError(f"adapters must be one per prompt: {len(adapters)} for {len(prompts)} prompts")
     if not prompts:
         return []
-    R = tinylora.load_adapters(model, adapters) if adapters else None  # [N, prompts, r, r]
+    plain = not hasattr(model, "adapter")
+    with torch.inference_mode(False):  # what is attached may be trained later
+        R = tinylora.load_adapters(model, adapters) if adapters else None  # [N, prompts, r, r]
     prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
+    max_new_tokens = min(max_new_tokens, context - min(map(len, prompts)))  # nothing is sized for more than there is
     length = max(min(len(p) + max_new_tokens, context) for p in prompts)
     draw = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     sampler = Sampler(model, tokenizer, fitting_rows(model, length, len(prompts) * n), length, max_new_tokens, draw, R)
@@ -328,8 +332,12 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     def uniforms(i, j):
         return row_uniforms(seed, prompt_ids[i], j, max_new_tokens)
 
-    with bar, tinylora.sampling_form(model, own=R is not None):
-        sampler.run(prompts, n, limits, uniforms, finished, on_token)
+    try:
+        with bar, tinylora.sampling_form(model, own=R is not None):
+            sampler.run(prompts, n, limits, uniforms, finished, on_token)
+    finally:
+        if R is not None and plain:
+            tinylora.detach(model)
     return out
 
 
@@ -406,7 +414,7 @@ def converse(net, tokenizer, cfg):
 
 def main():
     cfg = configure(globals())
-    adapters = cfg.adapter.split(",")  # "" is the base model
+    adapters = [name.strip() for name in cfg.adapter.split(",")]  # "" is the base model
     if cfg.prompt == "-" and (len(adapters) > 1 or cfg.n > 1 or cfg.prompt_file):
         raise UserError("a talk (prompt=-) takes one adapter, n=1 and no prompt_file")
     texts = [cfg.prompt]
@@ -416,6 +424,8 @@ def main():
                 texts = [line.strip() for line in f if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"prompt_file cannot be read: {error}") from None
+        if not texts:
+            raise UserError(f"prompt_file {cfg.prompt_file} holds no prompt")
     net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
     if adapters != [""] and len(adapters) == 1:
         tinylora.load_adapter(net, cfg.adapter)

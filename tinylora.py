@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -112,7 +113,8 @@ class Adapter(nn.Module):
 
 class Product:
     """Linears of one input as a single product, for sampling, while weights and adapter stand still: the weights side
-    by side, and of the update the two thin factors V^T and U S R, multiplied out."""
+    by side, and of the update the two thin factors V^T and U S R, multiplied out. In 16 bits R stays apart, so that
+    sampler and trainer round alike."""
 
     def __init__(self, linears, adapter, own):
         self.parts = [len(linear.weight) for linear in linears] if len(linears) > 1 else None
@@ -120,12 +122,14 @@ class Product:
         if self.parts:
             self.weight = torch.cat([linear.weight for linear in linears])
             self.bias = None if self.bias is None else torch.cat([linear.bias for linear in linears])
-        self.down, self.adapter = None, adapter if own else None  # own: every row of a batch has its R
+        self.down = None
+        folded = not own and self.weight.dtype == torch.float32
+        self.adapter = None if folded else adapter  # own: every row of a batch has its R
         adapted = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
         if adapted:
             self.index = torch.tensor([linear.index for linear in adapted], device=self.weight.device)
             self.down = torch.cat([linear.Vt for linear in adapted]).to(self.weight.dtype)  # [k r, n]
-            ups = [linear.US.float() if own else linear.US.float() @ adapter.R[linear.index] for linear in adapted]
+            ups = [linear.US.float() @ adapter.R[linear.index] if folded else linear.US.float() for linear in adapted]
             blocks = iter(torch.block_diag(*ups).split([len(up) for up in ups]))
             none = self.down.new_zeros(1, len(self.down), dtype=torch.float32)
             self.up = torch.cat([next(blocks) if linear in adapted else none.expand(len(linear.weight), -1)
@@ -133,27 +137,28 @@ class Product:
 
     def __call__(self, x):
         if self.down is None:
-            y = few_rows_linear(x, self.weight)
+            y = few_rows_linear(x, self.weight, self.bias)
         else:
             h = F.linear(x, self.down)  # [B, T, k r]
             if self.adapter:
-                R = self.adapter.R[self.index].transpose(0, 1)[:, None]  # [B, 1, k, r, r]
+                R = self.adapter.R[self.index]  # [k, r, r] or [k, B, r, r]
+                R = (R if R.dim() == 4 else R[:, None]).transpose(0, 1)[:, None]  # [B or 1, 1, k, r, r]
                 h = (R * h.unflatten(-1, (R.shape[2], 1, -1))).sum(-1).flatten(2).to(x.dtype)  # R h of every linear
             y = few_rows_linear(x, self.weight, F.linear(h, self.up))
-        y = y if self.bias is None else y + self.bias
+            y = y if self.bias is None else y + self.bias
         return y.split(self.parts, dim=-1) if self.parts else y
 
 
-def few_rows_linear(x, W, update=None):
-    """x W^T (+ update, with one rounding, as in AdaptedLinear). On a CPU the product of 8 to 32 rows with a W of over
-    half a million numbers is up to a third faster the other way round, (W x^T)^T."""
+def few_rows_linear(x, W, added=None):
+    """x W^T + added (a bias or an update) with one rounding, as in AdaptedLinear. On a CPU in float32 the product of 8
+    to 32 rows with a W of over half a million numbers is up to a third faster the other way round, (W x^T)^T."""
     flat = x.flatten(0, -2)
-    if x.device.type == "cpu" and 8 <= len(flat) <= 32 and W.numel() > 500_000:
-        y = W @ flat.T if update is None else torch.addmm(update.flatten(0, -2).T, W, flat.T)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and 8 <= len(flat) <= 32 and W.numel() > 500_000:
+        y = W @ flat.T if added is None else torch.addmm(added.reshape(-1, len(W)).T, W, flat.T)
         return y.T.reshape(*x.shape[:-1], len(W))
-    if update is None:
-        return F.linear(x, W)
-    return torch.addmm(update.flatten(0, -2), flat, W.T).view_as(update)
+    if added is None or added.dim() == 1:
+        return F.linear(x, W, added)
+    return torch.addmm(added.flatten(0, -2), flat, W.T).view_as(added)
 
 
 @contextmanager
@@ -162,24 +167,25 @@ def sampling_form(model, own=False, join_below=50_000_000):
     fewer weights than join_below: where a step's time goes into calls, and a second copy of the weights is small.
     own: every row of a batch has its own R, which stands in adapter.rows at each forward pass."""
     adapter = getattr(model, "adapter", None)
-    if adapter:
-        adapter.refresh()
-        adapter.held = not own
     joined = sum(p.numel() for p in model.model.layers.parameters()) < join_below
     changed = []  # (object, name of the method that its attribute hides)
-    for block in model.model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        singles = [attention.o_proj, mlp.down_proj]
-        if joined:
-            attention.project = Product([attention.q_proj, attention.k_proj, attention.v_proj], adapter, own)
-            mlp.project = Product([mlp.gate_proj, mlp.up_proj], adapter, own)
-            changed += [(attention, "project"), (mlp, "project")]
-        else:
-            singles += [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
-        for linear in singles:
-            linear.forward = Product([linear], adapter, own)
-            changed.append((linear, "forward"))
+
+    def hide(thing, name, linears):
+        setattr(thing, name, Product(linears, adapter, own))
+        changed.append((thing, name))
+
     try:
+        if adapter:
+            adapter.refresh()
+            adapter.held = not own
+        for block in model.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            inputs = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
+            if joined:
+                hide(attention, "project", inputs[0])
+                hide(mlp, "project", inputs[1])
+            for linear in [attention.o_proj, mlp.down_proj, *([] if joined else inputs[0] + inputs[1])]:
+                hide(linear, "forward", [linear])
         yield
     finally:
         for thing, name in changed:
@@ -332,9 +338,16 @@ def merge(model):
         if isinstance(linear, AdaptedLinear):
             update = linear.US.float() @ adapter.R[linear.index] @ linear.Vt.float()
             linear.weight.copy_((linear.weight.float() + update).to(linear.weight.dtype))
+    return detach(model)
+
+
+def detach(model):
+    """Remove the adapter: the model is again as it was loaded."""
+    for linear in list(adapted_linears(model).values()):
+        if isinstance(linear, AdaptedLinear):
             linear.__class__ = nn.Linear
             del linear.adapter, linear.index, linear.US, linear.Vt
-    adapter.hook.remove()
+    model.adapter.hook.remove()
     del model.adapter
     return model
 
@@ -604,25 +617,31 @@ def load_adapter(model, where):
 def load_adapters(model, adapters):
     """R [N, K, r, r] in fp32 of K adapters over the same linears with the same rank, for sample.generate: files,
     directories, texts, or "" for none. They may differ in u, tying and seed. The factors of the SVD are shared: those
-    of the model's adapter, or of the first of these, which is then attached.
+    of the model's adapter, or of the first of these, which is then attached; where one is refused, nothing is.
     """
-    out, cache = [None] * len(adapters), {}
-    for k, where in enumerate(adapters):
-        if where:
-            meta, groups, modules, tensors = fit(model, where)
-            if meta["method"] == "lora":
-                raise UserError(f"{where[:80]}: a LoRA has its own factors and cannot share a batch; load it alone")
-            key = json.dumps(meta, sort_keys=True)
-            if key not in cache:
-                cache[key] = projections(meta, modules)
-            attached = model.adapter if hasattr(model, "adapter") else load_adapter(model, where)
-            mine = [m for m in adapted_linears(model).values() if isinstance(m, AdaptedLinear)]
-            if attached.meta["method"] == "lora" or meta["rank"] != attached.meta["rank"] or (
-                    mine != list(modules.values())):
-                raise UserError(f"{where[:80]}: rank and targets must be the same for all adapters of a batch")
-            out[k] = mix(tensors["v"], torch.tensor(groups), cache[key])
     if not any(adapters):
         raise UserError("of several adapters at least one must be given")
+    out, cache, attached = [None] * len(adapters), {}, None
+    try:
+        for k, where in enumerate(adapters):
+            if where:
+                meta, groups, modules, tensors = fit(model, where)
+                if meta["method"] == "lora":
+                    raise UserError(f"{where[:80]}: a LoRA has its own factors and cannot share a batch; load it alone")
+                key = json.dumps(meta, sort_keys=True)
+                if key not in cache:
+                    cache[key] = projections(meta, modules)
+                if not hasattr(model, "adapter"):
+                    attached = load_adapter(model, where)
+                mine = [m for m in adapted_linears(model).values() if isinstance(m, AdaptedLinear)]
+                shared = model.adapter.meta
+                if shared["method"] == "lora" or meta["rank"] != shared["rank"] or mine != list(modules.values()):
+                    raise UserError(f"{where[:80]}: rank and targets must be the same for all adapters of a batch")
+                out[k] = mix(tensors["v"], torch.tensor(groups), cache[key])
+    except UserError:
+        if attached:
+            detach(model)
+        raise
     none = torch.zeros_like(next(R for R in out if R is not None))
     return torch.stack([none if R is None else R for R in out], dim=1).to(model.device)
 
@@ -638,10 +657,11 @@ def new_directory(path):
     """A directory that has its name only when all of it is written; one that holds files is refused."""
     if not path or os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
         raise UserError(f"out_dir must name a new or empty directory, not '{path}'")
-    aside = os.path.normpath(path) + ".tmp"
+    parent, name = os.path.split(os.path.abspath(path))
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        os.makedirs(aside)
+        os.makedirs(parent, exist_ok=True)
+        aside = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
+        os.chmod(aside, 0o755)  # mkdtemp's is for its owner alone
         try:
             yield aside
             os.replace(aside, path)
