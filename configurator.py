@@ -84,11 +84,12 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except Exception as error:
-        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):  # torch's, without importing torch
+        # torch's and Python's, by name: nothing is imported here; torch's CPU allocator raises a bare RuntimeError
+        named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+        if not named and "can't allocate memory" not in str(error):
             raise
         reason = (str(error).splitlines() or ["of the host"])[0]
-        print(f"error: out of memory ({reason}); lower batch_size, max_new_tokens or micro_batch_tokens",
-              file=sys.stderr)
+        print(f"error: out of memory ({reason}); lower the number of rows or tokens at a time", file=sys.stderr)
         raise SystemExit(2) from None
 
 

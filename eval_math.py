@@ -27,7 +27,7 @@ split = "test"  # of a folder or hub data set
 num_problems = 0  # how many to ask of each; 0: all
 prompt_template = "auto"  # a name in PROMPTS, or a text with {question}; auto: as the data set's row in DATASETS says
 system_prompt = "auto"  # system message; empty: what the chat template puts there, if anything; auto: as in PROMPTS
-answer_format = "auto"  # what strict scoring reads: hash (#### 42), boxed (\boxed{42}) or any; auto: as in PROMPTS
+answer_format = "auto"  # strict scoring reads hash (#### 42), boxed (\boxed{42}), phrase or any; auto: as in PROMPTS
 n = 1  # answers a problem
 max_new_tokens = 2048  # an answer is cut off after so many, and is wrong
 temperature = -1.0  # 0: greedy; -1: 0 for n = 1, else 1
@@ -704,6 +704,7 @@ DATASETS = {  # name: (hub path, configuration, {split: what the hub calls it}, 
     "gaokao2023en": ("MARIO-Math-Reasoning/Gaokao2023-Math-En", None, {"test": "train"}, "question", "answer", "boxed"),
     "svamp": ("ChilleD/SVAMP", None, {"train": "train", "test": "train+test"}, "Body Question", "Answer", "boxed"),
 }
+ANSWER_FORMATS = ("any", *STATEMENTS)
 QUESTION_KEYS, ANSWER_KEYS = ("question", "problem", "prompt"), ("answer", "final_answer", "solution")
 
 
@@ -751,11 +752,12 @@ def _text(answer):
     return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
 
 
-def _read_jsonl(path):
-    """[(place, row)] of a .jsonl file; blank lines are skipped."""
+def _read_jsonl(path, unfinished=False):
+    """[(place, row)] of a .jsonl file; blank lines are skipped, and with `unfinished` a last line without its end."""
     try:
         with open(path, encoding="utf-8-sig") as f:
-            lines = [(f"{path}, line {i}", line) for i, line in enumerate(f, 1) if line.strip()]
+            lines = [(f"{path}, line {i}", line) for i, line in enumerate(f, 1)
+                     if line.strip() and (line.endswith("\n") or not unfinished)]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"no problems can be read from '{path}': {error}") from None
     rows = []
@@ -802,8 +804,10 @@ def _read_hub(name, split):
 def choose_prompt(cfg, name):
     """Settings with 'auto' replaced by the conventions of data set `name`. A folder or a file in it has those of the
     data set that its name begins with: data/math500/test.jsonl is asked as math500."""
-    folder = os.path.basename(os.path.dirname(os.path.abspath(name)) if name.endswith("l") else name.rstrip("/\\"))
-    known = max((key for key in DATASETS if folder.partition("@")[0].startswith(key)), key=len, default=None)
+    path = re.sub("@[0-9]+-[0-9]+$", "", name)
+    is_file = path.endswith((".jsonl", ".json"))
+    folder = os.path.basename(os.path.dirname(os.path.abspath(path)) if is_file else path.rstrip("/\\"))
+    known = max((key for key in DATASETS if folder.startswith(key)), key=len, default=None)
     template = (DATASETS[known][-1] if known else "plain") if cfg.prompt_template == "auto" else cfg.prompt_template
     if template not in PROMPTS and "{question}" not in template:
         raise UserError(f"prompt_template '{template}' must contain {{question}}, or be one of {', '.join(PROMPTS)}")
@@ -921,14 +925,17 @@ def table(summaries):
 
 
 def read_responses(path):
-    """(settings, {index: rows}) of a file of responses: our own, or any .jsonl with response and answer columns."""
-    rows = _read_jsonl(path)
-    settings = rows.pop(0)[1]["settings"] if rows and "settings" in rows[0][1] else {}
+    """(settings, {index: rows}) of a file of responses: our own, or any .jsonl with response and answer columns. Of a
+    run that was killed while it wrote, the last half line is left out."""
+    rows = _read_jsonl(path, unfinished=True)
+    settings = rows.pop(0)[1]["settings"] if rows and isinstance(rows[0][1].get("settings"), dict) else {}
     groups = {}
     for i, (place, row) in enumerate(rows):
-        if not isinstance(row.get("response"), str) or not isinstance(row.get("answer"), str):
-            raise UserError(f"{place}: needs the texts response and answer; it has {', '.join(row) or 'nothing'}")
-        groups.setdefault(row.get("index", i), []).append({"tokens": 0, "truncated": False} | row)
+        row = {"tokens": 0, "truncated": False, "index": i} | row
+        for key, kind in {"response": str, "answer": str, "tokens": int, "truncated": bool, "index": int}.items():
+            if type(row.get(key)) is not kind:
+                raise UserError(f"{place}: '{key}' must be {kind.__name__}, not {row.get(key)!r}")
+        groups.setdefault(row["index"], []).append(row)
     return settings, groups
 
 
@@ -939,9 +946,12 @@ def write_rows(file, rows):
 
 def write_responses(path, settings, groups):
     """The file that read_responses reads: a line of settings, then a line a response. Whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as f:  # a lone surrogate goes as \ud800
-        write_rows(f, [{"settings": settings}, *(row for rows in groups.values() for row in rows)])
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as f:  # of lone surrogates: \ud800
+            write_rows(f, [{"settings": settings}, *(row for rows in groups.values() for row in rows)])
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        raise UserError(f"responses cannot be written: {error}") from None
 
 
 def grade_again(path, answer_format):
@@ -950,6 +960,8 @@ def grade_again(path, answer_format):
     if not groups:
         raise UserError(f"{path} holds no responses")
     answer_format = settings.get("answer_format", "any") if answer_format == "auto" else answer_format
+    if answer_format not in ANSWER_FORMATS:
+        raise UserError(f"{path}: its answer_format {answer_format!r} is unknown; give --answer_format=")
     changed, n = 0, max(map(len, groups.values()))
     complete = [rows for rows in groups.values() if len(rows) == n]
     if len(complete) < len(groups):
@@ -969,23 +981,26 @@ def identity(net, name, cfg):
     keys = ("model", "split", "prompt_template", "system_prompt", "answer_format", "n", "max_new_tokens", "temperature",
             "seed")
     digest = hashlib.sha256()  # of what the adapter says: the same for its file, its folder and its string
-    for parameter in net.adapter.parameters() if hasattr(net, "adapter") else ():
-        digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    if hasattr(net, "adapter"):
+        digest.update(json.dumps(net.adapter.meta, sort_keys=True).encode())
+        for parameter in net.adapter.parameters():
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
     return {"dataset": name, "adapter": digest.hexdigest()[:16], "dtype": str(net.head.dtype)} | {
         key: getattr(cfg, key) for key in keys}
 
 
-def earlier_answers(path, settings):
-    """{index: rows} that an interrupted run with the same settings left in `path`."""
+def earlier_answers(path, settings, problems):
+    """{index: rows} that an interrupted run with the same settings left in `path`: of the problems that are still the
+    same and have all their answers."""
     if not os.path.exists(path):
         return {}
-    with open(path, "rb+") as f:
-        f.truncate(f.read().rfind(b"\n") + 1)  # a run killed while it wrote leaves half a line
     before, groups = read_responses(path)
     different = [f"{k} ({before.get(k)!r}, now {v!r})" for k, v in settings.items() if before.get(k) != v]
     if different:
         raise UserError(f"cannot resume: {path} was made with another {', '.join(different)}")
-    return {index: rows for index, rows in groups.items() if len(rows) == settings["n"]}
+    asked = {i: (p["question"], p["answer"]) for i, p in enumerate(problems)}
+    return {index: rows for index, rows in groups.items() if len(rows) == settings["n"]
+            and all("strict" in row and (row.get("question"), row["answer"]) == asked.get(index) for row in rows)}
 
 
 def ask(net, tokenizer, name, problems, cfg, groups, path):
@@ -1017,8 +1032,8 @@ def ask(net, tokenizer, name, problems, cfg, groups, path):
 
 def main():
     cfg = configure(globals())
-    if cfg.answer_format not in ("auto", "hash", "boxed", "phrase", "any"):
-        raise UserError("answer_format must be auto, hash, boxed, phrase or any")
+    if cfg.answer_format not in ("auto", *ANSWER_FORMATS):
+        raise UserError(f"answer_format must be auto, {', '.join(ANSWER_FORMATS)}")
     if cfg.init_from not in ("scratch", "resume"):
         raise UserError("init_from must be scratch or resume")
     if cfg.temperature == -1:
@@ -1042,8 +1057,10 @@ def main():
     net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
     if cfg.adapter:
         load_adapter(net, cfg.adapter)
-    done = {name: earlier_answers(paths[name], identity(net, name, settings[name])) if cfg.init_from == "resume" else {}
-            for name in names}
+    done = {name: {} for name in names}
+    if cfg.init_from == "resume":
+        done = {name: earlier_answers(paths[name], identity(net, name, settings[name]), problems[name])
+                for name in names}
     prepare_out_dir(cfg, "settings.py")
     for name in names:
         kept = f", {len(done[name])} of them answered already" if done[name] else ""

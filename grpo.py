@@ -243,7 +243,7 @@ def check_finite(logp, mask, batch, cfg):
         with open(path, "w", encoding="utf-8") as f:
             row = batch[int(bad[0])]
             json.dump(vars(row) | {"old_logprobs": None, "trainer_logprobs": logp[int(bad[0])].tolist()}, f)
-        raise UserError(f"a log-prob is not finite; its row is in {path}, and this step changed nothing. Lower lr, or "
+        raise UserError(f"a log-prob is not finite; its row is in {path}, and this pass changed nothing. Lower lr, or "
                         "use --dtype=bfloat16 or float32")
 
 
@@ -316,7 +316,8 @@ def trained_parameters(net, cfg):
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"lr = {cfg.lr:.3g} (learning_rate_rule in tinylora.py)")
     if cfg.method == "full":
-        return dict(net.requires_grad_(True).named_parameters()), {"method": "full"}
+        identity = {"method": "full", "base": tinylora.fingerprint(net)}
+        return dict(net.requires_grad_(True).named_parameters()), identity
     adapter = tinylora.add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed, cfg.targets,
                                    cfg.alpha)
     return dict(adapter.named_parameters()), adapter.meta
@@ -692,7 +693,7 @@ def update(optimizer, parameters, grad_clip):
             dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
     if not math.isfinite(norm):
-        raise UserError("the gradient is not finite; nothing was changed by this step. Lower lr, or use "
+        raise UserError("the gradient is not finite; nothing was changed by this pass. Lower lr, or use "
                         "--dtype=bfloat16 or float32")
     optimizer.step()
     return norm

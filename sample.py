@@ -297,8 +297,8 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     prompts = [tokenizer.bos_ids + tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
     context = model.config.max_position_embeddings
     if n < 1 or max_new_tokens < 1 or min(temperature, top_k, seed) < 0 or not 0 < top_p <= 1:
-        raise UserError("n and max_new_tokens must be at least 1; temperature, top_k and seed 0 or more; top_p in (0, 1]"
-                        f"; got n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, "
+        raise UserError("n and max_new_tokens must be at least 1; temperature, top_k and seed 0 or more; top_p in (0, "
+                        f"1]; got n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, "
                         f"seed={seed}, top_p={top_p}")
     for i, p in enumerate(prompts):
         if not 0 < len(p) < context:

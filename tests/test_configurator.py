@@ -100,6 +100,16 @@ def test_text_on_the_command_line_is_never_executed(script):
     assert configure(script, ["--name=__import__('os').getcwd()"]).name == "__import__('os').getcwd()"
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_too_little_memory_ends_in_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        configurator.run(main)
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory (")
+
+
 @pytest.mark.parametrize("name", ["grpo.py", "sft.py", "sample.py", "eval_math.py"])
 def test_help_prints_the_block_with_its_comments(name):
     done = run_script(name, "--help")

@@ -211,6 +211,8 @@ def test_levels_choose_problems(tmp_path):
         ("data/math500/test.jsonl", "boxed", "boxed"),
         ("data/olympiadbench/", "boxed", "boxed"),
         ("math@1-5", "boxed", "boxed"),
+        ("data/math/test.jsonl@3-5", "boxed", "boxed"),
+        ("data/gsm8k_final", "gsm8k", "hash"),
         ("toy/test.jsonl", "plain", "any"),
         ("owner/name", "plain", "any"),
     ],
@@ -252,6 +254,10 @@ def test_the_script_prints_a_table_and_writes_responses(checkpoint, problems, tm
     assert "6 of them answered already" in done.stdout and "2 of them answered already" in done.stdout, done.stderr
     again = eval_math.read_responses(str(broken / files[1]))[1]
     assert again == eval_math.read_responses(str(whole / files[1]))[1]
+    changed = copy.read_text().splitlines()
+    copy.write_text("\n".join([changed[0].replace('"question": "', '"question": "Now: '), *changed[1:]]) + "\n")
+    done = run_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume")
+    assert "5 of them answered already" in done.stdout, done.stderr  # the changed problem is asked anew
     assert_refused(run_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume", "--seed=5"),
                    "made with another seed (1337, now 5)")
 
@@ -273,4 +279,9 @@ def test_regrading_needs_no_model_and_reads_files_of_others(tmp_path):
     assert [row["strict"] for [row] in groups.values()] == [True, False] and settings == {"answer_format": "boxed"}
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows  # the original stays as it was
     path.write_text('{"reply": "4"}\n')
-    assert_refused(run_script("eval_math.py", f"--regrade={path}"), "line 1: needs the texts response and answer")
+    assert_refused(run_script("eval_math.py", f"--regrade={path}"), "line 1: 'response' must be str")
+    for wrong in ('"truncated": "False"', '"index": [1]', '"tokens": null'):
+        path.write_text('{"response": "4", "answer": "4", ' + wrong + "}\n")
+        assert_refused(run_script("eval_math.py", f"--regrade={path}"), "line 1: '")
+    path.write_text('{"settings": {"answer_format": "xyz"}}\n{"response": "4", "answer": "4"}\n')
+    assert_refused(run_script("eval_math.py", f"--regrade={path}"), "'xyz' is unknown")

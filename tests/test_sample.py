@@ -178,6 +178,41 @@ def test_the_sampling_form_computes_what_the_model_computes(net, adapted, join_b
         assert torch.equal(net(ids), expected)
 
 
+@pytest.mark.parametrize("settings", [None, dict(u=3), dict(u=3, targets="mlp"), dict(method="lora", rank=4)])
+def test_the_sampling_form_rounds_as_the_trainer_does_in_bfloat16(net, settings):
+    net = net.bfloat16()
+    if settings:
+        for p in tinylora.add_adapter(net, **settings).parameters():
+            torch.nn.init.normal_(p, std=0.3)
+    ids = torch.randint(0, 500, (3, 9))
+    with torch.no_grad():
+        expected = net(ids)
+        with tinylora.sampling_form(net):
+            assert torch.equal(net(ids), expected)
+
+
+def test_a_failure_while_the_sampling_form_is_made_leaves_nothing(net, monkeypatch):
+    tinylora.add_adapter(net)
+    before = {name: set(vars(module)) for name, module in net.named_modules()}
+    made, real = [], tinylora.Product
+
+    def failing(*arguments):
+        made.append(1)
+        if len(made) == 5:
+            raise torch.OutOfMemoryError("no")
+        return real(*arguments)
+
+    monkeypatch.setattr(tinylora, "Product", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample.generate(net, SimpleNamespace(stop_ids={1}, pad_id=0), [[5]], max_new_tokens=2)
+    assert {name: set(vars(module)) for name, module in net.named_modules()} == before and not net.adapter.held
+
+
+def test_the_limit_is_no_larger_than_the_context(net, tokenizer):
+    [[c]] = sample.generate(net, tokenizer, [[5] * 500], max_new_tokens=10**8, temperature=0)  # would be gigabytes
+    assert len(c.ids) <= 12
+
+
 def test_too_little_memory_for_one_row_is_refused_with_what_fits(net, tokenizer, monkeypatch):
     monkeypatch.setattr(sample, "free_memory", lambda _: 50_000)
     with pytest.raises(UserError, match=r"needs .* GB .* at most \d+ tokens"):
@@ -201,7 +236,7 @@ def test_odd_requests(net, tokenizer):
             sample.generate(net, tokenizer, ["x"], **bad)
     with pytest.raises(UserError, match="prompt 0 has 0 tokens"):
         sample.generate(net, tokenizer, [""])
-    for bad in (dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(adapters=["", ""])):
+    for bad in (dict(seed=-1), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(adapters=["", ""])):
         with pytest.raises(UserError):
             sample.generate(net, tokenizer, ["x"], **bad)
 
@@ -217,6 +252,8 @@ def test_the_script_prints_completions_and_refuses_a_missing_model(checkpoint, t
     assert_refused(run_script("sample.py", "--model=nowhere"), "no model directory at 'nowhere'")
     assert_refused(run_script("sample.py", f"--model={checkpoint}", "--prompt_file=nowhere"), "prompt_file cannot be")
     assert_refused(run_script("sample.py", "--prompt=-", "--n=2"), "a talk")
+    prompts.write_text("\n")
+    assert_refused(run_script("sample.py", f"--model={checkpoint}", f"--prompt_file={prompts}"), "holds no prompt")
     assert_refused(run_script("sample.py", "--adapter=hex:00"), "mistyped or cut off")
 
 

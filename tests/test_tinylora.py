@@ -678,6 +678,19 @@ def test_adapters_of_other_sizes_tyings_and_seeds_share_a_batch(net, checkpoint,
     assert [[c.ids for c in group] for group in together] == [[c.ids for c in group] for group in alone]
 
 
+def test_adapters_of_a_batch_leave_a_plain_model_plain(net, tokenizer):
+    before = logits(net)
+    for adapters in (["hex:3c23d70a", "hex:zz"], ["hex:3c23d70a", ""]):
+        try:
+            sample.generate(net, tokenizer, ["x", "y"], max_new_tokens=3, adapters=adapters)
+        except UserError as error:
+            assert "mistyped" in str(error)
+        assert not hasattr(net, "adapter") and torch.equal(logits(net), before)
+    adapter = tinylora.add_adapter(net)
+    net(torch.tensor([[1, 2]])).sum().backward()  # nothing of it was made for inference only
+    assert adapter.v.grad.abs().sum() > 0
+
+
 def test_adapters_that_cannot_share_a_batch_are_refused(net, checkpoint, tokenizer, tmp_path):
     texts = []
     for settings in (dict(), dict(rank=1), dict(targets="mlp")):
@@ -691,6 +704,15 @@ def test_adapters_that_cannot_share_a_batch_are_refused(net, checkpoint, tokeniz
             sample.generate(net, tokenizer, ["Tom", "Tom"], adapters=[texts[0], other])
     with pytest.raises(UserError, match="one per prompt"):
         sample.generate(net, tokenizer, ["Tom", "Tom"], adapters=texts[:1])
+
+
+def test_an_export_touches_no_directory_but_its_own(checkpoint, net, tmp_path):
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "precious").write_text("x")
+    tinylora.add_adapter(net)
+    tinylora.export_peft(net, str(tmp_path / "out"), str(checkpoint))
+    assert (tmp_path / "out.tmp" / "precious").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.tmp"]
 
 
 def test_sample_shows_adapters_side_by_side(checkpoint, net):
