@@ -186,7 +186,7 @@ class Sampler:
         """Sample n rows of every prompt (a list of ids), row j of prompt i at most limits(i, j) tokens with the random
         numbers uniforms(i, j) [max_new_tokens].
         finished(i, j, ids, logprobs) is called as they stop, on_token(i, j, id) at every token."""
-        steps = 4 if self.model.device.type == "cuda" and not on_token else 1  # looking makes it wait
+        steps = 4 if self.pool and not on_token else 1  # to look at what has stopped makes a GPU wait
         waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
         while self.fill(waiting, prompts, n, limits, uniforms):
             for _ in range(steps):
@@ -252,9 +252,10 @@ class Sampler:
             self.prefilled[i] = cache.k[:, line, :, :T], cache.v[:, line, :, :T]
 
     def advance(self):
+        """One step for the rows in use; on a GPU a recorded graph, which launches all its kernels at once."""
         B, end = len(self.rows), min(self.length, max(self.reached) + 1)
         self.reached = [position + 1 for position in self.reached]
-        if self.model.device.type != "cuda":
+        if not self.pool:
             return self.step(B, end)
         # A graph serves one shape: round both up, to few shapes. The slots beyond the rows in use compute nothing new.
         B = next(b for b in (1, 2, 4, 8, 16, 32, 64, 128, 256, self.slots) if b >= min(B, self.slots))

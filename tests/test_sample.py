@@ -1,6 +1,7 @@
 """sample.py: what is sampled does not depend on how it is batched, and its log-probs are the model's."""
 
 import re
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
@@ -146,6 +147,47 @@ def test_the_rows_of_a_group_share_one_prefill_and_short_rows_are_replaced_at_on
     assert sum(steps) == sum(lengths)  # no step computes a row that has stopped
     assert len(steps) <= sum(lengths) / 8 + max(lengths)
     assert steps == sorted(steps, reverse=True)
+
+
+@pytest.mark.parametrize("slots", [3, 8, 20])
+def test_recorded_steps_give_the_same_tokens(net, tokenizer, monkeypatch, slots):
+    """The schedule of a GPU, with stand-ins for its graphs: shapes rounded up, four steps between looks, and a step
+    that is being recorded computes nothing."""
+    monkeypatch.setattr(tokenizer, "stop_ids", set(range(0, 512, 16)))
+    options = dict(n=5, max_new_tokens=150, seed=4)
+    expected = sample.generate(net, tokenizer, PROMPTS, **options)
+    recording, graphs, step, init = [], [], sample.Sampler.step, sample.Sampler.__init__
+
+    class Graph:
+        def replay(self):
+            step(*self.recorded)
+
+    @contextmanager
+    def record(graph, pool):
+        recording.append(graph)
+        yield
+        graphs.append(recording.pop())
+
+    def stepping(self, B, end):
+        if recording:
+            recording[-1].recorded = self, B, end
+        else:
+            step(self, B, end)
+
+    def starting(self, *arguments):
+        init(self, *arguments)
+        self.pool = "of a GPU"
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(sample.Sampler, "step", stepping)
+    monkeypatch.setattr(sample.Sampler, "__init__", starting)
+    monkeypatch.setattr(sample, "fitting_rows", lambda *_: slots)
+    replayed = sample.generate(net, tokenizer, PROMPTS, **options)
+    assert [[c.ids for c in group] for group in replayed] == [[c.ids for c in group] for group in expected]
+    for a, b in zip(replayed, expected):
+        assert torch.allclose(torch.tensor(a[0].logprobs), torch.tensor(b[0].logprobs), atol=1e-5)
+    assert 1 < len(graphs) < 12
 
 
 def test_an_interruption_leaves_the_model_as_it_was(net, tokenizer):
