@@ -154,8 +154,8 @@ class Trunk(nn.Module):
             self.inv_freq = rope_frequencies(self.config).to(ids.device)
         angles = positions[:, :, None, None] * self.inv_freq  # [B, T, 1, hd/2], in fp32
         x = self.embed_tokens(ids)
-        cos, sin = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
-        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # as rotate() wants them
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, cache, use_reentrant=False)
