@@ -86,7 +86,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(dim, kv_dim, bias=config.qkv_bias)
         self.o_proj = Linear(q_dim, dim, bias=False)
 
-    def project(self, x):
+    def project(self, x):  # apart, so that a sampler can put one product in the place of three
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x, cos, sin, cache):

@@ -489,7 +489,7 @@ def write_cache(path, tensors):
 def fingerprint(model):
     """32 hex digits that tell base models apart and do not depend on the dtype the weights are held in (a hash of the
     bits would): eight random projections a^T W b, each summed over all linears of unit norm, about N(0, 1). Rounding to
-    bf16 moves them by some 0.001; a fine-tuning by its share in the weights, 0.01 for one per cent."""
+    bf16 moves them by some 0.001; a fine-tuning by its share in the weights, 0.01 for one per cent: safely refused."""
     sums = 0
     for name, linear in adapted_linears(model).items():
         (m, n), state = linear.weight.shape, random_state("fingerprint", name)
