@@ -445,7 +445,7 @@ def test_two_processes_learn_what_one_does(checkpoint, problems, tmp_path, net):
                              adapter.meta)
     options = dict(max_steps=2, batch_size=4, eval_size=5, kl_coef=0.5, init_from="resume")
     run(*args(checkpoint, problems, tmp_path / "one", **options))
-    done = run_script("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", "grpo.py",
+    done = run_script("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "grpo.py",
                       *args(checkpoint, problems, tmp_path / "two", **options))
     assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / d / "checkpoint.safetensors") for d in ("one", "two"))
