@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 import eval_math
@@ -72,7 +73,8 @@ num_passes = 1  # optimiser passes over each batch; 1 is exactly on policy
 tis_cap = 0.0  # truncated importance sampling: weight tokens by min(trainer's / sampler's probability, this); 0: off
 overlong_tokens = 0  # the last so many tokens before max_new_tokens cost reward, up to 1 (DAPO); 0: none
 grad_clip = 1.0  # bound on the gradient's norm; 0: none
-micro_batch_tokens = 4096  # padded tokens in one forward and backward pass: bounds memory, not the gradient
+micro_batch_tokens = 4096  # tokens, padding too, in one forward and backward pass: bounds memory, not the gradient
+packing = False  # lay a micro-batch's rows end to end instead of padding them; each attends to itself alone
 recompute = False  # keep only the layers' inputs and compute the rest again in the backward pass: less memory, slower
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
@@ -96,6 +98,7 @@ class Row:
     sampler_logprobs: list
     advantage: float
     old_logprobs: torch.Tensor | None = None  # [len(ids)], under the policy that the first pass started from
+    trained: list | None = None  # which of ids count, where the prompt's turns and the model's alternate; None: all
 
 
 def group_advantages(rewards, objective="grpo", eps=1e-6):
@@ -147,14 +150,16 @@ def k3(logp, ref_logp):
 
 
 def token_logprobs(hidden, head, targets, temperature, chunk=2048):
-    """Log-prob of targets and entropy under softmax(hidden head^T / T). hidden [n, D], targets [n] -> [n], [n] fp32.
+    """Log-prob of targets and entropy under softmax(hidden head^T / T). hidden [n, D], targets [n] -> [n], [n], in
+    fp32 or in fp64 where hidden is.
 
     Works through chunks of tokens whose logits are recomputed in the backward pass: with a vocabulary of 152k the
     logits of one chunk, not of the batch, are alive at a time.
     """
 
     def of_chunk(hidden, targets):
-        logits = F.linear(hidden, head).float() / temperature  # [chunk, V]
+        logits = F.linear(hidden, head)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # [chunk, V]
         logprobs = torch.log_softmax(logits, dim=-1)
         with torch.no_grad():
             entropy = -(logprobs.exp() * logprobs).sum(-1)
@@ -165,34 +170,63 @@ def token_logprobs(hidden, head, targets, temperature, chunk=2048):
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def completion_logprobs(net, tokenizer, rows, temperature):
-    """Log-probs and entropies of the rows' sampled tokens, and their mask: three [B, T], T the longest completion."""
+class Packed:
+    """Rows of these lengths end to end in one line: each token attends to its own row, up to itself. It stands where a
+    cache stands in the model's forward pass, and no mask is made."""
+
+    def __init__(self, lengths, device):
+        self.lengths = lengths
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        self.positions = (torch.arange(sum(lengths)) - ends[:-1].repeat_interleave(torch.tensor(lengths))).to(device)
+        self.starts, self.ends = ends[:-1].to(device), ends.to(device, torch.int32)
+
+    def attend(self, layer, q, k, v):
+        """q [1, heads, total, hd], k and v [1, kv_heads, total, hd] -> [1, heads, total, hd]: what Attention calls."""
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # what the one kernel for all rows can do
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [total, heads, hd]
+            longest = max(self.lengths)
+            y = varlen_attn(q, k, v, self.ends, self.ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
+            return y.transpose(0, 1)[None]
+        rows = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)))
+        return torch.cat([F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True) for row in rows], dim=2)
+
+
+def completion_logprobs(net, tokenizer, rows, temperature, packing=False):
+    """Log-probs and entropies of the rows' trained tokens, and their mask: three [B, T], T the longest completion."""
     device = net.device
     full = [row.prompt + row.ids for row in rows]
-    longest = max(map(len, full))
-    ids = torch.tensor([f + [tokenizer.pad_id] * (longest - len(f)) for f in full], device=device)
-    T = max(len(row.ids) for row in rows)
-    start = torch.tensor([len(row.prompt) for row in rows], device=device)[:, None]
-    at = torch.arange(T, device=device)[None]  # [1, T]
-    mask = at < torch.tensor([len(row.ids) for row in rows], device=device)[:, None]  # [B, T]
-    hidden = net.model(ids)  # [B, longest, D]
-    place = (start + at).clamp(max=longest - 1)
-    targets = ids.gather(1, place)  # [B, T]
-    lines = torch.arange(len(rows), device=device)[:, None].expand_as(mask)[mask]
-    logp, entropy = token_logprobs(hidden[lines, place[mask] - 1], net.head, targets[mask], temperature)
-    spread = torch.zeros(mask.shape, device=device)
+    lengths = [len(f) for f in full]
+    longest, T = max(lengths), max(len(row.ids) for row in rows)
+    if packing:
+        packed = Packed(lengths, device)
+        ids = torch.tensor([[i for f in full for i in f]], device=device)  # [1, total]
+        hidden, starts = net.model(ids, packed.positions[None], packed), packed.starts
+    else:
+        ids = torch.tensor([f + [tokenizer.pad_id] * (longest - len(f)) for f in full], device=device)
+        hidden = net.model(ids)  # [B, longest, D]
+        starts = torch.arange(len(rows), device=device) * longest
+    trained = [(row.trained or [True] * len(row.ids)) + [False] * (T - len(row.ids)) for row in rows]
+    mask = torch.tensor(trained, device=device)  # [B, T]
+    starts = starts + torch.tensor([len(row.prompt) for row in rows], device=device)
+    places = (starts[:, None] + torch.arange(T, device=device))[mask]  # of the trained tokens among ids.flatten()
+    hidden = hidden.flatten(0, 1)[places - 1]  # a prompt is never empty: the token before is of the same row
+    logp, entropy = token_logprobs(hidden, net.head, ids.flatten()[places], temperature)
+    spread = logp.new_zeros(mask.shape)
     return spread.masked_scatter(mask, logp), spread.masked_scatter(mask, entropy), mask
 
 
-def micro_batches(rows, max_tokens):
-    """Cut rows, longest first, into batches of at most max_tokens padded tokens (a longer row goes alone)."""
-    batch = []
+def micro_batches(rows, max_tokens, packing=False):
+    """Cut rows, longest first, into batches of at most max_tokens tokens, as they will lie: padded to the longest, or
+    end to end. A longer row goes alone."""
+    batch, total = [], 0
     for row in sorted(rows, key=lambda r: len(r.prompt) + len(r.ids), reverse=True):
+        length = len(row.prompt) + len(row.ids)
         longest = len(batch[0].prompt) + len(batch[0].ids) if batch else 0
-        if batch and (len(batch) + 1) * longest > max_tokens:
+        if batch and (total + length if packing else (len(batch) + 1) * longest) > max_tokens:
             yield batch
-            batch = []
+            batch, total = [], 0
         batch.append(row)
+        total += length
     if batch:
         yield batch
 
@@ -202,8 +236,8 @@ def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
     global batch. Returns sums over tokens: {clipped, kl, entropy, diff, diff_max, tokens}, and the loss."""
     sums = dict(loss=0.0, clipped=0.0, kl=0.0, entropy=0.0, diff=0.0, diff_max=0.0, tokens=0)
     clip_low, clip_high = (own or default for own, default in zip((cfg.clip_low, cfg.clip_high), CLIP[cfg.objective]))
-    for batch in micro_batches(rows, cfg.micro_batch_tokens):
-        logp, entropy, mask = completion_logprobs(net, tokenizer, batch, cfg.temperature)
+    for batch in micro_batches(rows, cfg.micro_batch_tokens, cfg.packing):
+        logp, entropy, mask = completion_logprobs(net, tokenizer, batch, cfg.temperature, cfg.packing)
         for row, row_logp in zip(batch, logp.detach()):
             if row.old_logprobs is None:
                 row.old_logprobs = row_logp[: len(row.ids)]
@@ -219,7 +253,7 @@ def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
         if cfg.kl_coef:
             net.adapter.enabled = False  # v = 0 is the reference policy
             with torch.no_grad():
-                ref_logp, _, _ = completion_logprobs(net, tokenizer, batch, cfg.temperature)
+                ref_logp, _, _ = completion_logprobs(net, tokenizer, batch, cfg.temperature, cfg.packing)
             net.adapter.enabled = True
             kl = k3(logp, ref_logp) * mask
             loss = loss + cfg.kl_coef * (kl * weights[:, None]).sum()

@@ -1,5 +1,7 @@
 """grpo.py: the objective against numbers worked out by hand, the gradient for any split, and whole runs."""
 
+import inspect
+import itertools
 import json
 import math
 import os
@@ -103,8 +105,7 @@ def test_chunked_logprobs_equal_the_full_softmax(chunk):
 
 def settings(**changes):
     cfg = SimpleNamespace(objective="grpo", temperature=1.0, micro_batch_tokens=10**6, max_new_tokens=12, tis_cap=0.0,
-                          clip_low=0.0,
-                          clip_high=0.0, kl_coef=0.0)
+                          packing=False, clip_low=0.0, clip_high=0.0, kl_coef=0.0)
     return SimpleNamespace(**vars(cfg) | changes)
 
 
@@ -144,6 +145,101 @@ def test_gradient_is_the_same_for_any_split(net, tokenizer, objective):
     assert whole.norm() > 0
     for other in [*splits, ranks]:
         assert (other - whole).norm() <= 1e-5 * whole.norm()
+
+
+@pytest.mark.parametrize("objective", ["grpo", "gspo"])
+def test_gradient_in_float64_is_the_same_for_any_layout(net, tokenizer, objective, monkeypatch):
+    """Splits, ranks, rows padded or end to end, chunks of logits, recomputation: to 1e-10, with one row's gradient at
+    a time through the plain forward pass as the reference (of grpo: on policy, its loss is -A mean(log p))."""
+    torch.nn.init.normal_(tinylora.add_adapter(net, u=3, n_tie=4).v, std=0.2)
+    in_float64(net)
+    rows, scored = random_rows(), grpo.token_logprobs
+    whole = gradient(net, tokenizer, rows, settings(objective=objective))
+    if objective == "grpo":
+        net.adapter.zero_grad()
+        sum(-row.advantage * plain_logprobs(net, row).mean() / len(rows) for row in rows).backward()
+        assert (net.adapter.v.grad - whole).norm() <= 1e-6 * whole.norm()  # advantages and weights are float32
+    for packing, tokens, chunk, recompute, ranks in [
+            (True, 10**6, 2048, False, 1), (True, 30, 7, True, 1), (True, 1, 1, False, 2), (True, 60, 2048, True, 3),
+            (False, 30, 7, True, 1), (False, 1, 2048, False, 3), (False, 60, 1, True, 2)]:
+        monkeypatch.setattr(grpo, "token_logprobs", lambda *a, chunk=chunk: scored(*a, chunk))
+        net.model.recompute = recompute
+        cfg = settings(objective=objective, packing=packing, micro_batch_tokens=tokens)
+        other = gradient(net, tokenizer, rows, cfg, [rows[i::ranks] for i in range(ranks)])
+        assert (other - whole).norm() <= 1e-10 * whole.norm(), (packing, tokens, chunk, recompute, ranks)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_rows_log_probs_do_not_depend_on_its_neighbours(net, tokenizer, packing):
+    """Each row alone through the plain forward pass, among two sets of neighbours, first and last of the line."""
+    net.double()
+    rows, others = random_rows(4), random_rows(5, seed=1)
+    with torch.no_grad():
+        expected = [plain_logprobs(net, row) for row in rows]
+        for batch in (rows, others + rows, rows[::-1] + others):
+            logp, entropy, mask = grpo.completion_logprobs(net, tokenizer, batch, 1.0, packing)
+            for row, exact in zip(rows, expected):
+                line = next(i for i, r in enumerate(batch) if r is row)
+                assert mask[line].tolist() == [i < len(row.ids) for i in range(mask.shape[1])]
+                assert (logp[line][mask[line]] - exact).abs().max() <= 1e-12 * exact.abs().max()
+                assert not logp[line][~mask[line]].any() and not entropy[line][~mask[line]].any()
+
+
+def test_only_the_marked_tokens_of_a_row_are_scored(net, tokenizer):
+    [row], trained = random_rows(1), [True, False, False, True, True]
+    row.ids = [7, 8, 9, 10, 11]
+    with torch.no_grad():
+        exact = plain_logprobs(net, row)
+        row.trained = trained
+        for packing in (False, True):
+            logp, _, mask = grpo.completion_logprobs(net, tokenizer, [row, *random_rows(2)], 1.0, packing)
+            assert mask[0, :5].tolist() == trained and not mask[0, 5:].any()
+            assert torch.allclose(logp[0, :5], exact * torch.tensor(trained), atol=1e-5)
+
+
+def test_on_a_gpu_rows_end_to_end_go_to_one_kernel(monkeypatch):
+    """The kernel's arguments, on a stand-in that cuts the rows apart by them; the signature is the real one's."""
+    asked = []
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    def kernel(*arguments, **options):
+        bound = inspect.signature(varlen_attn).bind(*arguments, **options).arguments
+        asked.append(bound)
+        ends, out = bound["cu_seq_q"].tolist(), []
+        for i, j in itertools.pairwise(ends):
+            q, k, v = (x[i:j].transpose(0, 1) for x in (bound["query"], bound["key"], bound["value"]))
+            k, v = k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)
+            scores = (q @ k.mT).float() / math.sqrt(q.shape[-1])
+            future = torch.ones(j - i, j - i, dtype=torch.bool).triu(1)
+            out.append((scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v).transpose(0, 1))
+        return torch.cat(out)
+
+    varlen_attn = grpo.varlen_attn
+    monkeypatch.setattr(grpo, "varlen_attn", kernel)
+    packed = grpo.Packed([3, 1, 5], "cpu")
+    assert packed.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
+    q, k, v = (torch.randn(1, heads, 9, 8).bfloat16() for heads in (4, 2, 2))
+    ours = packed.attend(0, q.as_subclass(OnGPU), k, v)
+    assert torch.allclose(ours.float(), packed.attend(0, q, k, v).float(), atol=0.05) and len(asked) == 1
+    assert asked[0]["window_size"] == (-1, 0) and asked[0]["enable_gqa"] and asked[0]["max_q"] == asked[0]["max_k"] == 5
+    assert asked[0]["cu_seq_k"].dtype == torch.int32 and asked[0]["cu_seq_k"].tolist() == [0, 3, 4, 9]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_rows_end_to_end_on_a_gpu(checkpoint, tokenizer):
+    """The kernel for rows end to end against padded rows, in bfloat16: log-probs, and the gradient of v."""
+    net, rows = model.load_model(checkpoint, device="cuda"), random_rows()
+    torch.nn.init.normal_(tinylora.add_adapter(net, u=3, n_tie=4).v, std=0.2)
+    gradients = []
+    for packing in (False, True):
+        net.adapter.zero_grad()
+        logp, _, _ = grpo.completion_logprobs(net, tokenizer, rows, 1.0, packing)
+        logp.mean().backward()
+        gradients.append((logp.detach(), net.adapter.v.grad.clone()))
+    (padded, expected), (packed, ours) = gradients
+    assert (padded - packed).abs().mean() <= 0.05 and (ours - expected).norm() <= 0.1 * expected.norm()
 
 
 def plain_logprobs(net, row):
@@ -221,6 +317,11 @@ def test_micro_batches_keep_all_rows_within_the_bound():
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(len(r.prompt) + len(r.ids) for r in batch) <= 40
     assert list(grpo.micro_batches([], 40)) == []
+    packed = list(grpo.micro_batches(rows, 40, packing=True))
+    assert sorted(id(r) for b in packed for r in b) == sorted(map(id, rows)) and len(packed) <= len(batches)
+    for batch, after in itertools.pairwise(packed):  # as full as the next row allows
+        sizes = [len(r.prompt) + len(r.ids) for r in batch]
+        assert sum(sizes) <= 40 < sum(sizes) + len(after[0].prompt) + len(after[0].ids)
 
 
 def test_every_epoch_visits_every_problem_once():
@@ -394,10 +495,13 @@ def test_truncated_importance_sampling_weights_tokens_by_the_mismatch():
     assert torch.allclose(logp.grad, -0.5 * torch.tensor([[math.exp(0.2), 2.0]]))
 
 
-def test_the_cap_and_recomputation_change_nothing_where_both_sides_agree(checkpoint, problems, tmp_path, lucky):
-    for name, options in dict(plain={}, tis=dict(tis_cap=2.0), recompute=dict(recompute=True)).items():
+def test_the_cap_recomputation_and_packing_change_nothing_where_both_sides_agree(checkpoint, problems, tmp_path, lucky):
+    for name, options in dict(plain={}, tis=dict(tis_cap=2.0), recompute=dict(recompute=True),
+                              packing=dict(packing=True)).items():
         run(*args(checkpoint, problems, tmp_path / name, eval_dataset="", **options))
-    v = {name: load_file(tmp_path / name / "adapter.safetensors")["v"] for name in ("plain", "tis", "recompute")}
+    v = {name: load_file(tmp_path / name / "adapter.safetensors")["v"]
+         for name in ("plain", "tis", "recompute", "packing")}
+    assert torch.allclose(v["plain"], v["packing"], atol=1e-4)
     assert torch.equal(v["plain"], v["recompute"]) and torch.allclose(v["plain"], v["tis"], atol=1e-4)
 
 
