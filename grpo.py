@@ -28,7 +28,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 import eval_math
@@ -74,7 +73,7 @@ tis_cap = 0.0  # truncated importance sampling: weight tokens by min(trainer's /
 overlong_tokens = 0  # the last so many tokens before max_new_tokens cost reward, up to 1 (DAPO); 0: none
 grad_clip = 1.0  # bound on the gradient's norm; 0: none
 micro_batch_tokens = 4096  # tokens, padding too, in one forward and backward pass: bounds memory, not the gradient
-packing = False  # lay a micro-batch's rows end to end instead of padding them; each attends to itself alone
+packing = True  # rows end to end without padding, a prompt once for its group; False: padded, a prompt for each
 recompute = False  # keep only the layers' inputs and compute the rest again in the backward pass: less memory, slower
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
@@ -171,62 +170,105 @@ def token_logprobs(hidden, head, targets, temperature, chunk=2048):
 
 
 class Packed:
-    """Rows of these lengths end to end in one line: each token attends to its own row, up to itself. It stands where a
-    cache stands in the model's forward pass, and no mask is made."""
+    """Rows in one line without padding: every prompt once, and behind it the answers to it. A token attends to its
+    prompt and to its own answer, up to itself, so the rows of a group share the work for their prompt. Stands where a
+    cache stands in the model's forward pass.
 
-    def __init__(self, lengths, device):
-        self.lengths = lengths
-        ends = torch.tensor([0, *lengths]).cumsum(0)
-        self.positions = (torch.arange(sum(lengths)) - ends[:-1].repeat_interleave(torch.tensor(lengths))).to(device)
-        self.starts, self.ends = ends[:-1].to(device), ends.to(device, torch.int32)
+    ids, positions [1, total]: the line. before: for every row the places of the tokens that its ids follow.
+    """
+
+    def __init__(self, rows, device):
+        groups = {}  # prompt: its rows
+        for i, row in enumerate(rows):
+            groups.setdefault(tuple(row.prompt), []).append(i)
+        ids, positions, self.before = [], [], [None] * len(rows)
+        self.lengths, self.prompts = [], []  # of the line's pieces: their tokens; the piece that is an answer's prompt
+
+        def add(piece, position, prompt):
+            ids.extend(piece)
+            positions.extend(range(position, position + len(piece)))
+            self.lengths.append(len(piece))
+            self.prompts.append(prompt)
+            return range(len(ids) - len(piece), len(ids))
+
+        for prompt, members in groups.items():
+            number = len(self.lengths)
+            last = add(prompt, 0, None)[-1]
+            for i in members:  # of an answer all but its last token, which nothing follows
+                self.before[i] = [last, *add(rows[i].ids[:-1], len(prompt), number)]
+        self.ids, self.positions = (torch.tensor([x], device=device) for x in (ids, positions))
 
     def attend(self, layer, q, k, v):
         """q [1, heads, total, hd], k and v [1, kv_heads, total, hd] -> [1, heads, total, hd]: what Attention calls."""
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # what the one kernel for all rows can do
-            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [total, heads, hd]
-            longest = max(self.lengths)
-            y = varlen_attn(q, k, v, self.ends, self.ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
-            return y.transpose(0, 1)[None]
-        rows = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)))
-        return torch.cat([F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True) for row in rows], dim=2)
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            return self.attend_at_once(q, k, v)
+        q, k, v = (x.split(self.lengths, dim=2) for x in (q, k, v))
+        out = []
+        for i, prompt in enumerate(self.prompts):
+            if prompt is None:
+                out.append(F.scaled_dot_product_attention(q[i], k[i], v[i], is_causal=True, enable_gqa=True))
+            else:
+                P, T = self.lengths[prompt], self.lengths[i]
+                mask = torch.ones(T, P + T, dtype=torch.bool, device=q[i].device).tril(P)
+                keys, values = (torch.cat((x[prompt], x[i]), dim=2) for x in (k, v))
+                out.append(F.scaled_dot_product_attention(q[i], keys, values, attn_mask=mask, enable_gqa=True))
+        return torch.cat(out, dim=2)
+
+    def attend_at_once(self, q, k, v):
+        """The same with every piece's keys gathered, for the one kernel that does all pieces (16 bits on a GPU)."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        pieces = torch.arange(q.shape[2], device=q.device).split(self.lengths)
+        keys = [piece if p is None else torch.cat((pieces[p], piece)) for p, piece in zip(self.prompts, pieces)]
+        sizes = [len(piece) for piece in keys]
+        q_ends, k_ends = (torch.tensor([0, *x], device=q.device).cumsum(0, dtype=torch.int32)
+                          for x in (self.lengths, sizes))
+        sharing = q.shape[1] // k.shape[1]  # query heads to a key head
+        k, v = (x[0, :, torch.cat(keys)].repeat_interleave(sharing, dim=0).transpose(0, 1) for x in (k, v))
+        y = varlen_attn(q[0].transpose(0, 1), k, v, q_ends, k_ends, max(self.lengths), max(sizes),
+                        window_size=(-1, 0))  # nothing to the right, where the last query stands at the last key
+        return y.transpose(0, 1)[None]
 
 
 def completion_logprobs(net, tokenizer, rows, temperature, packing=False):
     """Log-probs and entropies of the rows' trained tokens, and their mask: three [B, T], T the longest completion."""
-    device = net.device
-    full = [row.prompt + row.ids for row in rows]
-    lengths = [len(f) for f in full]
-    longest, T = max(lengths), max(len(row.ids) for row in rows)
     if packing:
-        packed = Packed(lengths, device)
-        ids = torch.tensor([[i for f in full for i in f]], device=device)  # [1, total]
-        hidden, starts = net.model(ids, packed.positions[None], packed), packed.starts
+        packed = Packed(rows, net.device)
+        hidden, before = net.model(packed.ids, packed.positions, packed), packed.before
     else:
-        ids = torch.tensor([f + [tokenizer.pad_id] * (longest - len(f)) for f in full], device=device)
+        full = [row.prompt + row.ids for row in rows]
+        longest = max(map(len, full))
+        ids = torch.tensor([f + [tokenizer.pad_id] * (longest - len(f)) for f in full], device=net.device)
         hidden = net.model(ids)  # [B, longest, D]
-        starts = torch.arange(len(rows), device=device) * longest
-    trained = [(row.trained or [True] * len(row.ids)) + [False] * (T - len(row.ids)) for row in rows]
-    mask = torch.tensor(trained, device=device)  # [B, T]
-    starts = starts + torch.tensor([len(row.prompt) for row in rows], device=device)
-    places = (starts[:, None] + torch.arange(T, device=device))[mask]  # of the trained tokens among ids.flatten()
-    hidden = hidden.flatten(0, 1)[places - 1]  # a prompt is never empty: the token before is of the same row
-    logp, entropy = token_logprobs(hidden, net.head, ids.flatten()[places], temperature)
+        before = [range(i * longest + len(row.prompt) - 1, i * longest + len(f) - 1)
+                  for i, (row, f) in enumerate(zip(rows, full))]
+    T = max(len(row.ids) for row in rows)
+    trained = [row.trained or [True] * len(row.ids) for row in rows]
+    mask = torch.tensor([own + [False] * (T - len(own)) for own in trained], device=net.device)  # [B, T]
+    places, targets = (torch.tensor([x for line, own in zip(lines, trained) for x, counts in zip(line, own) if counts],
+                                    device=net.device) for lines in (before, [row.ids for row in rows]))
+    logp, entropy = token_logprobs(hidden.flatten(0, 1)[places], net.head, targets, temperature)
     spread = logp.new_zeros(mask.shape)
     return spread.masked_scatter(mask, logp), spread.masked_scatter(mask, entropy), mask
 
 
 def micro_batches(rows, max_tokens, packing=False):
-    """Cut rows, longest first, into batches of at most max_tokens tokens, as they will lie: padded to the longest, or
-    end to end. A longer row goes alone."""
-    batch, total = [], 0
-    for row in sorted(rows, key=lambda r: len(r.prompt) + len(r.ids), reverse=True):
-        length = len(row.prompt) + len(row.ids)
-        longest = len(batch[0].prompt) + len(batch[0].ids) if batch else 0
-        if batch and (total + length if packing else (len(batch) + 1) * longest) > max_tokens:
+    """Cut rows into batches of at most max_tokens tokens as they will lie: padded, the longest first, or in one line
+    with every prompt once. A longer row goes alone."""
+    def length(row):
+        return len(row.prompt) + len(row.ids)
+
+    batch, tokens = [], 0
+    for row in sorted(rows, key=lambda row: row.prompt) if packing else sorted(rows, key=length, reverse=True):
+        if packing:
+            grown = tokens + (len(row.ids) if batch and batch[-1].prompt == row.prompt else length(row))
+        else:
+            grown = (len(batch) + 1) * length(batch[0] if batch else row)
+        if batch and grown > max_tokens:
             yield batch
-            batch, total = [], 0
+            batch, grown = [], length(row)
         batch.append(row)
-        total += length
+        tokens = grown
     if batch:
         yield batch
 
