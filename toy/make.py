@@ -1,6 +1,6 @@
 """Rebuild the embedded toy from nothing: problems, tokenizer, and a base model pre-trained with sft.py.
 
-    python toy/make.py            # some 15 minutes on 2 cores; writes toy/base, toy/train.jsonl, toy/test.jsonl
+    python toy/make.py            # some 15 minutes on 2 cores; writes toy/base, toy/human, train.jsonl, test.jsonl
 
 The base model knows how to reason but mostly does not: in its pre-training documents a problem is mostly answered at
 once (`#### 47`, which it can only guess) and in a minority worked out first (`10-2=8. 8+26=34. #### 34`).
@@ -9,6 +9,7 @@ once (`#### 47`, which it can only guess) and in a minority worked out first (`1
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,25 @@ def make_problems(rng):
         problems[problem["question"]] = problem
     problems = list(problems.values())
     return problems[num_test:], problems[:num_test]
+
+
+# Solutions as people write them, for supervised training: a few writers, none of whom writes as the base model does.
+WRITERS = [
+    ("{told} {x}{move}{b}={y}.", "There are {y} {thing} now."),
+    ("{name} has {x}{move}{b}={y} {thing}.", "How many {thing} are there? {y}."),
+    ("{x} {thing}, then {x}{move}{b}={y} {thing}.", "Now there are {y}."),
+]
+
+
+def human_solution(problem, rng):
+    """The worked solution of a problem in one of the writers' words."""
+    told = re.findall(r"[^.?]+[.?]", problem["question"])
+    name, _, _, thing = told[0].rstrip(".").split()
+    line, end = rng.choice(WRITERS)
+    steps = re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", problem["solution"])
+    lines = [line.format(told=sentence.strip(), name=name, thing=thing, x=x, move=move, b=b, y=y)
+             for sentence, (x, move, b, y) in zip(told[1:], steps)]
+    return " ".join([*lines, end.format(y=problem["answer"], thing=thing), f"#### {problem['answer']}"])
 
 
 def make_document(rng):
@@ -194,6 +214,11 @@ def main():
     train, test = make_problems(rng)
     write_jsonl(os.path.join(HERE, "train.jsonl"), train)
     write_jsonl(os.path.join(HERE, "test.jsonl"), test)
+    writing = random.Random(SEED)
+    os.makedirs(os.path.join(HERE, "human"), exist_ok=True)
+    for split, problems in (("train", train), ("test", test)):
+        rows = [problem | {"solution": human_solution(problem, writing)} for problem in problems]
+        write_jsonl(os.path.join(HERE, "human", f"{split}.jsonl"), rows)
     write_config(base, write_tokenizer(base, tokenizer_texts(train)))
     held_out = {p["question"] for p in test}
     with tempfile.TemporaryDirectory() as work:
