@@ -20,6 +20,9 @@ def rows(name):
 def test_problems_and_tokenizer_are_those_that_make_makes(tmp_path):
     train, test = make.make_problems(random.Random(make.SEED))
     assert rows("train.jsonl") == train and rows("test.jsonl") == test
+    writing = random.Random(make.SEED)
+    for name, problems in (("human/train.jsonl", train), ("human/test.jsonl", test)):
+        assert rows(name) == [p | {"solution": make.human_solution(p, writing)} for p in problems]
     make.write_config(str(tmp_path), make.write_tokenizer(str(tmp_path), make.tokenizer_texts(train)))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / name).read_text() == (TOY / "base" / name).read_text()
@@ -28,6 +31,12 @@ def test_problems_and_tokenizer_are_those_that_make_makes(tmp_path):
 def test_no_test_problem_is_in_the_training_set():
     train, test = ({row["question"] for row in rows(name)} for name in ("train.jsonl", "test.jsonl"))
     assert len(train) == 2000 and len(test) == 500 and not train & test
+
+
+def test_solutions_in_other_words_hold_the_same_calculations():
+    for row, plain in zip(rows("human/test.jsonl"), rows("test.jsonl")):
+        assert re.findall(r"\d+[-+*/]\d+=\d+", row["solution"]) == re.findall(r"\d+[-+*/]\d+=\d+", plain["solution"])
+        assert row["solution"].endswith(f" #### {row['answer']}") and row["solution"] != plain["solution"]
 
 
 def test_worked_solutions_are_right():
