@@ -1,0 +1,11 @@
+# GRPO on the toy as the studies in lab/study.py run it: shorter than the default, accuracy before and after only.
+model = "toy/base"
+dataset = "toy/train.jsonl"
+eval_dataset = "toy/test.jsonl"
+out_dir = "out/toy_rl"
+rank = 2  # as in the paper
+u = 1
+n_tie = 1
+max_steps = 40
+eval_interval = 0
+save_interval = 0
