@@ -182,24 +182,32 @@ def is_streamed(name):
     return name in STREAMED or bool(not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name))
 
 
-def stream(name, cfg):
-    """(position, row) of a hub data set without end, epoch after epoch, over the network as they are asked for. The
-    order depends on seed and shuffle_buffer alone; UserError where the data cannot be read."""
-    rows = eval_math.load_hub(name, STREAMED.get(name, name), None, "train", streaming=True)
-    rows, position = rows.shuffle(seed=cfg.seed, buffer_size=cfg.shuffle_buffer), 0
+def open_stream(name, split):
+    return eval_math.load_hub(name, STREAMED.get(name, name), None, split, streaming=True)
+
+
+def read(name, rows):
+    """The rows of a stream, over the network as they are asked for; UserError where it breaks off."""
+    count = 0
+    try:
+        for row in rows:
+            yield row
+            count += 1
+    except Exception as error:  # of many kinds: the network, the hub, a damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"data set '{name}' broke off after {count} rows: {reason}; go on with "
+                        "--init_from=resume") from None
+    if not count:
+        raise UserError(f"data set '{name}' holds no rows")
+
+
+def shuffled(name, rows, cfg):
+    """(position, row) without end, epoch after epoch, in an order that depends on seed and shuffle_buffer alone."""
+    rows, position = rows.shuffle(seed=cfg.seed, buffer_size=cfg.shuffle_buffer), itertools.count()
     for epoch in itertools.count():
         rows.set_epoch(epoch)  # another order
-        first = position
-        try:
-            for row in rows:
-                yield position, row
-                position += 1
-        except Exception as error:  # of many kinds: the network, the hub, a damaged file
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"data set '{name}' broke off after {position} rows: {reason}; go on with "
-                            "--init_from=resume") from None
-        if position == first:
-            raise UserError(f"data set '{name}' holds no rows")
+        for row in read(name, rows):
+            yield next(position), row
 
 
 def batches(cfg, rank, world):
@@ -207,7 +215,7 @@ def batches(cfg, rank, world):
     of a stream). A resumed run takes the rows that it would have taken uninterrupted; a stream it reads from the start
     again, past those it has had. Every rank reads all of a stream: so its order is the same for any number of ranks."""
     if is_streamed(cfg.dataset):
-        rows = stream(cfg.dataset, cfg)
+        rows = shuffled(cfg.dataset, open_stream(cfg.dataset, "train"), cfg)
 
         def batch(step):
             later = (item for item in rows if item[0] >= step * cfg.batch_size)
@@ -224,6 +232,17 @@ def batches(cfg, rank, world):
     return batch, len(examples)
 
 
+def held_out_examples(cfg):
+    """The first eval_size examples of eval_dataset; of a stream nothing more is read."""
+    name, size = cfg.eval_dataset, cfg.eval_size or None
+    if not name:
+        return []
+    if not is_streamed(name):
+        return eval_math.load_problems(name, "test", as_example)[:size]
+    rows = itertools.islice(read(name, open_stream(name, "test")), size)
+    return [as_example(f"{name}, row {i}", row) for i, row in enumerate(rows)]
+
+
 def build(cfg, device):
     """The model: loaded, or with fresh weights."""
     if not cfg.random_init:
@@ -237,8 +256,7 @@ def train(cfg):
     check_settings(cfg)
     rank, world, device = start_ranks(cfg)
     batch, num_examples = batches(cfg, rank, world)
-    held_out = eval_math.load_problems(cfg.eval_dataset, "test", as_example) if cfg.eval_dataset else []
-    held_out = held_out[: cfg.eval_size or None]
+    held_out = held_out_examples(cfg)
     tokenizer = load_tokenizer(cfg.model)
     net = build(cfg, device)
     net.model.recompute = cfg.recompute
