@@ -708,13 +708,13 @@ ANSWER_FORMATS = ("any", *STATEMENTS)
 QUESTION_KEYS, ANSWER_KEYS = ("question", "problem", "prompt"), ("answer", "final_answer", "solution")
 
 
-def load_problems(name_or_path: str, split: str = "train") -> list[dict]:
-    """Problems as dicts with at least the strings 'question', 'answer' (the final one: of a worked answer, as in
-    GSM8K's answer column, what it states) and 'solution' (the worked answer where there is one, else the answer).
+def load_problems(name_or_path: str, split: str = "train", read_row=None) -> list[dict]:
+    """Problems as dicts, a row each, as read_row (default: as_problem) makes them.
 
     name_or_path: a local .jsonl file, a folder with {split}.jsonl, a name in DATASETS, or a hub data set ('owner/name')
         whose columns are called question or problem, and answer or solution. A suffix @3-5 keeps the problems whose
         'level' is 3 to 5; the name 'math' has it by itself, as in SimpleRL and the paper.
+    read_row: a function of (place, row), where place says in an error message which file and line it is.
     Raises UserError naming file and line where a row has no question or answer, for an empty file and an unknown name.
     """
     name, at, levels = name_or_path.rpartition("@")
@@ -730,19 +730,25 @@ def load_problems(name_or_path: str, split: str = "train") -> list[dict]:
     low, _, high = levels.partition("-")
     problems = []
     for place, row in rows:
-        question = next((row[k] for k in QUESTION_KEYS if isinstance(row.get(k), str)), None)
-        answer = next((_text(row[k]) for k in ANSWER_KEYS if isinstance(row.get(k), (str, int, float, list))), None)
-        if not question or not answer:
-            raise UserError(f"{place}: needs a question ({', '.join(QUESTION_KEYS)}) and an answer "
-                            f"({', '.join(ANSWER_KEYS)}); it has {', '.join(row) or 'nothing'}")
-        solution = row.get("solution") if isinstance(row.get("solution"), str) else answer
-        final = extract_answer(answer) or answer.strip()
+        problem = (read_row or as_problem)(place, row)
         level = re.search("[0-9]+", str(row.get("level", "")))  # an int, or MATH's "Level 5"
         if not levels or level and int(low) <= int(level[0]) <= int(high):
-            problems.append(row | {"question": question, "answer": final, "solution": solution})
+            problems.append(problem)
     if not problems:
         raise UserError(f"{path} holds no problems" + (f" of level {levels}" if levels else ""))
     return problems
+
+
+def as_problem(place: str, row: dict) -> dict:
+    """The row with the strings 'question', 'answer' (the final one: of a worked answer, as in GSM8K's answer column,
+    what it states) and 'solution' (the worked answer where there is one, else the answer)."""
+    question = next((row[k] for k in QUESTION_KEYS if isinstance(row.get(k), str)), None)
+    answer = next((_text(row[k]) for k in ANSWER_KEYS if isinstance(row.get(k), (str, int, float, list))), None)
+    if not question or not answer:
+        raise UserError(f"{place}: needs a question ({', '.join(QUESTION_KEYS)}) and an answer "
+                        f"({', '.join(ANSWER_KEYS)}); it has {', '.join(row) or 'nothing'}")
+    solution = row.get("solution") if isinstance(row.get("solution"), str) else answer
+    return row | {"question": question, "answer": extract_answer(answer) or answer.strip(), "solution": solution}
 
 
 def _text(answer):
@@ -772,6 +778,19 @@ def _read_jsonl(path, unfinished=False):
     return rows
 
 
+def load_hub(name, path, configuration, split, **options):
+    """datasets.load_dataset, with one line for what can go wrong. `name` is what the user wrote."""
+    try:
+        import datasets  # only here: local files need the standard library alone
+    except ImportError:
+        raise UserError(f"'{name}' is on the hub, which needs `pip install datasets`; or give a .jsonl file") from None
+    try:
+        return datasets.load_dataset(path, configuration, split=split, **options)
+    except Exception as error:  # the hub client raises many kinds; all mean that the data is not to be had
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"data set '{name}' ({path}, {split}) could not be loaded: {reason}") from None
+
+
 def _read_hub(name, split):
     """([(place, row)], levels) of a data set on the hub."""
     if name not in DATASETS and "/" not in name:
@@ -782,15 +801,7 @@ def _read_hub(name, split):
     path, _, levels = path.partition("@")
     if split not in splits:
         raise UserError(f"data set '{name}' has no split '{split}', only {' and '.join(splits)}")
-    try:
-        import datasets  # only here: local files need the standard library alone
-    except ImportError:
-        raise UserError(f"'{name}' is on the hub, which needs `pip install datasets`; or give a .jsonl file") from None
-    try:
-        rows = datasets.load_dataset(path, configuration, split=splits[split])
-    except Exception as error:  # the hub client raises many kinds; all mean that the data is not to be had
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"data set '{name}' ({path}, {split}) could not be loaded: {reason}") from None
+    rows = load_hub(name, path, configuration, splits[split])
     columns = question.split()
     if name in DATASETS and not {*columns, answer} <= set(rows.column_names):
         raise UserError(f"data set '{name}' ({path}) has changed: its columns {question}, {answer} are now "

@@ -543,23 +543,25 @@ def open_log(path, step):
     return log
 
 
-def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step):
+def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step, eval_problems, held_out=None):
     """The loop of grpo.py and sft.py: resume, evaluate, take steps, log, save, and give way to Ctrl-C.
 
     parameters, identity: of trained_parameters.
     take_step(step, interrupt) changes them; it returns a dict of metrics for the log and a line for the screen.
+    eval_problems: what an evaluation asks, eval_size of them. held_out(): the loss on held-out rows, over all ranks.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     chief = rank == 0  # the one process that writes
-    eval_problems = eval_math.load_problems(cfg.eval_dataset, "test") if cfg.eval_dataset else []
     eval_problems = eval_problems[: cfg.eval_size or None]
     checkpoint_file = os.path.join(cfg.out_dir, "checkpoint.safetensors")
-    step, history = 0, {"seconds": 0.0, "base": None, "accuracy": None, "evaluated": None, "best": -1.0}
+    step, history = 0, {"seconds": 0.0, "base": None, "accuracy": None, "evaluated": None, "best": None,
+                        "base_loss": None, "loss": None}
     if cfg.init_from == "resume" and os.path.exists(os.path.join(cfg.out_dir, "settings.py")) and not (
             os.path.exists(checkpoint_file) or os.path.exists(previous(checkpoint_file))):
         print(f"{cfg.out_dir} has no checkpoint yet: this starts at step 0")
     elif cfg.init_from == "resume":
-        step, history = load_checkpoint(checkpoint_file, parameters, optimizer, identity)
+        step, saved = load_checkpoint(checkpoint_file, parameters, optimizer, identity)
+        history |= saved
     if chief:
         prepare_out_dir(cfg, "log.jsonl")
     log = open_log(os.path.join(cfg.out_dir, "log.jsonl"), step) if chief else None
@@ -577,21 +579,26 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
             save_trained(net, cfg)
 
     def evaluate():
-        if not eval_problems:
+        if not eval_problems and not held_out:
             return
-        mine = list(range(rank, len(eval_problems), world))  # every rank asks its share
-        result = eval_math.evaluate(net, tokenizer, [eval_problems[i] for i in mine], cfg, indices=mine)
-        if world > 1:
-            shares = [None] * world
-            dist.all_gather_object(shares, result["rows"])
-            rows = sorted((row for share in shares for row in share), key=lambda row: row["index"])
-            result = eval_math.summarise([[row] for row in rows]) | {"rows": rows}
-        history.update(accuracy=result["strict"], evaluated=step)
+        result = {}
+        if eval_problems:
+            mine = list(range(rank, len(eval_problems), world))  # every rank asks its share
+            result = eval_math.evaluate(net, tokenizer, [eval_problems[i] for i in mine], cfg, indices=mine)
+            if world > 1:
+                shares = [None] * world
+                dist.all_gather_object(shares, result["rows"])
+                rows = sorted((row for share in shares for row in share), key=lambda row: row["index"])
+                result = eval_math.summarise([[row] for row in rows]) | {"rows": rows}
+        if held_out:
+            result["loss"] = held_out()
+        history.update(accuracy=result.get("strict"), loss=result.get("loss"), evaluated=step)
         write({"step": step, "eval": {k: v for k, v in result.items() if k != "rows"}})
         if chief:
             print_evaluation(step, result)
-        if result["strict"] > history["best"]:
-            history["best"] = result["strict"]
+        score = result["strict"] if eval_problems else -result["loss"]
+        if history["best"] is None or score > history["best"]:
+            history["best"] = score
             if chief and step:
                 save_trained(net, cfg, best=True)
 
@@ -600,7 +607,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
             try:
                 if step == 0:
                     evaluate()
-                    history["base"] = history["accuracy"]
+                    history.update(base=history["accuracy"], base_loss=history["loss"])
                 while step < cfg.max_steps:
                     record, line = take_step(step, interrupt)
                     step += 1
@@ -630,11 +637,18 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
     if chief and history["base"] is not None:
         print(f"{os.path.basename(os.path.normpath(cfg.out_dir))}: greedy accuracy {history['base']:.3f} -> "
               f"{history['accuracy']:.3f} with {numbers} numbers in {time.time() - began:.0f} s")
+    elif chief and history["base_loss"] is not None:
+        print(f"{os.path.basename(os.path.normpath(cfg.out_dir))}: held-out loss {history['base_loss']:.4f} -> "
+              f"{history['loss']:.4f} with {numbers} numbers in {time.time() - began:.0f} s")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def print_evaluation(step, result):
+    if "loss" in result:
+        print(f"--- step {step}: held-out loss {result['loss']:.4f}")
+    if "rows" not in result:
+        return
     rows = result["rows"]
     example = rows[step % len(rows)]
     print(f"--- step {step}: greedy accuracy {result['strict']:.3f} +- {result['stderr']:.3f} on {len(rows)} problems "
@@ -647,6 +661,7 @@ def train(cfg):
     check_settings(cfg)
     rank, world, device = start_ranks(cfg)
     problems = eval_math.load_problems(cfg.dataset, "train")
+    eval_problems = eval_math.load_problems(cfg.eval_dataset, "test") if cfg.eval_dataset else []
     net = load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device)
     tokenizer = load_tokenizer(cfg.model)
     prepare_problems(net, tokenizer, problems, cfg)
@@ -663,7 +678,7 @@ def train(cfg):
     def take_step(step, interrupt):
         return training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt)
 
-    training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step)
+    training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step, eval_problems)
 
 
 def prepare_problems(net, tokenizer, problems, cfg):

@@ -576,8 +576,37 @@ class Tokenizer:
 
     def encode_chat(self, messages, generation_prompt=True, **variables):
         """Ids of the rendered chat, where the special tokens are the template's: those a user typed stay text."""
-        guarded = [m | {"content": self.cut.sub(_guard, m["content"])} for m in messages]
-        return self._encode_cut(self.chat(guarded, generation_prompt, **variables), GUARD)
+        return self._encode_cut(self.chat(self._guarded(messages), generation_prompt, **variables), GUARD)
+
+    def encode_turns(self, messages):
+        """Ids of a whole conversation up to the end of its last assistant turn, and for each of them whether the
+        assistant is to say it: the content of all its turns, and the token that ends a turn.
+
+        Every turn is cut off before BPE where a sampler's prompt would end, so what is trained is what is sampled: a
+        content that begins with a line break is not merged with the template's. UserError where the template renders
+        the messages so far differently once more follow, or ends a turn without a special token.
+        """
+        guarded, ids, trained, done = self._guarded(messages), [], [], ""
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt, turn = self.chat(guarded[:i]), self.chat(guarded[: i + 1], generation_prompt=False)
+                if not (prompt.startswith(done) and turn.startswith(prompt)):
+                    raise UserError("the chat template changes earlier messages when later ones follow, so that turns "
+                                    f"cannot be told apart (at message {i + 1}); use another checkpoint's template")
+                said = self._encode_cut(turn[len(prompt) :], GUARD)
+                end = next((n for n in range(len(said), 0, -1) if said[n - 1] in self.added.values()), None)
+                if end is None:
+                    raise UserError("the chat template ends an assistant's turn without a special token: nothing would "
+                                    "teach the model to stop; use another checkpoint's template")
+                asked = self._encode_cut(prompt[len(done) :], GUARD)
+                ids += asked + said
+                trained += [False] * len(asked) + [True] * end + [False] * (len(said) - end)
+                done = turn
+        last = len(trained) - trained[::-1].index(True)
+        return ids[:last], trained[:last]
+
+    def _guarded(self, messages):
+        return [m | {"content": self.cut.sub(_guard, m["content"])} for m in messages]
 
 
 GUARD = "\ufdd0"  # a code point that Unicode keeps out of text: put inside a typed <|im_end|>, it hides it from `cut`

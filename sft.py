@@ -1,15 +1,22 @@
-"""Supervised fine-tuning on worked solutions, with the same adapters and the same pieces as grpo.py.
+"""Supervised fine-tuning on worked solutions and on chats, with the same adapters and the same pieces as grpo.py.
 
     python sft.py                                          # the toy, on worked solutions
-    python sft.py --model=Qwen/Qwen2.5-7B-Instruct --dataset=gsm8k --eval_dataset=gsm8k ...
+    python sft.py config/qwen7b_sft.py                     # GSM8K's solutions: the supervised arm of the paper
+    python sft.py config/tulu3_lora.py                     # a chat data set, read from the hub as it is needed
     python sft.py --method=full --random_init=True ...     # pre-training: toy/make.py does this
 
-A row needs a question and a solution (or an answer), and may bring a system message. The loss is the mean over the
-solution's tokens, the stop token included; the prompt is not trained on.
+A row has a question and a solution (or an answer), and may bring a system message; or it is a chat: `messages` of role
+and content, or `conversations` of from and value. The loss is the mean over the tokens that the model is to say, the
+solution or every turn of the assistant, each with the token that ends it; nothing else is trained on. Solutions are
+taken as they are given, GSM8K's with their calculator annotations <<3+4=7>>, as in the paper.
 """
 
+import itertools
 import math
+import os
+import re
 import time
+from functools import lru_cache, partial
 
 import torch
 
@@ -39,8 +46,8 @@ from model import (
 )
 
 model = "toy/base"  # checkpoint directory or hub name
-dataset = "toy/train.jsonl"  # rows with question and solution: a .jsonl file, a folder, or a name (eval_math.py)
-eval_dataset = "toy/test.jsonl"  # held-out problems, greedy accuracy; none if empty
+dataset = "toy/train.jsonl"  # .jsonl file, folder, name in eval_math.py; streamed: tulu3, openthoughts3, hub names
+eval_dataset = "toy/test.jsonl"  # held-out rows: their loss, and of problems the greedy accuracy; none if empty
 system_prompt = ""  # system message where a row brings none; empty: what the chat template puts there
 prompt_template = "{question}"  # the user's message
 answer_format = "hash"  # what strict scoring reads: hash (#### 42), boxed (\boxed{42}) or any
@@ -66,28 +73,36 @@ beta2 = 0.999  # AdamW's decay of the second moment
 max_steps = 60  # optimiser steps
 batch_size = 64  # rows a step, over all ranks
 grad_clip = 1.0  # bound on the gradient's norm; 0: none
-micro_batch_tokens = 4096  # padded tokens in one forward and backward pass: bounds memory, not the gradient
+max_length = 0  # longer rows (prompt and all) are cut off after so many tokens, and counted; 0: the model's context
+shuffle_buffer = 10000  # of a streamed data set, rows are drawn at random from the next so many
+micro_batch_tokens = 4096  # tokens, padding too, in one forward and backward pass: bounds memory, not the gradient
+packing = False  # lay a micro-batch's rows end to end instead of padding them; each attends to itself alone
+recompute = False  # keep only the layers' inputs and compute the rest again in the backward pass: less memory, slower
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
-eval_size = 0  # problems in an evaluation; 0: all
+eval_size = 0  # rows in an evaluation; 0: all
 max_new_tokens = 64  # of an answer in the evaluation
 save_interval = 20  # steps between checkpoints
 dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
+
+STREAMED = {"tulu3": "allenai/tulu-3-sft-mixture", "openthoughts3": "open-thoughts/OpenThoughts3-1.2M"}
+ROLES = {"human": "user", "gpt": "assistant"}  # what `conversations` call the roles of `messages`
 
 
 def check_settings(cfg):
     bad = [
         *bad_method(cfg),
         (cfg.random_init and cfg.method != "full", "random_init goes with method = full"),
-        (min(cfg.lr, cfg.weight_decay, cfg.grad_clip, cfg.warmup_steps, cfg.seed, cfg.eval_size) < 0
-         or not 0 <= cfg.beta2 < 1, "lr, weight_decay, grad_clip, warmup_steps, seed and eval_size must not be "
-         "negative, beta2 in [0, 1)"),
+        (min(cfg.lr, cfg.weight_decay, cfg.grad_clip, cfg.warmup_steps, cfg.seed, cfg.eval_size, cfg.max_length) < 0
+         or not 0 <= cfg.beta2 < 1, "lr, weight_decay, grad_clip, warmup_steps, seed, eval_size and max_length must "
+         "not be negative, beta2 in [0, 1)"),
         (cfg.lr_schedule not in ("constant", "cosine"), "lr_schedule must be constant or cosine"),
+        (cfg.eval_dataset in STREAMED, f"eval_dataset: {cfg.eval_dataset} has no rows held out; give a .jsonl file"),
         (cfg.init_from not in ("scratch", "resume"), "init_from must be scratch or resume"),
         (cfg.answer_format not in ("hash", "boxed", "any"), "answer_format must be hash, boxed or any"),
-        (min(cfg.batch_size, cfg.max_new_tokens, cfg.micro_batch_tokens) < 1 or cfg.max_steps < 0,
-         "batch_size, max_new_tokens and micro_batch_tokens must be at least 1, max_steps at least 0"),
+        (min(cfg.batch_size, cfg.max_new_tokens, cfg.micro_batch_tokens, cfg.shuffle_buffer) < 1 or cfg.max_steps < 0,
+         "batch_size, max_new_tokens, micro_batch_tokens and shuffle_buffer must be at least 1, max_steps at least 0"),
     ]
     for is_bad, message in bad:
         if is_bad:
@@ -102,16 +117,130 @@ def learning_rate(step, cfg):
     return rate
 
 
-def supervised_row(tokenizer, problem, cfg, context):
-    """A row of the data as tokens: the chat prompt, then the solution and a stop token."""
-    [prompt] = eval_math.encode_problems(
-        tokenizer, [problem], problem.get("system", cfg.system_prompt), cfg.prompt_template
-    )
-    ids = tokenizer.encode(problem["solution"]) + [tokenizer.eos_id]
-    if len(prompt) + len(ids) > context:
-        raise UserError(f"{cfg.dataset}: a row of {len(prompt) + len(ids)} tokens is longer than the model's context "
-                        f"of {context}; it begins: {problem['question'][:60]!r}")
-    return Row(prompt, ids, sampler_logprobs=[], advantage=1.0)
+def as_example(place, row):
+    """A row of data as one of the two kinds that are trained on: with 'messages' [{role, content}], or with the
+    'question', 'answer' and 'solution' of eval_math.as_problem. place: file and line, for UserError."""
+    turns = row.get("messages") or row.get("conversations")
+    if turns is None:
+        return eval_math.as_problem(place, row)
+    turns = turns if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns) else []
+    messages = [{"role": turn.get("role", turn.get("from")), "content": turn.get("content", turn.get("value"))}
+                for turn in turns]
+    for m in messages:
+        m["role"] = ROLES.get(str(m["role"]), m["role"])
+        if m["role"] not in ("system", "user", "assistant") or not isinstance(m["content"], str):
+            raise UserError(f"{place}: a message needs the role system, user or assistant and a text as its content; "
+                            f"one has {m['role']!r} and {str(m['content'])[:40]!r}")
+    roles = [m["role"] for m in messages]
+    if "assistant" not in roles or "user" not in roles[: roles.index("assistant")]:
+        raise UserError(f"{place}: a chat needs a list of messages in which an assistant answers a user; its roles are "
+                        f"{', '.join(roles) or 'none'}")
+    return row | {"messages": messages}
+
+
+def encode_example(tokenizer, example, cfg):
+    """The example's token ids up to the last that is trained, and of each whether it is."""
+    if "messages" not in example:
+        system = example.get("system", cfg.system_prompt)
+        [prompt] = eval_math.encode_problems(tokenizer, [example], system, cfg.prompt_template)
+        said = tokenizer.encode(example["solution"]) + [tokenizer.eos_id]
+        return prompt + said, [False] * len(prompt) + [True] * len(said)
+    messages = example["messages"]
+    if cfg.system_prompt and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": cfg.system_prompt}, *messages]
+    ids, trained = tokenizer.encode_turns(messages)
+    if ids[-1] not in tokenizer.stop_ids:
+        warn(f"the chat template ends a turn with {tokenizer.decode(ids[-1:])!r}, where sampling does not stop: add "
+             f"its id, {ids[-1]}, to eos_token_id in generation_config.json")
+    return ids, trained
+
+
+@lru_cache
+def warn(text):
+    """Say it once, and from one process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}")
+
+
+def encode_examples(tokenizer, examples, cfg, context):
+    """Rows of at most max_length tokens, and how many examples were cut off. One that is cut off before the first
+    token to train makes no row."""
+    limit, rows, cut = min(cfg.max_length or context, context), [], 0
+    for example in examples:
+        ids, trained = encode_example(tokenizer, example, cfg)
+        start = trained.index(True)
+        cut += len(ids) > limit
+        if start < limit:
+            rows.append(Row(ids[:start], ids[start:limit], sampler_logprobs=[], advantage=1.0,
+                            trained=trained[start:limit]))
+    return rows, cut
+
+
+def is_streamed(name):
+    """Is this a data set on the hub, but none of the small ones in eval_math.DATASETS, which are read as a whole?"""
+    is_local = os.path.exists(name) or name.endswith((".jsonl", ".json"))
+    return name in STREAMED or bool(not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name))
+
+
+def open_stream(name, split):
+    return eval_math.load_hub(name, STREAMED.get(name, name), None, split, streaming=True)
+
+
+def read(name, rows):
+    """The rows of a stream, over the network as they are asked for; UserError where it breaks off."""
+    count = 0
+    try:
+        for row in rows:
+            yield row
+            count += 1
+    except Exception as error:  # of many kinds: the network, the hub, a damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"data set '{name}' broke off after {count} rows: {reason}; go on with "
+                        "--init_from=resume") from None
+    if not count:
+        raise UserError(f"data set '{name}' holds no rows")
+
+
+def shuffled(name, rows, cfg):
+    """(position, row) without end, epoch after epoch, in an order that depends on seed and shuffle_buffer alone."""
+    rows, position = rows.shuffle(seed=cfg.seed, buffer_size=cfg.shuffle_buffer), itertools.count()
+    for epoch in itertools.count():
+        rows.set_epoch(epoch)  # another order
+        for row in read(name, rows):
+            yield next(position), row
+
+
+def batches(cfg, rank, world):
+    """A function of step that gives this rank's share of the step's examples, and how many there are to train on (None
+    of a stream). A resumed run takes the rows that it would have taken uninterrupted; a stream it reads from the start
+    again, past those it has had. Every rank reads all of a stream: so its order is the same for any number of ranks."""
+    if is_streamed(cfg.dataset):
+        rows = shuffled(cfg.dataset, open_stream(cfg.dataset, "train"), cfg)
+
+        def batch(step):
+            later = (item for item in rows if item[0] >= step * cfg.batch_size)
+            mine = list(itertools.islice(later, cfg.batch_size))[rank::world]
+            return [as_example(f"{cfg.dataset}, row {position} as shuffled", row) for position, row in mine]
+
+        return batch, None
+    examples = eval_math.load_problems(cfg.dataset, "train", as_example)
+
+    def batch(step):
+        positions = batch_positions(step, cfg.batch_size, len(examples), cfg.seed)
+        return [examples[index] for _, index in positions[rank::world]]
+
+    return batch, len(examples)
+
+
+def held_out_examples(cfg):
+    """The first eval_size examples of eval_dataset; of a stream nothing more is read."""
+    name, size = cfg.eval_dataset, cfg.eval_size or None
+    if not name:
+        return []
+    if not is_streamed(name):
+        return eval_math.load_problems(name, "test", as_example)[:size]
+    rows = itertools.islice(read(name, open_stream(name, "test")), size)
+    return [as_example(f"{name}, row {i}", row) for i, row in enumerate(rows)]
 
 
 def build(cfg, device):
@@ -126,41 +255,69 @@ def build(cfg, device):
 def train(cfg):
     check_settings(cfg)
     rank, world, device = start_ranks(cfg)
-    problems = eval_math.load_problems(cfg.dataset, "train")
+    batch, num_examples = batches(cfg, rank, world)
+    held_out = held_out_examples(cfg)
     tokenizer = load_tokenizer(cfg.model)
     net = build(cfg, device)
+    net.model.recompute = cfg.recompute
+    context = net.config.max_position_embeddings
+    if cfg.max_length > context:
+        raise UserError(f"max_length must be at most the model's context of {context}, or 0")
     parameters, identity = trained_parameters(net, cfg)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay
     )
     if rank == 0:
         print(f"{cfg.model}: training {sum(p.numel() for p in parameters.values())} numbers ({cfg.method}) on "
-              f"{len(problems)} rows; {net.head.dtype} on {net.device}, {world} process(es)")
+              f"{num_examples or 'a stream of'} rows; {net.head.dtype} on {net.device}, {world} process(es)")
 
     def take_step(step, interrupt):
-        interrupt.hold()
         t0 = time.time()
-        mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[rank::world]
-        context = net.config.max_position_embeddings
-        rows = [supervised_row(tokenizer, problems[index], cfg, context) for _, index in mine]
-        [num_tokens] = all_reduce([sum(len(row.ids) for row in rows)], net.device)
+        rows, cut = encode_examples(tokenizer, batch(step), cfg, context)
+        interrupt.hold()
+        num_tokens, cut = all_reduce([sum(sum(row.trained) for row in rows), cut], net.device)
+        if not num_tokens:
+            raise UserError(f"step {step + 1} has no token to train on: all its rows are cut off before the first; "
+                            "raise max_length")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         optimizer.zero_grad(set_to_none=False)
         loss_sum = 0.0
-        for batch in micro_batches(rows, cfg.micro_batch_tokens):
-            logp, _, _ = completion_logprobs(net, tokenizer, batch, temperature=1.0)
-            loss = -logp.sum() / num_tokens  # logp is 0 outside the solution; num_tokens is the global batch's
+        for part in micro_batches(rows, cfg.micro_batch_tokens, cfg.packing):
+            logp, _, _ = completion_logprobs(net, tokenizer, part, 1.0, cfg.packing)
+            loss = -logp.sum() / num_tokens  # logp is 0 where nothing is trained; num_tokens is the global batch's
             loss.backward()
             loss_sum += loss.item()
         grad_norm = update(optimizer, parameters.values(), cfg.grad_clip)
         [loss_sum] = all_reduce([loss_sum], net.device)
         seconds = time.time() - t0
         record = {"loss": loss_sum, "grad_norm": grad_norm, "lr": learning_rate(step, cfg), "tokens": num_tokens,
-                  "seconds": {"step": seconds, "peak_gb": peak_gb(net.device)}}
-        return record, f"loss {loss_sum:.4f} | grad {grad_norm:.3f} | lr {record['lr']:.2e} | {seconds:.2f} s"
+                  "cut_off": cut, "seconds": {"step": seconds, "peak_gb": peak_gb(net.device)}}
+        line = f"loss {loss_sum:.4f} | grad {grad_norm:.3f} | lr {record['lr']:.2e} | {seconds:.2f} s"
+        return record, line + (f" | {cut:.0f} rows cut off" if cut else "")
 
-    training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step)
+    asked = [e for e in held_out if "messages" not in e]
+    scored = [e for e in held_out if "messages" in e or e["solution"] != e["answer"]]
+    rows, cut = encode_examples(tokenizer, scored[rank::world], cfg, context)
+    [cut] = all_reduce([cut], net.device)
+    if cut and rank == 0:
+        print(f"{cut:.0f} of {len(scored)} held-out rows are longer than max_length, and count up to there")
+    measure = partial(held_out_loss, net, tokenizer, rows, cfg) if scored else None
+    training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step, asked, measure)
+
+
+@torch.no_grad()
+def held_out_loss(net, tokenizer, rows, cfg):
+    """Mean loss per trained token over the rows of all ranks, of which `rows` are this one's."""
+    total, count = 0.0, 0
+    for part in micro_batches(rows, cfg.micro_batch_tokens, cfg.packing):
+        logp, _, mask = completion_logprobs(net, tokenizer, part, 1.0, cfg.packing)
+        total -= logp.double().sum().item()
+        count += int(mask.sum())
+    total, count = all_reduce([total, count], net.device)
+    if not count:
+        raise UserError(f"{cfg.eval_dataset}: all rows are cut off before the first token to score; raise max_length")
+    return total / count
 
 
 def main():

@@ -1,17 +1,27 @@
-"""sft.py: the loss is the solution's alone, and whole runs learn, save and resume."""
+"""sft.py: the loss is that of what the model is to say alone, and whole runs learn, save and resume."""
 
+import itertools
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
-from conftest import assert_refused, run_script
+from conftest import ROOT, SHARED, assert_refused, run_script
+from jinja2 import Template
 from safetensors.torch import load_file
 
+import eval_math
 import grpo
 import model
 import sft
-from configurator import configure
+from configurator import UserError, configure
 
 
 def args(checkpoint, problems, out_dir, **changes):
@@ -43,6 +53,351 @@ def test_loss_is_the_mean_over_the_solutions_tokens(checkpoint, problems, tmp_pa
         total -= logp[range(len(solution)), solution].sum().item()
         count += len(solution)
     assert losses(tmp_path / "run")[0] == pytest.approx(total / count, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- chats
+
+CHATS = [[("user", "How many?"), ("assistant", "Tom has 3.")],
+         [("system", "Be brief."), ("user", "Tom has 3 apples."), ("assistant", "Yes."), ("user", "Now?"),
+          ("assistant", "\n 4 apples\n"), ("user", "Thanks.")],
+         [("user", "a"), ("user", "b"), ("assistant", "c"), ("assistant", "It ends with <|im_end|> or so."),
+          ("user", "d"), ("assistant", "")]]
+
+
+def as_messages(chat):
+    return {"messages": [{"role": role, "content": content} for role, content in chat]}
+
+
+def as_conversations(chat):
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return {"conversations": [{"from": names[role], "value": content} for role, content in chat]}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def by_hand(tokenizer, chat):
+    """Ids and mask of a chat in the test checkpoint's template, put together turn by turn."""
+    ids, mask, [end] = [], [], tokenizer.stop_ids
+    for role, content in chat:
+        head, said = tokenizer.encode(f"<|im_start|>{role}\n", special=True), [*tokenizer.encode(content), end]
+        tail = tokenizer.encode("\n")
+        ids += head + said + tail
+        mask += [False] * len(head) + [role == "assistant"] * len(said) + [False] * len(tail)
+    last = max(i for i, trained in enumerate(mask) if trained)
+    return ids[: last + 1], mask[: last + 1]
+
+
+def plain_loss(net, ids, mask):
+    """Summed loss of the marked tokens through the plain forward pass, and their number."""
+    with torch.no_grad():
+        logp = torch.log_softmax(net(torch.tensor([ids]))[0, :-1].double(), -1)
+    return -sum(logp[i - 1, token].item() for i, token in enumerate(ids) if mask[i]), sum(mask)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_every_turn_of_the_assistant_is_trained_and_nothing_else(checkpoint, tokenizer, net, tmp_path, packing):
+    """Both spellings of a chat, and a row with a question among them: the loss of a step, and of the held-out rows."""
+    rows = [as_messages(CHATS[0]), as_conversations(CHATS[1]), as_messages(CHATS[2]),
+            {"question": "How many?", "solution": "3 + 4 = 7\n#### 7"}]
+    data = write(tmp_path / "chats.jsonl", rows)
+    run(*args(checkpoint, data, tmp_path / "run", batch_size=4, max_steps=1, lr=1e-9, eval_size=0, packing=packing,
+              micro_batch_tokens=60))
+    chats = [*CHATS, [("user", "How many?"), ("assistant", "3 + 4 = 7\n#### 7")]]
+    totals, counts = zip(*(plain_loss(net, *by_hand(tokenizer, chat)) for chat in chats))
+    assert losses(tmp_path / "run") == pytest.approx([sum(totals) / sum(counts)], rel=1e-5)
+    lines = [json.loads(line) for line in open_lines(tmp_path / "run" / "log.jsonl")]
+    assert [line["tokens"] for line in lines if "loss" in line] == [sum(counts)]
+    assert [line["eval"]["loss"] for line in lines if "eval" in line] == pytest.approx(2 * losses(tmp_path / "run"))
+    assert all(line["eval"]["problems"] == 1 for line in lines if "eval" in line)  # the others have no answer
+
+
+def test_a_system_prompt_goes_before_a_chat_without_one(tokenizer):
+    cfg = SimpleNamespace(system_prompt="Be brief.")
+    for chat in CHATS[:2]:
+        example = sft.as_example("here", as_messages(chat))
+        expected = by_hand(tokenizer, [("system", "Be brief."), *(turn for turn in chat if turn[0] != "system")])
+        assert sft.encode_example(tokenizer, example, cfg) == expected
+
+
+def test_turns_are_those_of_transformers_in_the_template_of_qwen(tmp_path):
+    """Ids of apply_chat_template, and the mask it makes of a template with its own {% generation %} marks."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the reference (requirements-dev.txt)")
+    from test_checkpoints import real_tokenizer
+
+    ours = real_tokenizer("qwen2.5", tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    plain = "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+    assert theirs.chat_template.count(plain) == 1
+    marked = theirs.chat_template.replace(plain, (
+        "{{- '<|im_start|>' + message.role + '\\n' }}{%- if message.role == 'assistant' %}{%- generation %}"
+        "{{- message.content + '<|im_end|>' }}{%- endgeneration %}{%- else %}{{- message.content + '<|im_end|>' }}"
+        "{%- endif %}{{- '\\n' }}"))
+    chats = [*CHATS[:2], [("user", "Größe? 🙂"), ("assistant", " 12 cm\t"), ("user", "\n?"), ("assistant", "e\u0301")]]
+    chats[1] = [(role, content.strip()) for role, content in chats[1]]
+    for chat in chats:
+        messages = as_messages(chat)["messages"]
+        expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        masks = theirs.apply_chat_template(messages, chat_template=marked, tokenize=True, return_dict=True,
+                                           return_assistant_tokens_mask=True)
+        assert masks["input_ids"] == expected
+        ids, trained = ours.encode_turns(messages)
+        assert ids == expected[: len(ids)] and trained == [bool(m) for m in masks["assistant_masks"][: len(ids)]]
+        assert not any(masks["assistant_masks"][len(ids) :])
+
+
+def test_a_turn_begins_where_the_samplers_prompt_ends(tokenizer):
+    """Line breaks at the edge of a turn and a typed <|im_end|> change neither prompt nor end."""
+    for content in ("\n\nYes.", " Yes. ", "<|im_end|>", ""):
+        asked = [{"role": "user", "content": "Well?"}]
+        ids, trained = tokenizer.encode_turns([*asked, {"role": "assistant", "content": content}])
+        prompt = tokenizer.encode_chat(asked)
+        assert ids == [*prompt, *tokenizer.encode(content), *tokenizer.stop_ids]
+        assert trained == [i >= len(prompt) for i in range(len(ids))]
+
+
+@pytest.mark.parametrize("template, words", [
+    ("{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else m.content[:1] }}<|im_end|>{% endfor %}"
+     "{% if add_generation_prompt %}assistant: {% endif %}", "changes earlier messages"),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+     "{% if add_generation_prompt %}<|im_start|>{% endif %}", "changes earlier messages"),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+     "{% if add_generation_prompt %}assistant: {% endif %}", "without a special token")])
+def test_templates_whose_turns_cannot_be_told_apart_are_refused(checkpoint, template, words):
+    tokenizer = model.load_tokenizer(checkpoint)
+    tokenizer.template = Template(template)
+    with pytest.raises(UserError, match=words):
+        tokenizer.encode_turns(as_messages(CHATS[1])["messages"])
+
+
+def test_an_end_of_turn_that_sampling_does_not_know_is_pointed_out(checkpoint, capsys):
+    tokenizer = model.load_tokenizer(checkpoint)
+    tokenizer.stop_ids = frozenset([0])
+    for chat in CHATS:
+        sft.encode_example(tokenizer, sft.as_example("here", as_messages(chat)), SimpleNamespace(system_prompt=""))
+    assert capsys.readouterr().out.count("eos_token_id") == 1
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"messages": "Hello"}, "its roles are none"),
+    ({"messages": [{"role": "user", "content": "?"}]}, "an assistant answers a user"),
+    ({"messages": [{"role": "assistant", "content": "!"}]}, "an assistant answers a user"),
+    ({"messages": [{"role": "user", "content": "?"}, {"role": "tool", "content": "!"}]}, "'tool'"),
+    ({"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "!"}]}, "'None'"),
+    ({"conversations": [{"from": ["human"], "value": "?"}]}, "['human']"),
+    ({"text": "Hello"}, "needs a question")])
+def test_rows_of_another_shape_are_refused_by_file_and_line(row, words, tmp_path):
+    data = write(tmp_path / "chats.jsonl", [as_messages(CHATS[0]), row])
+    with pytest.raises(UserError) as refused:
+        eval_math.load_problems(data, "train", sft.as_example)
+    assert f"{data}, line 2: " in str(refused.value) and words in str(refused.value)
+
+
+def test_longer_rows_are_cut_off_and_counted(checkpoint, tokenizer, net, tmp_path, capsys):
+    data = write(tmp_path / "chats.jsonl", map(as_messages, CHATS))
+    rows = [by_hand(tokenizer, chat) for chat in CHATS]
+    limit = len(rows[0][0]) - 2  # cuts into the first row's only turn, and beyond a turn of the others
+    run(*args(checkpoint, data, tmp_path / "run", batch_size=3, max_steps=1, max_length=limit, eval_size=0, lr=1e-9))
+    totals, counts = zip(*(plain_loss(net, ids[:limit], mask[:limit]) for ids, mask in rows))
+    cut = sum(len(ids) > limit for ids, _ in rows)
+    lines = [json.loads(line) for line in open_lines(tmp_path / "run" / "log.jsonl")]
+    assert [(line["cut_off"], line["tokens"]) for line in lines if "loss" in line] == [(cut, sum(counts))]
+    assert losses(tmp_path / "run") == pytest.approx([sum(totals) / sum(counts)], rel=1e-5) and cut == 3
+    assert lines[0]["eval"] == pytest.approx({"loss": sum(totals) / sum(counts)}, rel=1e-5)
+    out = capsys.readouterr().out
+    assert "| 3 rows cut off" in out and "3 of 3 held-out rows are longer" in out
+    assert "run: held-out loss" in out.splitlines()[-1]
+    with pytest.raises(UserError, match="step 1 has no token to train on.*max_length"):
+        run(*args(checkpoint, data, tmp_path / "run", max_length=1, eval_dataset=""))
+    with pytest.raises(UserError, match="cut off before the first token to score"):
+        run(*args(checkpoint, data, tmp_path / "run", max_length=1))
+    with pytest.raises(UserError, match="at most the model's context of 512"):
+        run(*args(checkpoint, data, tmp_path / "run", max_length=513))
+
+
+def test_the_best_adapter_by_held_out_loss_is_kept(checkpoint, tmp_path):
+    data = write(tmp_path / "chats.jsonl", map(as_messages, CHATS))
+    run(*args(checkpoint, data, tmp_path / "run", batch_size=3, max_steps=8, lr=0.1, eval_interval=1))
+    lines = [json.loads(line) for line in open_lines(tmp_path / "run" / "log.jsonl")]
+    evaluated = {line["step"]: line["eval"]["loss"] for line in lines if "eval" in line}
+    best = min(evaluated, key=evaluated.get)
+    assert best > 0
+    run(*args(checkpoint, data, tmp_path / "part", batch_size=3, max_steps=best, lr=0.1, eval_interval=1))
+    files = tmp_path / "run" / "best.safetensors", tmp_path / "part" / "adapter.safetensors"
+    assert torch.equal(*(load_file(file)["v"] for file in files))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_solutions_of_gsm8k_are_trained_as_they_are_given(split, tmp_path, monkeypatch):
+    """The published columns (one worked answer) and local rows with a solution: the same ids, of exactly that text."""
+    from test_checkpoints import real_tokenizer
+
+    if not (SHARED / "data" / "gsm8k").exists():
+        pytest.skip("needs GSM8K in ../shared/data/gsm8k")
+    tokenizer = real_tokenizer("qwen2.5", tmp_path)
+    cfg = SimpleNamespace(system_prompt="", prompt_template="{question}")
+    local = eval_math.load_problems(str(SHARED / "data" / "gsm8k"), split, sft.as_example)
+    published = [{"question": e["question"], "answer": e["solution"]} for e in local]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(published))
+    hub = eval_math.load_problems("gsm8k", split, sft.as_example)
+    assert all(eval_math.is_correct(e["answer"], f["answer"]) for e, f in zip(hub, local))
+    assert sum("<<" in e["solution"] for e in local) > 0.9 * len(local)
+    for example, other in list(zip(hub, local))[::50]:
+        ids, trained = sft.encode_example(tokenizer, example, cfg)
+        assert (ids, trained) == sft.encode_example(tokenizer, other, cfg)
+        said = tokenizer.decode([i for i, is_trained in zip(ids, trained) if is_trained])
+        assert said == example["solution"] + "<|im_end|>" and f"#### {example['answer']}" in said
+        assert tokenizer.decode(ids[: trained.index(True)]).endswith(
+            f"<|im_start|>user\n{example['question']}<|im_end|>\n<|im_start|>assistant\n")
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+
+
+def numbered_chats(count):
+    return [as_messages([("user", f"How many apples has number {i}?"), ("assistant", f"{i} + 1 = {i + 1}")])
+            for i in range(count)]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Data sets of a hub: {path: rows}; what is asked for is noted."""
+    rows, asked = {}, []
+
+    def load_dataset(path, configuration, split, streaming):
+        asked.append((path, configuration, split, streaming))
+        return datasets.Dataset.from_list(rows[path]).to_iterable_dataset(num_shards=3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return SimpleNamespace(rows=rows, asked=asked)
+
+
+def streamed(name, rank=0, world=1, steps=range(6), **changes):
+    cfg = SimpleNamespace(dataset=name, seed=1, shuffle_buffer=7, batch_size=5)
+    batch, count = sft.batches(SimpleNamespace(**vars(cfg) | changes), rank, world)
+    assert count is None
+    return [[e["messages"][-1]["content"] for e in batch(step)] for step in steps]
+
+
+@pytest.mark.parametrize("name, path, shape", [("tulu3", "allenai/tulu-3-sft-mixture", as_messages),
+                                               ("openthoughts3", "open-thoughts/OpenThoughts3-1.2M", as_conversations),
+                                               ("owner/chats", "owner/chats", as_messages)])
+def test_hub_data_sets_are_streamed_in_their_published_columns(hub, name, path, shape):
+    hub.rows[path] = [shape([("user", "?"), ("assistant", str(i))]) | {"source": "x", "id": str(i)} for i in range(12)]
+    seen = list(itertools.chain(*streamed(name, steps=range(5))))
+    assert hub.asked == [(path, None, "train", True)]
+    assert sorted(seen[:12], key=int) == sorted(seen[12:24], key=int) == [str(i) for i in range(12)]  # two epochs
+    assert seen[:12] != seen[12:24] and seen[:12] != [str(i) for i in range(12)]
+
+
+def test_a_stream_depends_on_the_seed_alone_and_goes_on_at_any_step(hub):
+    hub.rows["owner/chats"] = numbered_chats(17)
+    whole = streamed("owner/chats")
+    assert streamed("owner/chats") == whole != streamed("owner/chats", seed=2)
+    assert streamed("owner/chats", steps=[4, 5]) == whole[4:]  # in the second epoch
+    shares = [streamed("owner/chats", rank, 2) for rank in (0, 1)]
+    assert [sorted(one + two) for one, two in zip(*shares)] == [sorted(batch) for batch in whole]
+    hub.rows["owner/chats"][3] = {"messages": []} | {"text": "?"}
+    with pytest.raises(UserError, match="owner/chats, row .* as shuffled: "):
+        streamed("owner/chats")
+
+
+def test_held_out_rows_of_the_hub_are_read_no_further_than_needed(monkeypatch):
+    read = []
+
+    def rows():
+        for row in numbered_chats(9):
+            read.append(row)
+            yield row
+
+    data = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, streaming: {"test": data}[split])
+    examples = sft.held_out_examples(SimpleNamespace(eval_dataset="owner/chats", eval_size=3))
+    assert [e["messages"] for e in examples] == [row["messages"] for row in numbered_chats(3)] and len(read) <= 4
+    assert len(sft.held_out_examples(SimpleNamespace(eval_dataset="owner/chats", eval_size=0))) == 9
+
+
+def test_a_stream_that_breaks_off_or_is_empty_says_so(monkeypatch):
+    def rows():
+        yield from numbered_chats(8)
+        raise ConnectionError("the hub is gone")
+
+    for generator, words in ((rows, "'owner/chats' broke off after . rows: .*go on with --init_from=resume"),
+                             (lambda: iter(()), "'owner/chats' holds no rows")):
+        data = datasets.IterableDataset.from_generator(generator)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, data=data, **__: data)
+        with pytest.raises(UserError, match=words):
+            streamed("owner/chats")
+
+
+STREAMING_SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+import datasets
+load_dataset = datasets.load_dataset  # files in the place of the hub, through the same reader
+datasets.load_dataset = lambda path, *_, **options: load_dataset("json", data_files={files!r}, **options)
+import configurator, sft
+configurator.run(sft.main)
+"""
+
+
+@pytest.fixture
+def streaming(checkpoint, tmp_path):
+    """A script that runs sft.py on a data set streamed from two files, and its arguments."""
+    rows = numbered_chats(20)
+    files = [write(tmp_path / "a.jsonl", rows[:9]), write(tmp_path / "b.jsonl", rows[9:])]
+    script = tmp_path / "streaming.py"
+    script.write_text(STREAMING_SCRIPT.format(root=str(ROOT), files=files))
+
+    def arguments(name, **changes):
+        held_out = write(tmp_path / "held_out.jsonl", map(as_messages, CHATS))
+        return [str(script), *args(checkpoint, "owner/chats", tmp_path / name, eval_dataset=held_out, batch_size=5,
+                                   shuffle_buffer=6, **dict(max_steps=6, save_interval=2, lr=0.05) | changes)]
+
+    return arguments
+
+
+def log_of(out_dir):
+    lines = [json.loads(line) for line in open_lines(out_dir / "log.jsonl")]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_a_killed_run_on_a_stream_resumes_to_the_same_numbers(streaming, tmp_path):
+    done = run_script(*streaming("whole"))
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    process = subprocess.Popen([sys.executable, *streaming("parts")], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log, deadline = tmp_path / "parts" / "log.jsonl", time.time() + 120
+    while not (log.exists() and '"step": 3,' in log.read_text()) and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run_script(*streaming("parts", init_from="resume"))
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(*(load_file(tmp_path / d / "adapter.safetensors")["v"] for d in ("whole", "parts")))
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_two_processes_on_a_stream_learn_what_one_does(streaming, tmp_path, packing):
+    """torchrun with 2 ranks over gloo: the same moments of the gradient, and the same held-out loss."""
+    done = run_script(*streaming("one", max_steps=2))
+    assert done.returncode == 0, done.stderr
+    done = run_script("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                      *streaming("two", max_steps=2, packing=packing))
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / d / "checkpoint.safetensors") for d in ("one", "two"))
+    moment = one["optimizer.0.exp_avg"]
+    assert (two["optimizer.0.exp_avg"] - moment).norm() < 1e-4 * moment.norm() and moment.norm() > 0
+    one, two = (log_of(tmp_path / d) for d in ("one", "two"))
+    assert [line.get("tokens") for line in one] == [line.get("tokens") for line in two]
+    one, two = ([line["eval"]["loss"] if "eval" in line else line["loss"] for line in log] for log in (one, two))
+    assert len(one) == 4 and one == pytest.approx(two, rel=1e-5)  # two evaluations, two steps
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
 
 
 def open_lines(path):
@@ -87,8 +442,15 @@ def test_an_adapter_learns_and_is_saved(checkpoint, problems, tmp_path):
     assert last < first and load_file(tmp_path / "run" / "adapter.safetensors")["v"].shape == (14, 4)
 
 
+@pytest.mark.parametrize("name", ["qwen7b_sft", "tulu3_lora", "toy_pretrain"])
+def test_the_configs_are_settings_that_hold_together(name):
+    sft.check_settings(configure(vars(sft), [str(ROOT / "config" / f"{name}.py")]))
+
+
 @pytest.mark.parametrize("changes, words", [(dict(method="lora_xxs"), "is unknown"),
                                             (dict(random_init=True), "random_init goes with"),
-                                            (dict(lr_schedule="steps"), "lr_schedule must be")])
+                                            (dict(lr_schedule="steps"), "lr_schedule must be"),
+                                            (dict(eval_dataset="tulu3"), "tulu3 has no rows held out"),
+                                            (dict(dataset="tulu3"), "'tulu3' (allenai/tulu-3-sft-mixture, train)")])
 def test_wrong_settings_are_refused(checkpoint, problems, tmp_path, changes, words):
     assert_refused(run_script("sft.py", *args(checkpoint, problems, tmp_path / "run", **changes)), words)
