@@ -11,10 +11,11 @@ solution's tokens, the stop token included; the prompt is not trained on.
 import math
 import time
 
+from configurator import UserError, configure, run  # isort: skip (first: it says what is missing)
+
 import torch
 
 import eval_math
-from configurator import UserError, configure, run
 from grpo import (
     Row,
     all_reduce,
