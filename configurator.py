@@ -123,8 +123,11 @@ def _lock(out_dir):
 def run(main):
     """Call main(), and turn what the user can mend into one line on stderr and exit code 2: a UserError, too little
     memory, a full disk, a missing package. Ctrl-C exits with 130; where nobody reads the output any more, with 141."""
-    if sys.stdout:  # None where it is closed. A log in a file or a pipe is as fresh as one on the screen,
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # and any terminal can show any text
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))
+    # A log in a file or a pipe is as fresh as one on the screen, and any terminal can show any text.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:

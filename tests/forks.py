@@ -93,7 +93,7 @@ if __name__ == "__main__":
                 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(sys.argv[0], run_name="__main__")
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             code = 1
             sys.excepthook(type(error), error, error.__traceback__)
     except SystemExit as stopped:
