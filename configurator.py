@@ -10,12 +10,20 @@ dropped in silence, and every override is printed.
 
 import ast
 import difflib
+import errno
 import math
 import os
+import re
 import runpy
 import sys
+from contextlib import contextmanager, suppress
 from itertools import count
 from types import ModuleType, SimpleNamespace
+
+# The scripts import this file before any package, so that what stops a newcomer first is one line, too.
+if sys.version_info < (3, 11):  # noqa: UP036 (that nobody reads requires-python is the point)
+    print("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0], file=sys.stderr)
+    raise SystemExit(2)
 
 
 class UserError(Exception):
@@ -45,15 +53,31 @@ def configure(script_globals, argv=None):
             _override(settings, name, value, "command line")
         else:
             for name, value in _read_config(arg).items():
-                default = _lookup(settings, name, arg)
-                _override(settings, name, _check(name, value, default, arg), arg)
+                place = _place(arg, name)
+                default = _lookup(settings, name, place)
+                _override(settings, name, _check(name, value, default, place), arg)
     return SimpleNamespace(**settings)
 
 
 def save_settings(settings, path):
     """Write settings as a config file: `python grpo.py out/toy/settings.py` repeats the run."""
-    with open(path, "w", encoding="utf-8") as f:
+    with whole_file(path) as aside, open(aside, "w", encoding="utf-8") as f:
         f.writelines(f"{name} = {value!r}\n" for name, value in vars(settings).items())
+
+
+@contextmanager
+def whole_file(path):
+    """A name to write under: renamed to `path` when all is written, and removed, with `path` as it was, where the disk
+    is full or the run is stopped."""
+    try:
+        yield f"{path}.tmp"
+        os.replace(f"{path}.tmp", path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.remove(f"{path}.tmp")
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # by name: nothing is imported here
+            raise UserError(f"{path} cannot be written: {error}; make room, or choose another out_dir") from None
+        raise
 
 
 def prepare_out_dir(settings, evidence):
@@ -61,20 +85,49 @@ def prepare_out_dir(settings, evidence):
     holds the file `evidence` of an earlier run aside: nothing is overwritten."""
     out_dir = settings.out_dir
     try:
+        os.makedirs(out_dir, exist_ok=True)
+        _lock(out_dir)
         if settings.init_from == "scratch" and os.path.exists(os.path.join(out_dir, evidence)):
             aside = next(name for n in count(1) if not os.path.exists(name := f"{os.path.normpath(out_dir)}.{n}"))
             os.rename(out_dir, aside)
             print(f"moved the earlier run in {out_dir} to {aside}")
-        os.makedirs(out_dir, exist_ok=True)
+            os.makedirs(out_dir)
+            _lock(out_dir)
         repeat = SimpleNamespace(**vars(settings) | {"init_from": "scratch"})
         save_settings(repeat, os.path.join(out_dir, "settings.py"))
     except OSError as error:
         raise UserError(f"out_dir '{out_dir}' cannot be written: {error}") from None
 
 
+_locked = None  # file descriptor
+
+
+def _lock(out_dir):
+    """Keep other runs out of out_dir until this process ends, however it ends: the kernel drops the lock with it."""
+    global _locked
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return
+    if _locked is not None:
+        os.close(_locked)
+    _locked = os.open(os.path.join(out_dir, ".lock"), os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(_locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing to out_dir '{out_dir}'; wait for it, or choose another") from None
+    except OSError:
+        pass  # a file system without locks
+
+
 def run(main):
-    """Call main(), and turn a UserError, and too little memory, into one line on stderr and exit code 2."""
-    sys.stdout.reconfigure(line_buffering=True)  # a log in a file or a pipe is as fresh as one on the screen
+    """Call main(), and turn what the user can mend into one line on stderr and exit code 2: a UserError, too little
+    memory, a full disk, a missing package. Ctrl-C exits with 130; where nobody reads the output any more, with 141."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))
+    # A log in a file or a pipe is as fresh as one on the screen, and any terminal can show any text.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
@@ -83,6 +136,19 @@ def run(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except ModuleNotFoundError as error:
+        print(f"error: {error}: pip install -r requirements.txt, into the Python of {sys.prefix}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # `| head` has what it wanted
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            hint = "; make room, then go on with --init_from=resume if this was a run" if full else ""
+            print(f"error: {error}{hint}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # what cannot be written would be tried again, and reported, on the way out
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141 if isinstance(error, BrokenPipeError) else 2) from None
     except Exception as error:
         # torch's and Python's, by name: nothing is imported here; torch's CPU allocator raises a bare RuntimeError
         named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
@@ -91,6 +157,20 @@ def run(main):
         reason = (str(error).splitlines() or ["of the host"])[0]
         print(f"error: out of memory ({reason}); lower the number of rows or tokens at a time", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _stopped_early(kind, error, trace):
+    """run() for what stops a script of ours before its main(): a missing package, an old torch, Ctrl-C."""
+    def again():
+        raise error
+
+    if issubclass(kind, (UserError, KeyboardInterrupt, ModuleNotFoundError)):
+        run(again)
+    sys.__excepthook__(kind, error, trace)
+
+
+if os.path.abspath(sys.argv[0]).startswith(os.path.dirname(os.path.abspath(__file__)) + os.sep):
+    sys.excepthook = _stopped_early
 
 
 def _settings_block(script_globals):
@@ -124,11 +204,19 @@ def _read_config(path):
     return {k: v for k, v in values.items() if not k.startswith("_") and not isinstance(v, ModuleType)}
 
 
+def _place(path, name):
+    """Where a config file sets a name."""
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        lines = [i for i, line in enumerate(f, 1) if re.match(rf"\s*{name}\b.*=", line)]
+    return f"{path}, line {lines[-1]}" if lines else path
+
+
 def _lookup(settings, name, where):
     if name in settings:
         return settings[name]
     near = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else "--help lists the settings."
+    hint += " Delete the line if another version wrote it." if ", line " in where else ""
     raise UserError(f"unknown setting '{name}' in {where}; {hint}")
 
 

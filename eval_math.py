@@ -18,7 +18,7 @@ from functools import lru_cache
 from itertools import accumulate
 from types import SimpleNamespace
 
-from configurator import UserError, configure, prepare_out_dir, run
+from configurator import UserError, configure, prepare_out_dir, run, whole_file
 
 model = "toy/base"  # checkpoint directory or hub name
 adapter = ""  # adapter file, or the out_dir of a run; none if empty
@@ -788,7 +788,8 @@ def load_hub(name, path, configuration, split, **options):
         return datasets.load_dataset(path, configuration, split=split, **options)
     except Exception as error:  # the hub client raises many kinds; all mean that the data is not to be had
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"data set '{name}' ({path}, {split}) could not be loaded: {reason}") from None
+        raise UserError(f"data set '{name}' ({path}, {split}) could not be loaded ({reason}); give a "
+                        ".jsonl file or a folder instead") from None
 
 
 def _read_hub(name, split):
@@ -957,12 +958,8 @@ def write_rows(file, rows):
 
 def write_responses(path, settings, groups):
     """The file that read_responses reads: a line of settings, then a line a response. Whole or not at all."""
-    try:
-        with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as f:  # of lone surrogates: \ud800
-            write_rows(f, [{"settings": settings}, *(row for rows in groups.values() for row in rows)])
-        os.replace(path + ".tmp", path)
-    except OSError as error:
-        raise UserError(f"responses cannot be written: {error}") from None
+    with whole_file(path) as aside, open(aside, "w", encoding="utf-8", errors="backslashreplace") as f:  # \ud800
+        write_rows(f, [{"settings": settings}, *(row for rows in groups.values() for row in rows)])
 
 
 def grade_again(path, answer_format):
@@ -1083,7 +1080,7 @@ def main():
     except KeyboardInterrupt:
         print(f"\ninterrupted; the answers so far are in {cfg.out_dir}: go on with --init_from=resume")
         raise SystemExit(130) from None
-    with open(os.path.join(cfg.out_dir, "results.json"), "w", encoding="utf-8") as f:
+    with whole_file(os.path.join(cfg.out_dir, "results.json")) as aside, open(aside, "w", encoding="utf-8") as f:
         json.dump(summaries, f, indent=1)
     print(*table(summaries), sep="\n")
 

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 
+from configurator import UserError, configure, prepare_out_dir, run, whole_file  # isort: skip (first: it says what is missing)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -32,9 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 import eval_math
 import tinylora
-from configurator import UserError, configure, prepare_out_dir, run
-from model import checkpoint_dir, load_model, load_tokenizer, save_model
-from sample import generate
+from model import checkpoint_dir, free_memory, load_model, load_tokenizer, save_model
+from sample import fitting_rows, generate
 
 # what to train: the defaults train the embedded toy; the paper's values are in config/
 model = "toy/base"  # checkpoint directory or hub name
@@ -465,10 +466,10 @@ def save_checkpoint(path, parameters, optimizer, step, history, identity):
         tensors |= {f"optimizer.{i}.{key}": value.cpu().contiguous() for key, value in state.items()}
     info = {"step": step, "history": history, "identity": identity, "revision": revision()}
     info = {key: json.dumps(value) for key, value in info.items()}
-    save_file(tensors, path + ".tmp", metadata=info | {"sha256": checksum(tensors, info)})
-    if os.path.exists(path):
-        os.replace(path, previous(path))
-    os.replace(path + ".tmp", path)
+    with whole_file(path) as aside:
+        save_file(tensors, aside, metadata=info | {"sha256": checksum(tensors, info)})
+        if os.path.exists(path):
+            os.replace(path, previous(path))
 
 
 def previous(path):
@@ -551,6 +552,10 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
     eval_problems: what an evaluation asks, eval_size of them. held_out(): the loss on held-out rows, over all ranks.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    numbers = sum(p.numel() for p in parameters.values())
+    if 12 * numbers > free_memory(net.device):
+        raise UserError(f"gradient and Adam's two moments of {numbers:,} numbers take {12 * numbers / 1e9:.1f} GB, "
+                        f"{free_memory(net.device) / 1e9:.1f} GB are free; use tinylora, a lower rank or fewer targets")
     chief = rank == 0  # the one process that writes
     eval_problems = eval_problems[: cfg.eval_size or None]
     checkpoint_file = os.path.join(cfg.out_dir, "checkpoint.safetensors")
@@ -631,7 +636,6 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
     finally:
         if chief:
             log.close()
-    numbers = sum(p.numel() for p in parameters.values())
     if chief and "v" in parameters and numbers <= 1000:
         print(f"the same in a message: --adapter={tinylora.adapter_text(net.adapter, cfg.save_dtype)}")
     if chief and history["base"] is not None:
@@ -690,6 +694,7 @@ def prepare_problems(net, tokenizer, problems, cfg):
             raise UserError(f"{cfg.dataset}: problem {i + 1} has a prompt of {len(prompt)} tokens, longer than the "
                             f"model's context of {context}")
         problem["prompt"] = prompt
+    fitting_rows(net, min(max(map(len, prompts)) + cfg.max_new_tokens, context), 1)  # refuses where not even one fits
 
 
 def rollout(net, tokenizer, problems, cfg, step, rank, world):

@@ -11,9 +11,9 @@ import os
 import re
 import shutil
 import unicodedata
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-import jinja2
 import tiktoken
 import torch
 import torch.nn as nn
@@ -23,7 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from configurator import UserError
+from configurator import UserError, whole_file
+
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+    raise UserError(f"torch 2.11 or newer is needed, this is {torch.__version__}: pip install -r requirements.txt")
 
 # ------------------------------------------------------------------------------------------------ the architecture
 
@@ -224,12 +227,24 @@ def pick_device(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # CUDA graphs are recorded on the current device
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError):  # NotImplementedError, of meta, is a RuntimeError
         raise UserError(f"device '{device}' is not available here; use --device=auto, cpu or cuda") from None
     return device
+
+
+def free_memory(device):
+    """Bytes that can still be allocated on the GPU, or on the host (where the system does not say: 4 GB)."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reusable
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 * 10**9
 
 
 def checkpoint_dir(path):
@@ -245,27 +260,47 @@ def checkpoint_dir(path):
         return huggingface_hub.snapshot_download(path, allow_patterns=wanted)
     except Exception as error:  # the hub client raises many kinds; all mean that the model is not to be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"'{path}' is no local directory and could not be downloaded from the hub: {reason}") from None
+        raise UserError(f"'{path}' is no local directory and could not be downloaded from the hub ({reason}); "
+                        "copy the checkpoint here and give its directory") from None
 
 
 def read_json(path):
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             return json.load(f)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: not a whole checkpoint directory; download it again") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); download it again") from None
+
+
+@contextmanager
+def made_by_others(path):
+    """Files come from strangers: whatever a malformed one leads to in here becomes one line."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise UserError(f"{path} is malformed ({type(error).__name__}: {error}); download it again") from None
 
 
 def load_config(path):
     """Read config.json, in the style of published checkpoints or as transformers 5 writes it."""
     file = os.path.join(path, "config.json")
+    with made_by_others(file):
+        return _parse_config(file)
+
+
+def _parse_config(file):
     raw = read_json(file)
 
     def need(condition, message):
         if not condition:
             raise UserError(f"{file}: {message}")
+
+    def positive(value):
+        return type(value) in (int, float) and 0 < value < 1e18
 
     need(isinstance(raw, dict), "is not a JSON object")
     kind = raw.get("model_type")
@@ -284,25 +319,29 @@ def load_config(path):
          f"rope type {rope_type!r} is not supported; use a checkpoint with default or "
          "llama3")
     for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-        need(rope_type == "default" or isinstance(rope.get(key), (int, float)), f"its llama3 rope settings lack {key}")
+        need(rope_type == "default" or positive(rope.get(key)), f"its llama3 rope settings lack {key}")
     need(rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) == 1.0,
          "partial_rotary_factor is not supported")
     for key in ("rms_norm_eps", "rope_theta"):
         value = rope.get(key, raw.get(key, 1.0))
-        need(isinstance(value, (int, float)), f"{key} must be a number, not {value!r}")
+        need(positive(value), f"{key} must be a number above 0, not {value!r}")
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "head_dim", "max_position_embeddings"):
-        need(raw.get(key) is None or isinstance(raw[key], int), f"{key} must be a whole number, not {raw.get(key)!r}")
+        most = {"num_hidden_layers": 1000, "max_position_embeddings": 2**31}.get(key, 2**20)
+        need(raw.get(key) is None or type(raw[key]) is int and 0 < raw[key] <= most,
+             f"{key} must be a whole number from 1 to {most}, not {raw.get(key)!r}")
+    given = {key: value for key, value in raw.items() if value is not None}
     try:
-        heads = raw["num_attention_heads"]
+        heads = given["num_attention_heads"]
+        need(heads % (raw.get("num_key_value_heads") or heads) == 0, "num_key_value_heads must divide the heads")
         return Config(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
+            vocab_size=given["vocab_size"],
+            hidden_size=given["hidden_size"],
+            intermediate_size=given["intermediate_size"],
+            num_hidden_layers=given["num_hidden_layers"],
             num_attention_heads=heads,
             num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            head_dim=raw.get("head_dim") or given["hidden_size"] // heads,
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             max_position_embeddings=raw.get("max_position_embeddings") or (2048 if kind == "llama" else 32768),
             rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
@@ -322,17 +361,21 @@ def load_model(path, dtype=None, device=None):
     device: torch device, its name, or None / 'auto': the GPU if there is one.
     Returns a frozen Transformer. Raises UserError, naming the file and the tensor, for anything that does not fit.
     """
-    path = checkpoint_dir(path)
-    config = load_config(path)
-    device = pick_device(device or "auto")
+    device = pick_device(device or "auto")  # before anything is downloaded for it
     if dtype in (None, "auto"):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     elif isinstance(dtype, str):
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
         if dtype is None:
             raise UserError("dtype must be auto, float32, bfloat16 or float16")
+    path = checkpoint_dir(path)
+    config = load_config(path)
     with torch.device("meta"):  # shapes only: the numbers come from the files, straight to the device
         model = Transformer(config)
+    need, free = sum(p.numel() for p in model.parameters()) * dtype.itemsize, free_memory(device)
+    if need > free:
+        raise UserError(f"{path}: the weights take {need / 1e9:.1f} GB in {str(dtype)[6:]}, {free / 1e9:.1f} GB are "
+                        f"free on {device}; use a smaller model" + " or --dtype=bfloat16" * (dtype == torch.float32))
     tensors = _read_weights(path, model, device, dtype)
     missing = [name for name in model.state_dict() if name not in tensors]
     if missing:
@@ -368,8 +411,10 @@ def _weight_files(path):
     index = os.path.join(path, "model.safetensors.index.json")
     if os.path.exists(index):
         weight_map = _read_optional(index).get("weight_map")
-        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        if not names or any(os.path.basename(name) != name for name in names):
+        with made_by_others(index):
+            names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+            outside = any(os.path.basename(name) != name for name in names)
+        if not names or outside:
             raise UserError(f"{index}: weight_map is empty or names a file outside the directory; download it again")
     else:
         names = ["model.safetensors"]
@@ -416,13 +461,12 @@ def save_model(model, path, tokenizer_from=None, max_shard_bytes=5 * 10**9):
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else ["model.safetensors"]
     for file, shard in zip(names, shards):  # written aside and renamed: a run killed here leaves the old file whole
-        file = os.path.join(path, file)
-        save_file({n: p.detach().cpu().contiguous() for n, p in shard.items()}, file + ".tmp", {"format": "pt"})
-        os.replace(file + ".tmp", file)
+        with whole_file(os.path.join(path, file)) as aside:
+            save_file({n: p.detach().cpu().contiguous() for n, p in shard.items()}, aside, {"format": "pt"})
     index = {"metadata": {"total_size": sum(p.nbytes for shard in shards for p in shard.values())},
              "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
     for name, data in [("config.json", raw)] + [("model.safetensors.index.json", index)] * (len(shards) > 1):
-        with open(os.path.join(path, name), "w", encoding="utf-8") as f:
+        with whole_file(os.path.join(path, name)) as aside, open(aside, "w", encoding="utf-8") as f:
             json.dump(data, f, indent=2)
     for name in TOKENIZER_FILES if tokenizer_from else ():
         source = os.path.join(tokenizer_from, name)
@@ -498,8 +542,11 @@ class Tokenizer:
     def __init__(self, path):
         extra = _read_optional(os.path.join(path, "tokenizer_config.json"))
         ranks, pattern, self.nfc, added, adds_bos = _read_vocabulary(path, extra)
+        if len(set(ranks.values())) < len(ranks) or not all(bytes([b]) in ranks for b in range(256)) or not all(
+                type(i) is int and 0 <= i < 2**31 for i in [*ranks.values(), *(t["id"] for t in added)]):
+            raise UserError(f"{path}: its vocabulary lacks bytes, or its ids are no whole numbers, each used once")
         self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.added = {t["content"]: t["id"] for t in added}
+        self.added = {t["content"]: t["id"] for t in added if t["content"]}
         self.special_ids = {t["id"] for t in added if t.get("special")}
         self.pieces = {i: token for token, i in ranks.items()} | {i: t.encode() for t, i in self.added.items()}
         rows = _read_optional(os.path.join(path, "config.json")).get("vocab_size", math.inf)
@@ -524,7 +571,7 @@ class Tokenizer:
             stop = _read_optional(os.path.join(path, name)).get("eos_token_id")
             if stop is not None:
                 stop = stop if isinstance(stop, list) else [stop]
-                if not all(isinstance(i, int) for i in stop):
+                if not stop or not all(type(i) is int and 0 <= i < 2**31 for i in stop):
                     raise UserError(f"{os.path.join(path, name)}: eos_token_id must be a token id or a list of them")
                 return frozenset(stop)
         if self._eos is None:
@@ -568,11 +615,9 @@ class Tokenizer:
         """
         if self.template is None:
             raise UserError("this checkpoint has no chat template")
-        try:
+        with made_by_others("the chat template"):
             return self.template.render(messages=messages, add_generation_prompt=generation_prompt,
                                         **self.special_texts, **variables)
-        except jinja2.TemplateError as error:
-            raise UserError(f"the chat template fails: {error}") from None
 
     def encode_chat(self, messages, generation_prompt=True, **variables):
         """Ids of the rendered chat, where the special tokens are the template's: those a user typed stay text."""
@@ -618,7 +663,9 @@ def _guard(match):
 
 def load_tokenizer(path):
     """The Tokenizer of a checkpoint directory or hub name."""
-    return Tokenizer(checkpoint_dir(path))
+    path = checkpoint_dir(path)
+    with made_by_others(path):
+        return Tokenizer(path)
 
 
 def _read_optional(file):
@@ -636,7 +683,7 @@ def _split_pattern(file, data):
     """The regex that cuts text into words before BPE, from tokenizer.json's pre_tokenizer."""
     steps = data.get("pre_tokenizer") or {}
     for step in steps.get("pretokenizers", [steps]):
-        if step.get("type") == "Split" and "Regex" in step.get("pattern", {}):
+        if step.get("type") == "Split" and step.get("pattern", {}).get("Regex"):
             return step["pattern"]["Regex"]
     raise UserError(f"{file}: its pre_tokenizer has no split pattern; not a Qwen2 or Llama-3 tokenizer")
 
@@ -656,7 +703,5 @@ def _chat_template(path, extra):
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     env.globals["raise_exception"] = raise_exception
     env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    try:
+    with made_by_others(f"{path}: the chat template"):
         return env.from_string(text)
-    except jinja2.TemplateError as error:
-        raise UserError(f"{path}: the chat template cannot be read: {error}") from None

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
+from configurator import UserError, configure, run  # isort: skip (first: it says what is missing)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import tinylora
-from configurator import UserError, configure, run
-from model import load_model, load_tokenizer
+from model import free_memory, load_model, load_tokenizer
 
 model = "toy/base"  # checkpoint directory or hub name
 adapter = ""  # adapter file, the out_dir of a run, or text (hex:...); none if empty. Several: separated by commas
@@ -356,18 +357,6 @@ def fitting_rows(model, length, rows, most=512):
     return min(rows, most, int(budget // (entry * length + extra)))
 
 
-def free_memory(device):
-    """Bytes that can still be allocated on the GPU, or on the host (where the system does not say: 4 GB)."""
-    if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reusable
-    try:
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 4 * 10**9
-
-
 def encode_prompt(tokenizer, text, system_prompt="", chat=True):
     """Ids of a user's text: in the chat template with an optional system message, or raw where there is none."""
     if not chat or tokenizer.template is None:
@@ -397,8 +386,10 @@ def converse(net, tokenizer, cfg):
     while True:
         try:
             text = input("> ").strip()
-        except EOFError:
+        except (EOFError, RuntimeError):  # the latter where stdin is closed
             text = ""
+        except UnicodeDecodeError as error:
+            raise UserError(f"the terminal's text is not {error.encoding}: set PYTHONUTF8=1") from None
         if not text:
             return print()
         messages.append({"role": "user", "content": text})

@@ -18,10 +18,11 @@ import re
 import time
 from functools import lru_cache, partial
 
+from configurator import UserError, configure, run  # isort: skip (first: it says what is missing)
+
 import torch
 
 import eval_math
-from configurator import UserError, configure, run
 from grpo import (
     Row,
     all_reduce,

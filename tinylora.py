@@ -29,6 +29,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+from configurator import UserError, configure, run, whole_file  # isort: skip (first: it says what is missing)
+
 import numpy as np
 import safetensors.torch
 import torch
@@ -37,7 +39,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from configurator import UserError, configure, run
 from model import checkpoint_dir, load_model, read_json, save_model
 
 model = "toy/base"  # checkpoint directory or hub name: the base of the adapter
@@ -513,12 +514,11 @@ def same_base(a, b, tol=0.004):
 def save_adapter(adapter, path, dtype="float32"):
     """Write the trained numbers and the settings that rebuild the rest: 13 numbers and a line of JSON, as safetensors.
     dtype: of the numbers in the file, float32, bfloat16 or float16."""
-    if os.path.dirname(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     tensors = {name: p.detach().to(DTYPES[dtype]).cpu().contiguous() for name, p in adapter.named_parameters()}
     meta = {"format": FORMAT, "settings": json.dumps(adapter.meta | {"dtype": dtype})}
-    safetensors.torch.save_file(tensors, path + ".tmp", metadata=meta)
-    os.replace(path + ".tmp", path)
+    with whole_file(path) as aside:
+        safetensors.torch.save_file(tensors, aside, metadata=meta)
 
 
 def adapter_text(adapter, dtype="float32"):
@@ -667,7 +667,7 @@ def new_directory(path):
             os.replace(aside, path)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"out_dir '{path}' cannot be written: {error}") from None
 
 

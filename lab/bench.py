@@ -23,6 +23,8 @@ from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
+from configurator import UserError, configure, run  # isort: skip (first: it says what is missing)
+
 import numpy as np
 import torch
 
@@ -31,7 +33,6 @@ import grpo
 import model as model_file
 import sample
 import tinylora
-from configurator import UserError, configure, run
 
 model = "toy/base"  # tokenize, adapters: checkpoint directory; adapters takes "" for random weights of the 0.5B shape
 dataset = "toy/train.jsonl"  # tokenize, grade: problems; grade also takes responses as eval_math.py writes them
