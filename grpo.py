@@ -146,21 +146,22 @@ def k3(logp, ref_logp):
     return (ref_logp - logp).exp() - (ref_logp - logp) - 1
 
 
-def token_logprobs(hidden, head, targets, temperature, chunk=2048):
+def token_logprobs(hidden, head, targets, temperature, chunk=0):
     """Log-prob of targets and entropy under softmax(hidden head^T / T). hidden [n, D], targets [n] -> [n], [n] fp32.
 
     Works through chunks of tokens whose logits are recomputed in the backward pass: with a vocabulary of 152k the
-    logits of one chunk, not of the batch, are alive at a time.
+    logits of one chunk, not of the batch, are alive at a time. chunk: tokens; 0: as many as have 256 MB of logits.
     """
+    chunk = chunk or max(1, 2**26 // len(head))
 
     def of_chunk(hidden, targets):
-        logits = F.linear(hidden, head).float() / temperature  # [chunk, V]
-        logprobs = torch.log_softmax(logits, dim=-1)
+        logprobs = torch.log_softmax(F.linear(hidden, head).float().div_(temperature), dim=-1)  # [chunk, V]
         with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
+            entropy = -logprobs.exp().mul_(logprobs).sum(-1)
         return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
 
-    parts = [checkpoint(of_chunk, hidden[i : i + chunk], targets[i : i + chunk], use_reentrant=False)
+    parts = [checkpoint(of_chunk, hidden[i : i + chunk], targets[i : i + chunk], use_reentrant=False,
+                        preserve_rng_state=False)  # nothing here is random
              for i in range(0, len(targets), chunk)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 

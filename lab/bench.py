@@ -53,7 +53,7 @@ group = 8  # compare, compare_grpo: rows that share a prompt
 slots = 512  # compare: rows at a time, ours and theirs
 their_rows = 0  # compare_grpo: rows that TRL takes in one forward and backward pass; 0: all; try which is quickest
 limit = 256  # compare, compare_grpo: most tokens a row; their number is geometric with a quarter of it as its mean
-dtype = "auto"  # compare, logprobs, decode, train: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
+dtype = "auto"  # where a shape is: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # logprobs, decode, train: auto, cpu, cuda, cuda:1 ...
 
 SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads, tied; as published

@@ -1,8 +1,12 @@
 """grpo.py: the objective against numbers worked out by hand, the gradient for any split, and whole runs."""
 
+import contextlib
+import itertools
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
 import signal
 import subprocess
@@ -96,6 +100,32 @@ def test_chunked_logprobs_equal_the_full_softmax(chunk):
     assert torch.allclose(logp.double(), exact[range(23), targets], atol=1e-5)
     assert torch.allclose(entropy.double(), -(exact.exp() * exact).sum(-1), atol=1e-5)
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
+
+
+def peak_of_logprobs(tokens, chunk, vocab=5000):
+    """Bytes allocated at most in the forward and backward pass, as torch's profiler counts them."""
+    hidden, head = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocab, 4)
+    targets = torch.randint(0, vocab, (tokens,))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        logp, _ = grpo.token_logprobs(hidden, head, targets, 0.7, chunk)
+        logp.sum().backward()
+    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+def test_no_more_than_one_chunk_of_logits_is_alive():
+    """Three copies of a chunk's (log-probs, their gradient, the logits'), whatever the number of tokens."""
+    bound = 3.5 * 8 * 5000 * 4
+    assert peak_of_logprobs(40, chunk=8) < bound and peak_of_logprobs(200, chunk=8) < bound
+    assert peak_of_logprobs(40, chunk=40) > 2 * bound
+
+
+@pytest.mark.parametrize("vocab, sizes", [(2**16, [1024, 1024, 452]), (2**10, [2500]), (2**17 + 1, [511] * 4 + [456])])
+def test_a_chunk_has_at_most_256_mb_of_logits(vocab, sizes, monkeypatch):
+    seen = []
+    monkeypatch.setattr(grpo, "checkpoint", lambda _, hidden, at, **__: (seen.append(len(hidden)), at)[1:] * 2)
+    grpo.token_logprobs(torch.zeros(2500, 1), torch.zeros(vocab, 1), torch.zeros(2500), 1.0)
+    assert seen == sizes
 
 
 # ------------------------------------------------------------------------------------------------------- the gradient
@@ -242,14 +272,15 @@ def args(checkpoint, problems, out_dir, **changes):
     return [f"--{key}={value}" for key, value in options.items()]
 
 
+def even_score(response, truncated, reference, answer_format):
+    """A reward that random weights can earn, so that there is something to learn: an even number of characters."""
+    right = len(response) % 2 == 0
+    return {"strict": right, "lenient": right}
+
+
 @pytest.fixture
 def lucky(monkeypatch):
-    """A reward that random weights can earn, so that there is something to learn: an even number of characters."""
-    def score(response, truncated, reference, answer_format):
-        right = len(response) % 2 == 0
-        return {"strict": right, "lenient": right}
-
-    monkeypatch.setattr(eval_math, "score", score)
+    monkeypatch.setattr(eval_math, "score", even_score)
 
 
 def run(*arguments):
@@ -327,6 +358,62 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers_and_the_same_log
     assert done.returncode == 0, done.stderr
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
     assert torch.equal(*(load_file(tmp_path / d / "adapter.safetensors")["v"] for d in ("whole", "parts")))
+
+
+def lucky_run(arguments):
+    """A run as the target of a process of its own."""
+    torch.set_num_threads(1)
+    eval_math.score = even_score
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        run(*arguments)
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_at_random_equals_an_uninterrupted_one(checkpoint, problems, tmp_path):
+    """The runs are forked from a server that has imported everything: their own work, not the imports, is killed."""
+    context, rng, parts = multiprocessing.get_context("forkserver"), random.Random(0), tmp_path / "parts"
+    context.set_forkserver_preload(["test_grpo"])
+    options = dict(max_steps=40, save_interval=1, eval_interval=4, eval_size=3, num_passes=2, kl_coef=0.1)
+
+    def started(name):
+        init_from = "resume" if (tmp_path / name / "settings.py").exists() else "scratch"
+        process = context.Process(target=lucky_run, args=(args(checkpoint, problems, tmp_path / name, **options,
+                                                               init_from=init_from),))
+        process.start()
+        return process
+
+    for name in ("first", "whole"):  # the first waits for the server's imports
+        began = time.time()
+        process = started(name)
+        while not (tmp_path / name / "log.jsonl").exists():
+            time.sleep(0.001)
+        ready = time.time() - began
+        process.join()
+        assert process.exitcode == 0
+    working, steps = time.time() - began - ready, []
+    for _ in range(20):
+        process = started("parts")
+        time.sleep(ready * rng.uniform(0.5, 1) + working / 20 * rng.random())  # about half the way in all
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        log = open_text(parts / "log.jsonl") if (parts / "log.jsonl").exists() else ""
+        steps.append([json.loads(line)["step"] for line in log.splitlines(keepends=True) if line.endswith("\n")])
+        for path in parts.glob("*.safetensors"):
+            load_file(path)  # whole, or not there
+    process = started("parts")
+    process.join()
+    assert process.exitcode == 0
+    assert len({len(step) for step in steps}) > 5, "the kills hit the same place again and again"
+    assert log_of(tmp_path / "whole") == log_of(parts)
+    (tensors, info), (whole, whole_info) = (grpo.read_checkpoint(str(d / "checkpoint.safetensors"))
+                                            for d in (parts, tmp_path / "whole"))
+    assert tensors.keys() == whole.keys() and all(torch.equal(tensors[key], whole[key]) for key in whole)
+    assert info["history"].pop("seconds") and whole_info["history"].pop("seconds") and info == whole_info
+    assert {path.name for path in parts.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    for name in ("adapter.safetensors", "best.safetensors"):
+        assert (parts / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert whole["param.v"].abs().min() > 0
 
 
 def test_sigterm_saves_and_exits(checkpoint, problems, tmp_path, lucky, monkeypatch):
