@@ -10,6 +10,7 @@ answers that beat their group's mean. What is not here: a critic, a reward model
 reference policy is the same model with v = 0), a merged or quantised engine that samples from another policy.
 """
 
+import glob
 import hashlib
 import json
 import math
@@ -463,9 +464,10 @@ def open_log(path, step):
     if step and os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-    log = open(path, "w", encoding="utf-8")
-    log.writelines(lines)
-    return log
+    with open(path + ".tmp", "w", encoding="utf-8") as log:  # aside: a run killed here keeps the log it had
+        log.writelines(lines)
+    os.replace(path + ".tmp", path)
+    return open(path, "a", encoding="utf-8")
 
 
 def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step):
@@ -487,6 +489,8 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
         step, history = load_checkpoint(checkpoint_file, parameters, optimizer, identity)
     if chief:
         prepare_out_dir(cfg, "log.jsonl")
+        for left in glob.glob(os.path.join(cfg.out_dir, "**", ".tmp*"), recursive=True):
+            os.remove(left)  # safetensors writes aside to such names: a killed run may leave one
     log = open_log(os.path.join(cfg.out_dir, "log.jsonl"), step) if chief else None
     began = time.time() - history["seconds"]
 
