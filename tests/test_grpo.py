@@ -13,8 +13,10 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -263,6 +265,55 @@ def test_every_epoch_visits_every_problem_once():
     assert grpo.batch_positions(7, 5, 20, seed=3) == grpo.batch_positions(7, 5, 20, seed=3)
 
 
+def test_further_problems_walk_an_order_of_their_own():
+    """4 rounds of 5 for each of 2 steps over 20 problems: two epochs, each a permutation, under names of their own."""
+    cfg = SimpleNamespace(resample=4, batch_size=5, seed=3)
+    rounds = [grpo.further_positions(step, attempt, cfg, 20) for step in (0, 1) for attempt in (1, 2, 3, 4)]
+    names, seen = zip(*(pair for round in rounds for pair in round))
+    assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20)) and len(set(names)) == 40
+    first = [pair for step in range(8) for pair in grpo.batch_positions(step, 5, 20, seed=3)]
+    assert not set(names) & {name for name, _ in first} and seen[:20] != tuple(index for _, index in first[:20])
+
+
+def rolled_out(net, tokenizer, checkpoint, problems, rank=0, world=1, **changes):
+    """The groups of a step's batch, and what rollout counts."""
+    cfg = configure(vars(grpo), args(checkpoint, problems, "unused", batch_size=8, **changes))
+    rows = eval_math.load_problems(problems)
+    grpo.prepare_problems(net, tokenizer, rows, cfg)
+    rows, counts = grpo.rollout(net, tokenizer, rows, cfg, 2, rank, world)
+    return [rows[i : i + 4] for i in range(0, len(rows), 4)], counts
+
+
+def teaches(group):
+    return any(row.advantage for row in group)
+
+
+def test_groups_that_teach_nothing_make_room_for_others(net, tokenizer, checkpoint, problems, monkeypatch):
+    """A quarter of the answers is right: in every third group all are wrong."""
+    def score(response, *_):
+        return {"strict": zlib.crc32(response.encode()) % 4 == 0, "lenient": False}
+
+    monkeypatch.setattr(eval_math, "score", score)
+    plain, plain_counts = rolled_out(net, tokenizer, checkpoint, problems)
+    groups, counts = rolled_out(net, tokenizer, checkpoint, problems, resample=6)
+    equal = sum(not teaches(group) for group in plain)
+    assert 0 < equal == plain_counts["equal"] / 4 and plain_counts["rounds"] == 1
+    assert len(groups) == 8 and all(map(teaches, groups)) and 1 < counts["rounds"] <= 7
+    assert [group == old for group, old in zip(groups, plain)] == [teaches(old) for old in plain]  # others are as they were
+    assert counts["batch_rows"] == 32 and counts["batch_tokens"] == sum(len(row.ids) for g in groups for row in g)
+    assert counts["rows"] >= 32 + 4 * equal and counts["equal"] >= plain_counts["equal"]  # of all that was sampled
+    shares = [rolled_out(net, tokenizer, checkpoint, problems, rank, 3, resample=6)[0] for rank in range(3)]
+    assert [len(share) for share in shares] == [3, 3, 2] and all(teaches(group) for share in shares for group in share)
+
+
+def test_groups_stay_when_the_rounds_are_used_up(net, tokenizer, checkpoint, problems, monkeypatch):
+    monkeypatch.setattr(eval_math, "score", lambda *_: {"strict": False, "lenient": False})
+    plain, _ = rolled_out(net, tokenizer, checkpoint, problems)
+    groups, counts = rolled_out(net, tokenizer, checkpoint, problems, resample=2)
+    assert groups == plain and counts["rounds"] == 3
+    assert counts["rows"] == counts["equal"] == 3 * 32 and counts["batch_rows"] == 32
+
+
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -315,13 +366,16 @@ def test_a_run_writes_log_adapter_and_checkpoint_and_repeats_itself(checkpoint, 
     assert torch.equal(v, load_file(tmp_path / "b" / "adapter.safetensors")["v"])
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(checkpoint, problems, tmp_path, lucky):
-    run(*args(checkpoint, problems, tmp_path / "whole", max_steps=4))
-    run(*args(checkpoint, problems, tmp_path / "parts", max_steps=2))
-    run(*args(checkpoint, problems, tmp_path / "parts", max_steps=4, init_from="resume"))
+@pytest.mark.parametrize("resample", [0, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one(checkpoint, problems, tmp_path, lucky, resample):
+    options = dict(resample=resample, batch_size=6)
+    run(*args(checkpoint, problems, tmp_path / "whole", max_steps=4, **options))
+    run(*args(checkpoint, problems, tmp_path / "parts", max_steps=2, **options))
+    run(*args(checkpoint, problems, tmp_path / "parts", max_steps=4, init_from="resume", **options))
     assert torch.equal(*(load_file(tmp_path / d / "adapter.safetensors")["v"] for d in ("whole", "parts")))
     steps = [[line for line in log_of(tmp_path / d) if "reward" in line] for d in ("whole", "parts")]
     assert steps[0] == steps[1]
+    assert any(line["rounds"] > 1 and line["groups"] > 6 for line in steps[0]) == bool(resample)
 
 
 def test_ctrl_c_saves_and_exits_cleanly(checkpoint, problems, tmp_path):
@@ -626,6 +680,47 @@ def test_a_gradient_that_is_not_finite_is_never_saved(checkpoint, problems, tmp_
     with pytest.raises(UserError, match="not finite"):
         run(*args(checkpoint, problems, tmp_path / "run", eval_dataset=""))
     assert not (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+class Recorder:
+    """Takes any call, and notes it."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __getattr__(self, name):
+        return lambda *arguments, **options: (self.calls.append((name, arguments, options)), self)[1]
+
+
+def stand_in(monkeypatch, name, **members):
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)  # it looks installed
+    vars(module).update(members)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_metrics_go_to_wandb_and_tensorboard_too(checkpoint, problems, tmp_path, lucky, monkeypatch):
+    calls, points = [], []
+    stand_in(monkeypatch, "wandb", init=Recorder(calls).init)
+    stand_in(monkeypatch, "tensorboard")
+    stand_in(monkeypatch, "torch.utils.tensorboard", SummaryWriter=Recorder(points).SummaryWriter)
+    run(*args(checkpoint, problems, tmp_path / "run", max_steps=2, wandb_log=True, tensorboard=True))
+    (first, _, options), *logged, (last, _, _) = calls
+    assert first == "init" and last == "finish" and options["name"] == "run" and options["config"]["max_steps"] == 2
+    lines = [json.loads(line) for line in open_text(tmp_path / "run" / "log.jsonl").splitlines()]
+    assert [options["step"] for _, _, options in logged] == [line["step"] for line in lines] == [0, 1, 2, 2]
+    assert logged[1][1][0]["reward"] == lines[1]["reward"] and logged[0][1][0]["eval/strict"] == lines[0]["eval"]["strict"]
+    assert points[0][:2] == ("SummaryWriter", (str(tmp_path / "run"),)) and points[-1][0] == "close"
+    assert ("add_scalar", ("seconds/update", lines[2]["seconds"]["update"], 2), {}) in points
+    assert len(points) - 2 == sum(len(arguments[0]) for _, arguments, _ in logged)
+
+
+@pytest.mark.parametrize("setting, package", [("wandb_log", "wandb"), ("tensorboard", "tensorboard")])
+def test_a_missing_package_is_named_before_any_work(checkpoint, problems, tmp_path, monkeypatch, setting, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        run(*args(checkpoint, problems, tmp_path / "run", **{setting: True}))
+    assert not (tmp_path / "run").exists()
 
 
 REFUSED = {
