@@ -10,7 +10,9 @@ answers that beat their group's mean. What is not here: a critic, a reward model
 reference policy is the same model with v = 0), a merged or quantised engine that samples from another policy.
 """
 
+import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -71,6 +73,7 @@ clip_high = 0.0  # and above at 1 + clip_high; 0: likewise. Clipping acts from t
 kl_coef = 0.0  # k3 penalty towards the base model (not with full); paper: 0 on GSM8K, 0.001 on MATH
 num_passes = 1  # optimiser passes over each batch; 1 is exactly on policy
 tis_cap = 0.0  # truncated importance sampling: weight tokens by min(trainer's / sampler's probability, this); 0: off
+resample = 0  # rounds of new problems in place of groups whose answers all earned the same (DAPO); 0: none
 overlong_tokens = 0  # the last so many tokens before max_new_tokens cost reward, up to 1 (DAPO); 0: none
 grad_clip = 1.0  # bound on the gradient's norm; 0: none
 micro_batch_tokens = 4096  # tokens, padding too, in one forward and backward pass: bounds memory, not the gradient
@@ -80,6 +83,8 @@ recompute = False  # keep only the layers' inputs and compute the rest again in 
 eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # problems in an evaluation; 0: all
 save_interval = 20  # steps between checkpoints
+wandb_log = False  # metrics go to Weights & Biases too, project tinylora, as a run with out_dir's name
+tensorboard = False  # and to TensorBoard, in out_dir
 dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
 
@@ -149,23 +154,25 @@ def k3(logp, ref_logp):
     return (ref_logp - logp).exp() - (ref_logp - logp) - 1
 
 
-def token_logprobs(hidden, head, targets, temperature, chunk=2048):
+def token_logprobs(hidden, head, targets, temperature, chunk=0):
     """Log-prob of targets and entropy under softmax(hidden head^T / T). hidden [n, D], targets [n] -> [n], [n], in
     fp32 or in fp64 where hidden is.
 
     Works through chunks of tokens whose logits are recomputed in the backward pass: with a vocabulary of 152k the
-    logits of one chunk, not of the batch, are alive at a time.
+    logits of one chunk, not of the batch, are alive at a time. chunk: tokens; 0: as many as have 256 MB of logits.
     """
+    chunk = chunk or max(1, 2**26 // len(head))
 
     def of_chunk(hidden, targets):
         logits = F.linear(hidden, head)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # [chunk, V]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)  # [chunk, V]
         logprobs = torch.log_softmax(logits, dim=-1)
         with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
+            entropy = -logprobs.exp().mul_(logprobs).sum(-1)
         return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
 
-    parts = [checkpoint(of_chunk, hidden[i : i + chunk], targets[i : i + chunk], use_reentrant=False)
+    parts = [checkpoint(of_chunk, hidden[i : i + chunk], targets[i : i + chunk], use_reentrant=False,
+                        preserve_rng_state=False)  # nothing here is random
              for i in range(0, len(targets), chunk)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
@@ -342,7 +349,15 @@ def batch_positions(step, batch_size, num_problems, seed):
             for position in range(step * batch_size, (step + 1) * batch_size)]
 
 
-@lru_cache(maxsize=2)
+def further_positions(step, attempt, cfg, num_problems):
+    """Which problems may replace those of a step in attempt 1, 2 ... cfg.resample. They walk a second order of all
+    problems, so that the first still visits each once an epoch, and a resumed run still needs no saved state."""
+    turn = step * cfg.resample + attempt - 1
+    return [(2**40 + position, index)  # a name for the random numbers that no position of the first order has
+            for position, index in batch_positions(turn, cfg.batch_size, num_problems, cfg.seed + 1)]
+
+
+@lru_cache(maxsize=4)
 def epoch_order(seed, epoch, num_problems):
     return np.random.RandomState([seed, epoch]).permutation(num_problems)
 
@@ -364,8 +379,8 @@ def check_settings(cfg):
         (cfg.init_from not in ("scratch", "resume"), "init_from must be scratch or resume"),
         (min(cfg.batch_size, cfg.max_new_tokens, cfg.num_passes, cfg.micro_batch_tokens) < 1 or cfg.max_steps < 0,
          "batch_size, max_new_tokens, num_passes and micro_batch_tokens must be at least 1, max_steps at least 0"),
-        (min(cfg.lr, cfg.clip_low, cfg.clip_high, cfg.kl_coef, cfg.grad_clip, cfg.seed, cfg.eval_size) < 0,
-         "lr, clip_low, clip_high, kl_coef, grad_clip, seed and eval_size must not be negative"),
+        (min(cfg.lr, cfg.clip_low, cfg.clip_high, cfg.kl_coef, cfg.grad_clip, cfg.seed, cfg.eval_size, cfg.resample)
+         < 0, "lr, clip_low, clip_high, kl_coef, grad_clip, seed, eval_size and resample must not be negative"),
     ]
     for is_bad, message in bad:
         if is_bad:
@@ -373,7 +388,7 @@ def check_settings(cfg):
 
 
 def bad_method(cfg):
-    """What check_settings refuses of the settings of `method`, here and in sft.py."""
+    """What check_settings refuses of the settings of `method` and of the log, here and in sft.py."""
     methods, dtypes = [*tinylora.SETTINGS, "full"], [*tinylora.DTYPES]
     return [
         (cfg.method not in methods, f"method '{cfg.method}' is unknown; {', '.join(methods)} are known"),
@@ -382,6 +397,9 @@ def bad_method(cfg):
          "steps are rounded away in 16 bits"),
         (cfg.lr == 0 and cfg.method not in ("lora", "full"), "lr must be above 0: there is a rule for lora and full "
          "alone"),
+        *((is_on and importlib.util.find_spec(package) is None, f"{name} = True needs {package}: pip install {package}")
+          for name, is_on, package in (("wandb_log", cfg.wandb_log, "wandb"),
+                                       ("tensorboard", cfg.tensorboard, "tensorboard"))),
     ]
 
 
@@ -539,9 +557,35 @@ def open_log(path, step):
     if step and os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-    log = open(path, "w", encoding="utf-8")
-    log.writelines(lines)
-    return log
+    with open(path + ".tmp", "w", encoding="utf-8") as log:  # aside: a run killed here keeps the log it had
+        log.writelines(lines)
+    os.replace(path + ".tmp", path)
+    return open(path, "a", encoding="utf-8")
+
+
+def open_reports(cfg):
+    """Where else a line of the log goes: report(record), and close()."""
+    sinks, closing = [], []  # a sink takes (step, {name: number})
+    if cfg.wandb_log:
+        import wandb
+        wandb_run = wandb.init(project="tinylora", name=os.path.basename(os.path.normpath(cfg.out_dir)),
+                               dir=cfg.out_dir, config=vars(cfg))
+        sinks.append(lambda step, numbers: wandb_run.log(numbers, step=step))
+        closing.append(wandb_run.finish)
+    if cfg.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(cfg.out_dir)
+        sinks.append(lambda step, numbers: [writer.add_scalar(name, x, step) for name, x in numbers.items()])
+        closing.append(writer.close)
+
+    def report(record):
+        parts = [(key, value if isinstance(value, dict) else {"": value}) for key, value in record.items()]
+        numbers = {f"{key}/{name}".rstrip("/"): x for key, part in parts for name, x in part.items()
+                   if isinstance(x, (int, float)) and key != "step"}
+        for sink in sinks:
+            sink(record["step"], numbers)
+
+    return report, lambda: [close() for close in closing]
 
 
 def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step, eval_problems, held_out=None):
@@ -569,13 +613,17 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
         history |= saved
     if chief:
         prepare_out_dir(cfg, "log.jsonl")
+        for left in glob.glob(os.path.join(cfg.out_dir, "**", ".tmp*"), recursive=True):
+            os.remove(left)  # safetensors writes aside to such names: a killed run may leave one
     log = open_log(os.path.join(cfg.out_dir, "log.jsonl"), step) if chief else None
+    report, close_reports = open_reports(cfg) if chief else (None, None)
     began = time.time() - history["seconds"]
 
     def write(record):
         if chief:
             log.write(json.dumps(record) + "\n")
             log.flush()
+            report(record)
 
     def save():
         if chief:
@@ -636,6 +684,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
     finally:
         if chief:
             log.close()
+            close_reports()
     if chief and "v" in parameters and numbers <= 1000:
         print(f"the same in a message: --adapter={tinylora.adapter_text(net.adapter, cfg.save_dtype)}")
     if chief and history["base"] is not None:
@@ -697,26 +746,51 @@ def prepare_problems(net, tokenizer, problems, cfg):
     fitting_rows(net, min(max(map(len, prompts)) + cfg.max_new_tokens, context), 1)  # refuses where not even one fits
 
 
-def rollout(net, tokenizer, problems, cfg, step, rank, world):
-    """Sample a group of answers to each problem of this rank's share, and reward them. Returns the rows, and sums over
-    all ranks: rows, tokens, right, lenient, equal (rows in groups without a winner), truncated."""
-    mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[rank::world]
+def sample_groups(net, tokenizer, problems, mine, cfg, progress):
+    """Sample a group of answers to each problem of `mine`, (position, index) pairs, and reward them. Returns the groups
+    as lists of rows, and sums over them: rows, tokens, right, lenient, equal (rows in groups without a winner),
+    truncated."""
     batch, prompts = [problems[index] for _, index in mine], [problems[index]["prompt"] for _, index in mine]
     groups = generate(net, tokenizer, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature, cfg.seed,
-                      prompt_ids=[position for position, _ in mine], progress=f"step {step + 1}" if rank == 0 else None)
+                      prompt_ids=[position for position, _ in mine], progress=progress)
     scores = [[eval_math.score(c.text, c.truncated, problem["answer"], cfg.answer_format) for c in group]
               for problem, group in zip(batch, groups)]
     rewards = torch.tensor([[float(s["strict"]) for s in group] for group in scores]).view(-1, cfg.group_size)  # [P, G]
     lengths = torch.tensor([[len(c.ids) for c in group] for group in groups]).view(-1, cfg.group_size)
     shaped = rewards - overlong_penalty(lengths, cfg.max_new_tokens, cfg.overlong_tokens)
     advantages = group_advantages(shaped, cfg.objective)
-    rows = [Row(prompt, c.ids, c.logprobs, advantages[i, j].item())
-            for i, (prompt, group) in enumerate(zip(prompts, groups)) for j, c in enumerate(group)]
-    counts = {"rows": len(rows), "tokens": sum(len(row.ids) for row in rows), "right": rewards.sum().item(),
-              "lenient": sum(s["lenient"] for group in scores for s in group),
-              "equal": int((shaped.std(dim=1) == 0).sum()) * cfg.group_size,
-              "truncated": sum(c.truncated for group in groups for c in group)}
-    return rows, dict(zip(counts, all_reduce(list(counts.values()), net.device)))
+    rows = [[Row(prompt, c.ids, c.logprobs, advantages[i, j].item()) for j, c in enumerate(group)]
+            for i, (prompt, group) in enumerate(zip(prompts, groups))]
+    return rows, dict(rows=rewards.numel(), tokens=int(lengths.sum()), right=rewards.sum().item(),
+                      lenient=sum(s["lenient"] for group in scores for s in group),
+                      equal=int((shaped.std(dim=1) == 0).sum()) * cfg.group_size,
+                      truncated=sum(c.truncated for group in groups for c in group))
+
+
+def rollout(net, tokenizer, problems, cfg, step, rank, world):
+    """The batch of a step: a group of rewarded answers to each problem of this rank's share. Of groups that teach
+    nothing, as all answers earned the same, each makes room for one of another problem that does, if cfg.resample
+    rounds find one (dynamic sampling: DAPO, Yu et al. 2025, section 3.2); else it stays, without a gradient.
+
+    Returns the batch's rows and sums over all ranks: batch_rows and batch_tokens of the batch, those of sample_groups
+    of all that was sampled; and the most rounds of any rank."""
+    label = f"step {step + 1}" if rank == 0 else None
+    mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[rank::world]
+    groups, counts = sample_groups(net, tokenizer, problems, mine, cfg, label)
+    rounds = 1
+    while rounds <= cfg.resample:
+        equal = [i for i, group in enumerate(groups) if not any(row.advantage for row in group)]
+        if not equal:
+            break
+        mine = further_positions(step, rounds, cfg, len(problems))[rank::world][: len(equal)]
+        new, more = sample_groups(net, tokenizer, problems, mine, cfg, label)
+        for i, group in zip(equal, [group for group in new if any(row.advantage for row in group)]):
+            groups[i] = group
+        counts, rounds = {key: counts[key] + more[key] for key in counts}, rounds + 1
+    rows = [row for group in groups for row in group]
+    counts = counts | {"batch_rows": len(rows), "batch_tokens": sum(len(row.ids) for row in rows)}
+    [rounds] = all_reduce([rounds], net.device, "max")
+    return rows, dict(zip(counts, all_reduce(list(counts.values()), net.device))) | {"rounds": int(rounds)}
 
 
 def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt):
@@ -730,16 +804,18 @@ def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, i
     passes, parameters = [], optimizer.param_groups[0]["params"]
     for _ in range(cfg.num_passes):
         optimizer.zero_grad(set_to_none=False)
-        passes.append(accumulate_gradient(net, tokenizer, rows, cfg, n["rows"], n["tokens"]))
+        passes.append(accumulate_gradient(net, tokenizer, rows, cfg, n["batch_rows"], n["batch_tokens"]))
         grad_norm = update(optimizer, parameters, cfg.grad_clip)
     t2 = time.time()
     # Clipping, like grad_norm, is of the last pass; the rest of the first, which scores with the weights that sampled.
     sums = passes[0] | {"clipped": passes[-1]["clipped"]}
     [diff_max] = all_reduce([sums.pop("diff_max")], net.device, "max")
     sums = dict(zip(sums, all_reduce(list(sums.values()), net.device)))
+    # Reward, length and the shares are of all groups sampled, the replaced ones too: what is left of those tells less.
     record = {"reward": n["right"] / n["rows"], "reward_lenient": n["lenient"] / n["rows"],
               "equal_groups": n["equal"] / n["rows"], "length": n["tokens"] / n["rows"],
-              "truncated": n["truncated"] / n["rows"], "loss": sums.pop("loss"), "grad_norm": grad_norm,
+              "truncated": n["truncated"] / n["rows"], "groups": int(n["rows"]) // cfg.group_size,
+              "rounds": n["rounds"], "loss": sums.pop("loss"), "grad_norm": grad_norm,
               "v_norm": torch.stack([p.detach().norm() for p in parameters]).norm().item(),
               "v_max": max(p.detach().abs().max().item() for p in parameters)}
     scored = sums.pop("tokens")  # of the rows that have a gradient; over them go the means of the rest

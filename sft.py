@@ -84,6 +84,8 @@ eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # rows in an evaluation; 0: all
 max_new_tokens = 64  # of an answer in the evaluation
 save_interval = 20  # steps between checkpoints
+wandb_log = False  # metrics go to Weights & Biases too, project tinylora, as a run with out_dir's name
+tensorboard = False  # and to TensorBoard, in out_dir
 dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
 

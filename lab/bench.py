@@ -6,19 +6,25 @@
     python -m lab.bench svd                                    # top 2 singular triplets against the full SVD; the cache
     python -m lab.bench adapters                               # decoding: no adapter, one for all rows, one a row
     python -m lab.bench compare --shape=toy                    # generate, ours against transformers'
+    python -m lab.bench compare_grpo --shape=toy --rows=128 --limit=64    # a GRPO step, ours against TRL's and PEFT's
+    python -m lab.bench logprobs --shape=qwen0.5b              # their memory, in chunks against all logits at once
     python -m lab.bench decode --shape=qwen7b --rows=64 --context=512     # as a share of what the device can do
     python -m lab.bench train --shape=qwen7b --rows=16 --context=512
 
 Each ends with one line of JSON; `ratio` is the other's time over ours. A --shape has random weights: no download.
 """
 
+import importlib.util
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
@@ -27,6 +33,7 @@ from configurator import UserError, configure, run  # isort: skip (first: it say
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import eval_math
 import grpo
@@ -37,17 +44,18 @@ import tinylora
 model = "toy/base"  # tokenize, adapters: checkpoint directory; adapters takes "" for random weights of the 0.5B shape
 dataset = "toy/train.jsonl"  # tokenize, grade: problems; grade also takes responses as eval_math.py writes them
 layers = 32  # load, svd, adapters: of the Qwen2.5-0.5B shape (it has 24); 32 make about 2 GB in float32
-size = 3584  # svd: side of the matrix
-rows = 512  # adapters, compare, decode, train: in all
+size = 3584  # svd: side of the matrix; logprobs: tokens
+rows = 512  # adapters, compare, compare_grpo, decode, train: in all
 tokens = 32  # adapters, decode: a row
 repeats = 5  # of each measurement; the median counts
-shape = "toy"  # compare, decode, train: a name in SHAPES
+shape = "toy"  # compare, compare_grpo, logprobs, decode, train: a name in SHAPES
 context = 512  # decode, train: tokens before the decoded ones; tokens in a trained row
-group = 8  # compare: rows that share a prompt
+group = 8  # compare, compare_grpo: rows that share a prompt
 slots = 512  # compare: rows at a time, ours and theirs
-limit = 256  # compare: most tokens a row; their number is geometric with a quarter of it as its mean
-dtype = "auto"  # compare, decode, train: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
-device = "auto"  # decode, train: auto, cpu, cuda, cuda:1 ...
+their_rows = 0  # compare_grpo: rows that TRL takes in one forward and backward pass; 0: all; try which is quickest
+limit = 256  # compare, compare_grpo: most tokens a row; their number is geometric with a quarter of it as its mean
+dtype = "auto"  # where a shape is: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
+device = "auto"  # logprobs, decode, train: auto, cpu, cuda, cuda:1 ...
 
 SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads, tied; as published
     "toy": (512, 128, 384, 3, 4, 2, True),
@@ -384,17 +392,25 @@ def bench_train():
             "peak_gb": grpo.peak_gb(device)}
 
 
+def resident(key):
+    """Bytes of this process as Linux counts them: VmRSS is what it holds now, VmHWM the most it held."""
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
+
+
 def peak_memory(function):
     """Bytes that this process holds at most while it calls function, beyond what it holds before (Linux)."""
-    def status(key):
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
-
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")  # the peak starts anew
-    before = status("VmRSS")
+    before = resident("VmRSS")
     function()
-    return status("VmHWM") - before
+    return resident("VmHWM") - before
+
+
+def in_a_process(function, *arguments):
+    """function(*arguments), called in a fresh process: its peak memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def bench_compare():
@@ -454,8 +470,212 @@ def bench_compare():
             "ratio": their_seconds / seconds, "peak_mb": our_peak / 1e6, "their_peak_mb": reference_peak / 1e6}
 
 
+def full_logprobs(hidden, head, targets, temperature):
+    """What grpo.token_logprobs returns, by way of the logits of all tokens at once."""
+    logprobs = torch.log_softmax(F.linear(hidden, head).float().div_(temperature), dim=-1)  # [n, V]
+    with torch.no_grad():
+        entropy = -logprobs.exp().mul_(logprobs).sum(-1)
+    return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
+
+
+def logprobs_cost(function, settings):
+    """Seconds and peak bytes of function's log-probs and their gradient, over settings.size tokens; its results."""
+    device = model_file.pick_device(settings.device)
+    vocab, width, *_ = SHAPES[settings.shape]
+    dtype = (tinylora.DTYPES | {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32})[settings.dtype]
+    torch.manual_seed(0)
+    hidden = torch.randn(settings.size, width).to(device, dtype).requires_grad_()
+    head = (torch.randn(vocab, width) * 0.02).to(device, dtype)
+    targets = torch.randint(0, vocab, (settings.size,)).to(device)
+
+    def once():
+        hidden.grad = None
+        logp, _ = function(hidden, head, targets, 0.9)
+        logp.sum().backward()
+
+    if device.type == "cuda":
+        once()  # readies the libraries, whose workspace is not the logits'
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        once()
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        peak = peak_memory(once)
+    return seconds_of(once, device, settings.repeats), peak, str(dtype), hidden.grad.float().norm().item()
+
+
+def bench_logprobs():
+    """Log-probs, entropies and the gradient to the hidden states of --size tokens at the vocabulary of --shape: in
+    chunks as grpo.token_logprobs does, against the logits of all tokens at once, each in its own process. memory_ratio
+    is the peak memory of the second over the first's, beyond what is held before."""
+    if SETTINGS.shape not in SHAPES:
+        raise UserError(f"shape must be one of {', '.join(SHAPES)}")
+    seconds, peak, dtype, norm = in_a_process(logprobs_cost, grpo.token_logprobs, SETTINGS)
+    full_seconds, full_peak, _, full_norm = in_a_process(logprobs_cost, full_logprobs, SETTINGS)
+    assert abs(norm - full_norm) <= 1e-2 * full_norm  # the same gradient
+    print(f"{SETTINGS.size} tokens at a vocabulary of {SHAPES[SETTINGS.shape][0]}, {dtype}: {seconds:.2f} s and "
+          f"{peak / 1e6:.0f} MB in chunks, {full_seconds:.2f} s and {full_peak / 1e6:.0f} MB at once: "
+          f"{full_peak / peak:.1f} times the memory")
+    return {"shape": SETTINGS.shape, "tokens": SETTINGS.size, "dtype": dtype, "seconds": seconds,
+            "full_seconds": full_seconds, "peak_mb": peak / 1e6, "full_peak_mb": full_peak / 1e6,
+            "memory_ratio": full_peak / peak, "ratio": full_seconds / seconds}
+
+
+# --- a GRPO step, ours against TRL's ----------------------------------------------------------------------------------
+
+
+def coin(text):
+    """A reward for an answer that says nothing: 0 or 1, by its hash, the same on both sides."""
+    return float(zlib.crc32(text.encode()) % 2)
+
+
+def our_grpo_steps(settings, path, prompts, lengths):
+    """Steps of grpo.py on the checkpoint at path: seconds of each {total, generate, update}, bytes {beyond, total}."""
+    net, group, order = model_file.load_model(path, "float32", "cpu"), settings.group, list(map(tuple, prompts))
+    adapter = add_random_adapter(net)
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-6)
+    cfg = configure(vars(grpo), [f"--batch_size={len(prompts)}", f"--group_size={group}", "--objective=dapo",
+                                 f"--max_new_tokens={settings.limit}", "--answer_format=any"])
+    tokenizer = SimpleNamespace(**vars(NO_TEXT) | {"decode": lambda ids, **_: " ".join(map(str, ids))})
+    problems, steps, run_rows = [{"prompt": prompt, "answer": ""} for prompt in prompts], [], sample.Sampler.run
+
+    def with_lengths(sampler, batch, n, limits, uniforms, finished, on_token=None):
+        def given(i, j):
+            return lengths[order.index(tuple(batch[i])) * group + j]
+
+        def checked(i, j, ids, logprobs):
+            assert len(ids) == given(i, j)
+            finished(i, j, ids, logprobs)
+
+        run_rows(sampler, batch, n, given, uniforms, checked, on_token)
+
+    def run_steps():
+        for step in range(1 + settings.repeats):
+            began = time.perf_counter()
+            record, _ = grpo.training_step(net, tokenizer, optimizer, problems, cfg, step, 0, 1, grpo.Interrupt())
+            parts = {key: record["seconds"][key] for key in ("generate", "update")}
+            steps.append({"total": time.perf_counter() - began} | parts)
+
+    def score(text, *_):
+        return {"strict": coin(text), "lenient": 0}
+
+    with mock.patch.object(sample.Sampler, "run", with_lengths), mock.patch.object(eval_math, "score", score):
+        beyond = peak_memory(run_steps)
+    return steps, {"beyond": beyond, "total": resident("VmHWM")}
+
+
+def trl_grpo_steps(settings, path, prompts, lengths):
+    """The same with TRL's GRPOTrainer and PEFT's TinyLoRA."""
+    import peft
+    import tokenizers
+    import transformers
+    import trl
+    from datasets import Dataset
+
+    micro = settings.their_rows or len(lengths)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    vocab = theirs.config.vocab_size  # its last id is the stop token: given lengths end with it, as sampled ones would
+    names = ["<pad>", *map(str, range(1, vocab - 1)), "<stop>"]
+    words = tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>")
+    words = tokenizers.Tokenizer(words)
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<stop>", pad_token="<pad>")
+    ends, generate, steps, spent = torch.tensor(lengths), theirs.generate, [], Counter()
+
+    def stop_where_given(ids, scores):
+        scores[:, -1] = -torch.inf
+        ending = ids.shape[1] - longest + 1 == ends
+        scores[ending] = -torch.inf
+        scores[ending, -1] = 0.0
+        return scores
+
+    longest = max(map(len, prompts))
+    theirs.generate = partial(generate, logits_processor=transformers.LogitsProcessorList([stop_where_given]))
+
+    class Clock(transformers.TrainerCallback):
+        began = 0.0
+
+        def on_step_end(self, *_, **__):
+            now = time.perf_counter()
+            steps.append({"total": now - self.began, "generate": spent["_generate"],
+                          "update": spent["training_step"] - spent["_generate"]})
+            spent.clear()
+            self.began = now
+
+    def timed(owner, name):
+        function = getattr(owner, name)
+
+        def timer(*arguments, **options):
+            began = time.perf_counter()
+            result = function(*arguments, **options)
+            spent[name] += time.perf_counter() - began
+            if name == "_generate":
+                assert [len(ids) for ids in result[1]] == lengths
+            return result
+
+        setattr(owner, name, timer)
+
+    quick = mock.patch.object(torch.linalg, "svd", lambda W, full_matrices: tinylora.top_svd(W, 2))  # of 168 linears
+    with tempfile.TemporaryDirectory() as out_dir, quick:
+        # one optimiser step from one batch of samples; nothing logged, saved, evaluated; no reference model
+        options = trl.GRPOConfig(
+            out_dir, use_cpu=True, bf16=False, gradient_checkpointing=False, beta=0.0, loss_type="dapo",
+            learning_rate=1e-6, lr_scheduler_type="constant", max_grad_norm=1.0, num_generations=settings.group,
+            max_completion_length=settings.limit, per_device_train_batch_size=micro,
+            gradient_accumulation_steps=len(lengths) // micro, max_steps=1 + settings.repeats,
+            shuffle_dataset=False, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True)
+        data = Dataset.from_list([{"prompt": " ".join(map(str, prompt))} for prompt in prompts])
+        clock = Clock()
+        trainer = trl.GRPOTrainer(
+            theirs, lambda completions, **_: [coin(text) for text in completions], options, data,
+            processing_class=words, callbacks=[clock],
+            peft_config=peft.TinyLoraConfig(r=2, u=13, weight_tying=1.0, target_modules="all-linear"))
+        trainer.remove_callback(transformers.PrinterCallback)
+        assert sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) == 13
+        timed(trainer, "_generate")
+        timed(trainer, "training_step")
+        clock.began = time.perf_counter()
+        beyond = peak_memory(trainer.train)
+    return steps, {"beyond": beyond, "total": resident("VmHWM")}
+
+
+def bench_compare_grpo():
+    """A GRPO step with TinyLoRA of 13 numbers on --rows answers of given lengths, --group to a prompt: ours, and TRL's
+    GRPOTrainer with PEFT's TinyLoRA, each in its own process, in float32 on the CPU. Same weights, prompts, lengths
+    (geometric, as in compare) and rewards (0 or 1, by the answer's hash). The first step warms up; the median of
+    --repeats counts. Ours leaves out the backward pass of groups whose answers all earned the same: few at group 8."""
+    for name in ("transformers", "peft", "trl"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"compare_grpo needs {name}: pip install -r requirements-dev.txt")
+    rows, group, limit, random = SETTINGS.rows, SETTINGS.group, SETTINGS.limit, np.random.default_rng(0)
+    if rows % group or rows % (SETTINGS.their_rows or rows) or group < 2:
+        raise UserError(f"rows={rows} must be whole groups of at least 2 (group={group}) and whole micro-batches of "
+                        f"their_rows={SETTINGS.their_rows}")
+    lengths = np.minimum(random.geometric(4 / limit, size=rows), limit).tolist()
+    net, sides = shaped_model(torch.device("cpu")).float(), {}
+    vocab = net.config.vocab_size
+    prompts = [random.integers(1, vocab - 1, n).tolist() for n in random.integers(20, 60, rows // group)]
+    with tempfile.TemporaryDirectory() as path:
+        model_file.save_model(net, path)
+        del net
+        for name, steps_of in (("ours", our_grpo_steps), ("trl", trl_grpo_steps)):
+            steps, peak = in_a_process(steps_of, SETTINGS, path, prompts, lengths)
+            step = sorted(steps[1:], key=lambda step: step["total"])[SETTINGS.repeats // 2]
+            step["rest"] = step["total"] - step["generate"] - step["update"]
+            sides[name] = step | {f"peak_mb_{key}": size / 1e6 for key, size in peak.items()}
+            print(f"{name:4}: {step['total']:.3f} s a step: {step['generate']:.3f} generation, {step['update']:.3f} "
+                  f"log-probs and update, {step['rest']:.3f} rest; memory {peak['beyond'] / 1e6:.0f} MB beyond what it "
+                  f"holds before the steps, {peak['total'] / 1e6:.0f} MB in total")
+    ours, theirs = sides["ours"], sides["trl"]
+    print(f"{SETTINGS.shape}, {rows} answers of {sum(lengths) / rows:.0f} tokens on average: "
+          f"{theirs['total'] / ours['total']:.1f} times")
+    return {"shape": SETTINGS.shape, "rows": rows, "group": group, "limit": limit, "their_rows": SETTINGS.their_rows,
+            **sides, "ratio": theirs["total"] / ours["total"]}
+
+
 BENCHES = {"load": bench_load, "tokenize": bench_tokenize, "grade": bench_grade, "svd": bench_svd,
-           "adapters": bench_adapters, "compare": bench_compare, "decode": bench_decode, "train": bench_train}
+           "adapters": bench_adapters, "compare": bench_compare, "compare_grpo": bench_compare_grpo,
+           "logprobs": bench_logprobs, "decode": bench_decode, "train": bench_train}
 
 
 def main():

@@ -16,6 +16,8 @@ SMALL = {
     "svd": ["--size=64", "--layers=1", "--repeats=1"],
     "adapters": ["--rows=4", "--tokens=3", "--repeats=1"],
     "compare": ["--rows=16", "--group=4", "--slots=8", "--limit=8", "--repeats=1"],
+    "compare_grpo": ["--rows=8", "--group=4", "--limit=8", "--their_rows=4", "--repeats=1"],
+    "logprobs": ["--size=40", "--repeats=1"],
     "decode": ["--rows=3", "--context=20", "--tokens=2", "--repeats=1"],
     "train": ["--rows=2", "--context=16", "--repeats=1"],
 }
@@ -23,7 +25,7 @@ SMALL = {
 
 @pytest.mark.parametrize("name", bench.BENCHES)
 def test_a_measurement_ends_with_its_figures(name, problems, monkeypatch, capsys, tmp_path):
-    modules = {"tokenize": "transformers", "compare": "transformers", "grade": "math_verify"}
+    modules = {"tokenize": "transformers", "compare": "transformers", "compare_grpo": "trl", "grade": "math_verify"}
     if name in modules:
         pytest.importorskip(modules[name], reason=f"{modules[name]} is what {name} compares with")
     monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path))
@@ -39,9 +41,11 @@ def test_a_measurement_ends_with_its_figures(name, problems, monkeypatch, capsys
 @pytest.mark.parametrize("arguments, words", [
     (["nothing"], "name a measurement"),
     (["decode", "--shape=qwen8b"], "shape must be one of toy, qwen0.5b"),
+    (["logprobs", "--shape=gpt2"], "shape must be one of toy, qwen0.5b"),
     (["decode", "--dtype=bf16"], "dtype auto or one of"),
     (["compare", "--group=0"], "must be at least 1"),
     (["compare", "--rows=10", "--group=4"], "whole groups"),
+    (["compare_grpo", "--rows=12", "--group=4", "--their_rows=5"], "whole micro-batches of their_rows=5"),
     (["grade", "--dataset=nowhere"], "no file at 'nowhere'"),
 ])
 def test_odd_requests_are_refused(arguments, words, monkeypatch):

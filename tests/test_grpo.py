@@ -1,20 +1,27 @@
 """grpo.py: the objective against numbers worked out by hand, the gradient for any split, and whole runs."""
 
+import contextlib
 import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zlib
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import tqdm
 from conftest import ROOT, assert_refused, run_script
 from safetensors.torch import load_file
 from torch.nn.attention import varlen
@@ -99,6 +106,32 @@ def test_chunked_logprobs_equal_the_full_softmax(chunk):
     assert torch.allclose(logp.double(), exact[range(23), targets], atol=1e-5)
     assert torch.allclose(entropy.double(), -(exact.exp() * exact).sum(-1), atol=1e-5)
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
+
+
+def peak_of_logprobs(tokens, chunk, vocab=5000):
+    """Bytes allocated at most in the forward and backward pass, as torch's profiler counts them."""
+    hidden, head = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocab, 4)
+    targets = torch.randint(0, vocab, (tokens,))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        logp, _ = grpo.token_logprobs(hidden, head, targets, 0.7, chunk)
+        logp.sum().backward()
+    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+def test_no_more_than_one_chunk_of_logits_is_alive():
+    """Three copies of a chunk's (log-probs, their gradient, the logits'), whatever the number of tokens."""
+    bound = 3.5 * 8 * 5000 * 4
+    assert peak_of_logprobs(40, chunk=8) < bound and peak_of_logprobs(200, chunk=8) < bound
+    assert peak_of_logprobs(40, chunk=40) > 2 * bound
+
+
+@pytest.mark.parametrize("vocab, sizes", [(2**16, [1024, 1024, 452]), (2**10, [2500]), (2**17 + 1, [511] * 4 + [456])])
+def test_a_chunk_has_at_most_256_mb_of_logits(vocab, sizes, monkeypatch):
+    seen = []
+    monkeypatch.setattr(grpo, "checkpoint", lambda _, hidden, at, **__: (seen.append(len(hidden)), at)[1:] * 2)
+    grpo.token_logprobs(torch.zeros(2500, 1), torch.zeros(vocab, 1), torch.zeros(2500), 1.0)
+    assert seen == sizes
 
 
 # ------------------------------------------------------------------------------------------------------- the gradient
@@ -332,6 +365,55 @@ def test_every_epoch_visits_every_problem_once():
     assert grpo.batch_positions(7, 5, 20, seed=3) == grpo.batch_positions(7, 5, 20, seed=3)
 
 
+def test_further_problems_walk_an_order_of_their_own():
+    """4 rounds of 5 for each of 2 steps over 20 problems: two epochs, each a permutation, under names of their own."""
+    cfg = SimpleNamespace(resample=4, batch_size=5, seed=3)
+    rounds = [grpo.further_positions(step, attempt, cfg, 20) for step in (0, 1) for attempt in (1, 2, 3, 4)]
+    names, seen = zip(*(pair for round in rounds for pair in round))
+    assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20)) and len(set(names)) == 40
+    first = [pair for step in range(8) for pair in grpo.batch_positions(step, 5, 20, seed=3)]
+    assert not set(names) & {name for name, _ in first} and seen[:20] != tuple(index for _, index in first[:20])
+
+
+def rolled_out(net, tokenizer, checkpoint, problems, rank=0, world=1, **changes):
+    """The groups of a step's batch, and what rollout counts."""
+    cfg = configure(vars(grpo), args(checkpoint, problems, "unused", batch_size=8, **changes))
+    rows = eval_math.load_problems(problems)
+    grpo.prepare_problems(net, tokenizer, rows, cfg)
+    rows, counts = grpo.rollout(net, tokenizer, rows, cfg, 2, rank, world)
+    return [rows[i : i + 4] for i in range(0, len(rows), 4)], counts
+
+
+def teaches(group):
+    return any(row.advantage for row in group)
+
+
+def test_groups_that_teach_nothing_make_room_for_others(net, tokenizer, checkpoint, problems, monkeypatch):
+    """A quarter of the answers is right: in every third group all are wrong."""
+    def score(response, *_):
+        return {"strict": zlib.crc32(response.encode()) % 4 == 0, "lenient": False}
+
+    monkeypatch.setattr(eval_math, "score", score)
+    plain, plain_counts = rolled_out(net, tokenizer, checkpoint, problems)
+    groups, counts = rolled_out(net, tokenizer, checkpoint, problems, resample=6)
+    equal = sum(not teaches(group) for group in plain)
+    assert 0 < equal == plain_counts["equal"] / 4 and plain_counts["rounds"] == 1
+    assert len(groups) == 8 and all(map(teaches, groups)) and 1 < counts["rounds"] <= 7
+    assert [group == old for group, old in zip(groups, plain)] == [teaches(old) for old in plain]  # others stay
+    assert counts["batch_rows"] == 32 and counts["batch_tokens"] == sum(len(row.ids) for g in groups for row in g)
+    assert counts["rows"] >= 32 + 4 * equal and counts["equal"] >= plain_counts["equal"]  # of all that was sampled
+    shares = [rolled_out(net, tokenizer, checkpoint, problems, rank, 3, resample=6)[0] for rank in range(3)]
+    assert [len(share) for share in shares] == [3, 3, 2] and all(teaches(group) for share in shares for group in share)
+
+
+def test_groups_stay_when_the_rounds_are_used_up(net, tokenizer, checkpoint, problems, monkeypatch):
+    monkeypatch.setattr(eval_math, "score", lambda *_: {"strict": False, "lenient": False})
+    plain, _ = rolled_out(net, tokenizer, checkpoint, problems)
+    groups, counts = rolled_out(net, tokenizer, checkpoint, problems, resample=2)
+    assert groups == plain and counts["rounds"] == 3
+    assert counts["rows"] == counts["equal"] == 3 * 32 and counts["batch_rows"] == 32
+
+
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -343,14 +425,15 @@ def args(checkpoint, problems, out_dir, **changes):
     return [f"--{key}={value}" for key, value in options.items()]
 
 
+def even_score(response, truncated, reference, answer_format):
+    """A reward that random weights can earn, so that there is something to learn: an even number of characters."""
+    right = len(response) % 2 == 0
+    return {"strict": right, "lenient": right}
+
+
 @pytest.fixture
 def lucky(monkeypatch):
-    """A reward that random weights can earn, so that there is something to learn: an even number of characters."""
-    def score(response, truncated, reference, answer_format):
-        right = len(response) % 2 == 0
-        return {"strict": right, "lenient": right}
-
-    monkeypatch.setattr(eval_math, "score", score)
+    monkeypatch.setattr(eval_math, "score", even_score)
 
 
 def run(*arguments):
@@ -383,13 +466,16 @@ def test_a_run_writes_log_adapter_and_checkpoint_and_repeats_itself(checkpoint, 
     assert torch.equal(v, load_file(tmp_path / "b" / "adapter.safetensors")["v"])
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(checkpoint, problems, tmp_path, lucky):
-    run(*args(checkpoint, problems, tmp_path / "whole", max_steps=4))
-    run(*args(checkpoint, problems, tmp_path / "parts", max_steps=2))
-    run(*args(checkpoint, problems, tmp_path / "parts", max_steps=4, init_from="resume"))
+@pytest.mark.parametrize("resample", [0, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one(checkpoint, problems, tmp_path, lucky, resample):
+    options = dict(resample=resample, batch_size=6)
+    run(*args(checkpoint, problems, tmp_path / "whole", max_steps=4, **options))
+    run(*args(checkpoint, problems, tmp_path / "parts", max_steps=2, **options))
+    run(*args(checkpoint, problems, tmp_path / "parts", max_steps=4, init_from="resume", **options))
     assert torch.equal(*(load_file(tmp_path / d / "adapter.safetensors")["v"] for d in ("whole", "parts")))
     steps = [[line for line in log_of(tmp_path / d) if "reward" in line] for d in ("whole", "parts")]
     assert steps[0] == steps[1]
+    assert any(line["rounds"] > 1 and line["groups"] > 6 for line in steps[0]) == bool(resample)
 
 
 def test_ctrl_c_saves_and_exits_cleanly(checkpoint, problems, tmp_path):
@@ -428,6 +514,69 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers_and_the_same_log
     assert done.returncode == 0, done.stderr
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
     assert torch.equal(*(load_file(tmp_path / d / "adapter.safetensors")["v"] for d in ("whole", "parts")))
+
+
+def lucky_run(arguments):
+    """A run as the target of a process of its own."""
+    torch.set_num_threads(1)
+    tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
+    eval_math.score = even_score
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        run(*arguments)
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_at_random_equals_an_uninterrupted_one(checkpoint, problems, tmp_path, monkeypatch):
+    """The runs are forked from a server that has imported everything: their own work, not the imports, is killed."""
+    context, rng, parts = multiprocessing.get_context("forkserver"), random.Random(0), tmp_path / "parts"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server's
+    context.set_forkserver_preload(["test_grpo", "torch._dynamo"])  # the second: torch's optimisers import it late
+    options = dict(max_steps=60, save_interval=1, eval_interval=4, eval_size=3, num_passes=2, kl_coef=0.1)
+
+    def started(name):
+        init_from = "resume" if (tmp_path / name / "settings.py").exists() else "scratch"
+        arguments = args(checkpoint, problems, tmp_path / name, **options, init_from=init_from)
+        process = context.Process(target=lucky_run, args=(arguments,))
+        process.start()
+        return process
+
+    def last_step(name):
+        path = tmp_path / name / "log.jsonl"
+        lines = open_text(path).splitlines(keepends=True) if path.exists() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=-1)
+
+    for name in ("first", "whole"):  # the first waits for the server's imports
+        began = time.time()
+        process = started(name)
+        while last_step(name) < 0:
+            time.sleep(0.001)
+        ready = time.time() - began
+        process.join()
+        assert process.exitcode == 0
+    of_a_step, reached = (time.time() - began - ready) / 60, []
+    for _ in range(20):
+        process, before, more = started("parts"), last_step("parts"), rng.choice([0, 0, 1, 2, 3])
+        while more and last_step("parts") < before + more:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, of_a_step if more else ready))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        for path in parts.glob("*.safetensors"):
+            load_file(path)  # whole, or not there
+        assert last_step("parts") >= before - 1, "the log has lost lines of steps that a checkpoint holds"
+        reached.append(last_step("parts"))
+    process = started("parts")
+    process.join()
+    assert process.exitcode == 0 and len(set(reached)) > 8
+    assert log_of(tmp_path / "whole") == log_of(parts)
+    (tensors, info), (whole, whole_info) = (grpo.read_checkpoint(str(d / "checkpoint.safetensors"))
+                                            for d in (parts, tmp_path / "whole"))
+    assert tensors.keys() == whole.keys() and all(torch.equal(tensors[key], whole[key]) for key in whole)
+    assert info["history"].pop("seconds") and whole_info["history"].pop("seconds") and info == whole_info
+    assert {path.name for path in parts.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert (parts / "adapter.safetensors").read_bytes() == (tmp_path / "whole" / "adapter.safetensors").read_bytes()
+    assert whole["param.v"].abs().min() > 0
 
 
 def test_sigterm_saves_and_exits(checkpoint, problems, tmp_path, lucky, monkeypatch):
@@ -634,6 +783,48 @@ def test_a_gradient_that_is_not_finite_is_never_saved(checkpoint, problems, tmp_
     with pytest.raises(UserError, match="not finite"):
         run(*args(checkpoint, problems, tmp_path / "run", eval_dataset=""))
     assert not (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+class Recorder:
+    """Takes any call, and notes it."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __getattr__(self, name):
+        return lambda *arguments, **options: (self.calls.append((name, arguments, options)), self)[1]
+
+
+def stand_in(monkeypatch, name, **members):
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)  # it looks installed
+    vars(module).update(members)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_metrics_go_to_wandb_and_tensorboard_too(checkpoint, problems, tmp_path, lucky, monkeypatch):
+    calls, points = [], []
+    stand_in(monkeypatch, "wandb", init=Recorder(calls).init)
+    stand_in(monkeypatch, "tensorboard")
+    stand_in(monkeypatch, "torch.utils.tensorboard", SummaryWriter=Recorder(points).SummaryWriter)
+    run(*args(checkpoint, problems, tmp_path / "run", max_steps=2, wandb_log=True, tensorboard=True))
+    (first, _, options), *logged, (last, _, _) = calls
+    assert first == "init" and last == "finish" and options["name"] == "run" and options["config"]["max_steps"] == 2
+    lines = [json.loads(line) for line in open_text(tmp_path / "run" / "log.jsonl").splitlines()]
+    assert [options["step"] for _, _, options in logged] == [line["step"] for line in lines] == [0, 1, 2, 2]
+    (first,), (second,) = (arguments for _, arguments, _ in logged[:2])
+    assert second["reward"] == lines[1]["reward"] and first["eval/strict"] == lines[0]["eval"]["strict"]
+    assert points[0][:2] == ("SummaryWriter", (str(tmp_path / "run"),)) and points[-1][0] == "close"
+    assert ("add_scalar", ("seconds/update", lines[2]["seconds"]["update"], 2), {}) in points
+    assert len(points) - 2 == sum(len(arguments[0]) for _, arguments, _ in logged)
+
+
+@pytest.mark.parametrize("setting, package", [("wandb_log", "wandb"), ("tensorboard", "tensorboard")])
+def test_a_missing_package_is_named_before_any_work(checkpoint, problems, tmp_path, monkeypatch, setting, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        run(*args(checkpoint, problems, tmp_path / "run", **{setting: True}))
+    assert not (tmp_path / "run").exists()
 
 
 REFUSED = {
