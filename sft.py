@@ -77,7 +77,7 @@ grad_clip = 1.0  # bound on the gradient's norm; 0: none
 max_length = 0  # longer rows (prompt and all) are cut off after so many tokens, and counted; 0: the model's context
 shuffle_buffer = 10000  # of a streamed data set, rows are drawn at random from the next so many
 micro_batch_tokens = 4096  # tokens, padding too, in one forward and backward pass: bounds memory, not the gradient
-packing = False  # lay a micro-batch's rows end to end instead of padding them; each attends to itself alone
+packing = True  # rows end to end without padding; False: padded to the longest of a micro-batch
 recompute = False  # keep only the layers' inputs and compute the rest again in the backward pass: less memory, slower
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after

@@ -1,0 +1,19 @@
+# LoRA Without Regret, RL: Llama-3.1-8B (base) on MATH with LoRA of rank 1. Sweep --lr and --rank; full: --method=full
+# python grpo.py config/llama8b_math_lora.py
+model = "meta-llama/Llama-3.1-8B"
+dataset = "math@1-5"  # all levels
+eval_dataset = "math500"
+prompt_template = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
+answer_format = "boxed"
+out_dir = "out/llama8b_math_lora"
+method = "lora"
+rank = 1
+lr = 1e-4  # about ten times full fine-tuning's best; the authors sweep it
+objective = "dr_grpo"  # advantages without the std, as theirs
+max_steps = 160  # some 10,000 problems, once
+batch_size = 64
+group_size = 32
+max_new_tokens = 1024
+micro_batch_tokens = 8192
+eval_interval = 40
+save_interval = 10

@@ -1,0 +1,22 @@
+# MATH by RL with Qwen2.5-Math-7B: SimpleRL's recipe as the paper took it over (section 5.1), 196 / 16 = 13 numbers.
+# python grpo.py config/qwenmath7b_math.py    Other sizes: --n_tie=4, --n_tie=1, --n_tie=1 --u=2, ...
+model = "Qwen/Qwen2.5-Math-7B"
+dataset = "math"  # levels 3 to 5
+eval_dataset = "math500"
+system_prompt = "You are a helpful assistant."
+prompt_template = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
+answer_format = "boxed"
+out_dir = "out/qwenmath7b_math"
+rank = 2
+u = 1
+n_tie = 16
+tie = "tiled"
+lr = 2e-4  # top of the paper's sweep; which rate won is not published
+kl_coef = 0.001
+max_steps = 100  # 3 epochs of 8,523 problems
+batch_size = 256
+group_size = 8
+max_new_tokens = 3072
+micro_batch_tokens = 8192
+eval_interval = 25
+save_interval = 5
