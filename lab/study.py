@@ -1,10 +1,11 @@
-"""The experiments of both papers on the toy: lists of commands, run one after another.
+"""The experiments of both papers: lists of commands, run one after another.
 
-    python -m lab.study               # all of them
-    python -m lab.study params        # one: a name in STUDIES
-    python -m lab.plot params         # its figure
+    python -m lab.study                       # all studies of the toy
+    python -m lab.study params                # one of them: a name in STUDIES
+    python -m lab.plot params                 # its figure
+    python -m lab.study gsm8k_sizes --workers=1 --results=lab/results/models.csv     # a name in PAPERS: on a GPU
 
-A run is a command of grpo.py or sft.py. What came out of it is its line in lab/results/toy.csv; a command that has its
+A run is a command of grpo.py or sft.py. What came out of it is a line of the table `results`; a command that has its
 line is not run again, so a study that was stopped goes on, and a deleted line is run anew.
 """
 
@@ -16,10 +17,10 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
 from collections import namedtuple
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -32,7 +33,8 @@ from configurator import UserError, configure, run
 from model import load_model, load_tokenizer
 
 results = "lab/results/toy.csv"  # a line a run
-workers = 2  # runs at a time, each on a core of its own
+out_dir = "out/study"  # a folder a run: its log and adapter; a run that was stopped goes on from its checkpoint
+workers = 2  # runs at a time, which share the cores
 
 COLUMNS = ("command", "numbers", "before", "accuracy", "stderr", "reward", "loss", "seconds", "commit")
 Run = namedtuple("Run", "series x command")  # a point of a figure: its curve, its place on the axis, how it is made
@@ -147,6 +149,74 @@ def lora_rl():
                 yield Run(name, rate, f"{RL} {settings} --lr={rate:g} --seed={seed}")
 
 
+# The same for the real models, as far as the papers publish their settings: for a GPU.
+PAPER_RATES = (1e-7, 5e-7, 1e-6, 5e-6, 1e-5, 1e-4, 2e-4)  # the paper's sweep (section 5.1)
+PAPER_SIZES = [*(f"--u=1 --n_tie={n}" for n in (256, 128, 64, 32, 16, 8, 4, 2, 1)), "--u=64 --n_tie=1",
+               *(f"--method=lora_xs --rank={r}" for r in (4, 8, 64)),
+               *(f"--method=lora --rank={r}" for r in (1, 8, 64, 256)), "--method=full"]
+MODELS = ("qwen7b", "qwen3b", "qwen1.5b", "qwen0.5b", "llama3b", "llama8b")
+
+
+def gsm8k_sizes():
+    """RL and SFT on GSM8K over sizes, the best of the learning rates, three seeds (Figures 1 and 2): Qwen2.5-7B."""
+    for settings in PAPER_SIZES:
+        for rate in PAPER_RATES:
+            for seed in SEEDS:
+                yield Run("RL", "numbers", f"grpo.py config/qwen7b_u13.py {settings} --lr={rate:g} --seed={seed}")
+                yield Run("SFT", "numbers", f"sft.py config/qwen7b_sft.py {settings} --lr={rate:g} --seed={seed}")
+
+
+def gsm8k_models():
+    """RL on GSM8K over sizes for every model (Figures 3 and 6)."""
+    for model in MODELS:
+        for settings in PAPER_SIZES:
+            yield Run(model, "numbers", f"grpo.py config/{model}_u13.py {settings} --seed=1")
+
+
+def math_sizes():
+    """RL on MATH over sizes (Table 2); `eval_math.py --dataset=gsm8k,math500,minerva,...` grades the adapters."""
+    for model in ("qwen3b", "qwen7b", "qwenmath7b"):
+        for settings in ("--n_tie=16", "--n_tie=4", "--n_tie=1", "--n_tie=1 --u=2", "--n_tie=1 --u=32",
+                         "--method=lora_xs --rank=16", "--method=full --kl_coef=0"):
+            yield Run(model, "numbers", f"grpo.py config/{model}_math.py {settings}")
+
+
+def ablations():
+    """Frozen rank, u, tying, and storage on the 3B (Figures 4, 7, 8)."""
+    run = "grpo.py config/qwen3b_u13.py"
+    for r in (1, 2, 4, 16, 64):
+        for u in (1, 4, 16, 64):
+            yield Run(f"u = {u}", r, f"{run} --rank={r} --u={u} --n_tie=1")
+    for n_tie in (1, 8, 64, 512):
+        for u in (1, 4, 16, 64):
+            yield Run(f"n_tie = {n_tie}", "numbers", f"{run} --u={u} --n_tie={n_tie}")
+    for n_tie in (32, 16, 8, 4, 2, 1):
+        for tie in ("tiled", "structured"):
+            for stored in ("float32", "bfloat16", "float16"):
+                yield Run(f"{tie}, {stored}", "numbers", f"{run} --u=1 --n_tie={n_tie} --tie={tie} "
+                                                         f"--save_dtype={stored}")
+
+
+def without_regret():
+    """LoRA Without Regret: rates by rank, batch sizes, layers (supervised); rates at rank 1 and in full (RL)."""
+    chat, rl = "sft.py config/llama8b_openthoughts_lora.py", "grpo.py config/llama8b_math_lora.py"
+    for r in (1, 4, 16, 64, 256, 512):
+        for rate in (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3):
+            yield Run(f"LoRA {r}", rate, f"{chat} --rank={r} --lr={rate:g}")
+    for rate in (5e-6, 1e-5, 2e-5, 5e-5, 1e-4):
+        yield Run("full", rate, f"{chat} --method=full --lr={rate:g}")
+    for size in (32, 64, 128, 256):
+        for settings in ("--method=lora --rank=128", "--method=full"):
+            yield Run(settings, size, f"{chat} {settings} --batch_size={size} --max_steps={32000 // size}")
+    for settings in ("--targets=attention --rank=256", "--targets=mlp --rank=128", "--targets=all --rank=128"):
+        yield Run(settings, "numbers", f"{chat} {settings}")
+    for r, rates in ((1, (1e-5, 3e-5, 1e-4, 3e-4)), (64, (1e-5, 3e-5, 1e-4, 3e-4)), (0, (1e-6, 3e-6, 1e-5, 3e-5))):
+        for rate in rates:
+            yield Run(f"RL, LoRA {r}" if r else "RL, full", rate,
+                      f"{rl} {f'--rank={r}' if r else '--method=full'} --lr={rate:g}")
+
+
+PAPERS = {f.__name__: f for f in (gsm8k_sizes, gsm8k_models, math_sizes, ablations, without_regret)}
 STUDIES = {f.__name__: f for f in (params, rates, tying, rank, precision, lora, batch, layers, lora_rl)}
 
 
@@ -159,21 +229,23 @@ def read_results(path):
 
 
 def write_results(path, rows):
-    with open(path + ".tmp", "w", encoding="utf-8", newline="") as f:
+    with open(f"{path}.tmp", "w", encoding="utf-8", newline="") as f:
         table = csv.DictWriter(f, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(rows[command] for command in sorted(rows))
-    os.replace(path + ".tmp", path)
+    os.replace(f"{path}.tmp", path)
 
 
-def execute(command):
-    """Run a command in this process, without its output -> its line of the table."""
+def execute(command, runs):
+    """Run a command in this process, without its output, in a folder of its own in `runs` -> its line of the table."""
     script, *arguments = command.split()
     module, began, output = {"grpo.py": grpo, "sft.py": sft}[script], time.time(), io.StringIO()
-    with tempfile.TemporaryDirectory() as work, redirect_stdout(output), redirect_stderr(output):
-        cfg = configure(vars(module), [*arguments, f"--out_dir={work}/run"])
+    place = os.path.join(runs, re.sub(r"[^\w.=]+", "_", command.replace("config/", "").replace("--", "")))
+    arguments += [f"--out_dir={place}", *["--init_from=resume"] * os.path.exists(f"{place}/checkpoint.safetensors")]
+    with redirect_stdout(output), redirect_stderr(output):
+        cfg = configure(vars(module), arguments)
         module.train(cfg)
-        with open(os.path.join(cfg.out_dir, "log.jsonl"), encoding="utf-8") as f:
+        with open(os.path.join(place, "log.jsonl"), encoding="utf-8") as f:
             log = [json.loads(line) for line in f]
         first, *_, result = [line["eval"] for line in log if "eval" in line]
         if cfg.save_dtype != "float32":
@@ -181,9 +253,8 @@ def execute(command):
     rewards = [line["reward"] for line in log if "reward" in line][-5:]  # at temperature 1, of the last steps
     [numbers] = re.findall(r" with (\d+) numbers in ", output.getvalue())
     row = {"command": command, "numbers": numbers, "before": first["strict"], "accuracy": result["strict"],
-           "stderr": result["stderr"],
-           "reward": sum(rewards) / len(rewards) if rewards else "", "loss": result.get("loss", ""),
-           "seconds": time.time() - began, "commit": grpo.revision()}
+           "stderr": result["stderr"], "reward": sum(rewards) / len(rewards) if rewards else "",
+           "loss": result.get("loss", ""), "seconds": time.time() - began, "commit": grpo.revision()}
     return {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
 
 
@@ -194,28 +265,31 @@ def evaluate_stored(cfg):
     return eval_math.evaluate(net, load_tokenizer(cfg.model), eval_math.load_problems(cfg.eval_dataset, "test"), cfg)
 
 
-def start_worker():
-    """One core for each, and Ctrl-C is the parent's."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def start_worker(threads):
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
 
 
 def main():
     names = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
     cfg = configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith("-")])
-    unknown = [name for name in names if name not in STUDIES]
-    if unknown or cfg.workers < 1:
-        raise UserError(f"no study '{unknown[0]}'; there are {', '.join(STUDIES)}" if unknown else
-                        f"workers must be at least 1, got {cfg.workers}")
+    studies = STUDIES | PAPERS
+    for name in names:
+        if name not in studies:
+            raise UserError(f"no study '{name}'; there are {', '.join(STUDIES)}; and for a GPU {', '.join(PAPERS)}")
+    if cfg.workers < 1:
+        raise UserError(f"workers must be at least 1, got {cfg.workers}")
     rows = read_results(cfg.results)
-    commands = [point.command for name in names or STUDIES for point in STUDIES[name]()]
-    missing = [command for command in dict.fromkeys(commands) if command not in rows]
-    with multiprocessing.get_context("spawn").Pool(cfg.workers, start_worker) as pool:
-        for row in tqdm(pool.imap_unordered(execute, missing), total=len(missing), unit="run"):
+    commands = list(dict.fromkeys(point.command for name in names or STUDIES for point in studies[name]()))
+    missing = [command for command in commands if command not in rows]
+    threads = max(1, (os.cpu_count() or 1) // cfg.workers)
+    with multiprocessing.get_context("spawn").Pool(cfg.workers, start_worker, (threads,)) as pool:
+        done = pool.imap_unordered(partial(execute, runs=cfg.out_dir), missing)
+        for row in tqdm(done, total=len(missing), unit="run", disable=None):
             rows[row["command"]] = row
             write_results(cfg.results, rows)
-            tqdm.write(" ".join(f"{key}={row[key]}" for key in ("accuracy", "reward", "loss")) + f" {row['command']}")
-    print(f"{len(missing)} runs done, {len(set(commands)) - len(missing)} were there; python -m lab.plot draws them")
+            tqdm.write("  ".join(f"{key} {row[key]}" for key in ("accuracy", "reward", "loss")) + f"  {row['command']}")
+    print(f"{len(missing)} runs done, {len(commands) - len(missing)} were in {cfg.results}; lab.plot draws them")
 
 
 if __name__ == "__main__":

@@ -82,9 +82,8 @@ def make_problems(rng):
     return problems[num_test:], problems[:num_test]
 
 
-# Solutions as people write them, for supervised training: a few writers, none of whom writes as the base model does.
+# Solutions as people write them, for supervised training: two writers, neither of whom writes as the base model does.
 WRITERS = [
-    ("{told} {x}{move}{b}={y}.", "There are {y} {thing} now."),
     ("{name} has {x}{move}{b}={y} {thing}.", "How many {thing} are there? {y}."),
     ("{x} {thing}, then {x}{move}{b}={y} {thing}.", "Now there are {y}."),
 ]
@@ -92,12 +91,10 @@ WRITERS = [
 
 def human_solution(problem, rng):
     """The worked solution of a problem in one of the writers' words."""
-    told = re.findall(r"[^.?]+[.?]", problem["question"])
-    name, _, _, thing = told[0].rstrip(".").split()
+    name, _, _, thing = problem["question"].partition(".")[0].split()
     line, end = rng.choice(WRITERS)
     steps = re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", problem["solution"])
-    lines = [line.format(told=sentence.strip(), name=name, thing=thing, x=x, move=move, b=b, y=y)
-             for sentence, (x, move, b, y) in zip(told[1:], steps)]
+    lines = [line.format(name=name, thing=thing, x=x, move=move, b=b, y=y) for x, move, b, y in steps]
     return " ".join([*lines, end.format(y=problem["answer"], thing=thing), f"#### {problem['answer']}"])
 
 

@@ -1,0 +1,108 @@
+"""config/, lab/study.py and lab/plot.py: every config trains, every study is runs that exist, every figure draws."""
+
+import json
+import multiprocessing.dummy
+
+import pytest
+from conftest import ROOT, assert_refused, run_script
+
+import grpo
+import sft
+from configurator import UserError, configure
+from lab import plot, study
+
+CONFIGS = sorted((ROOT / "config").glob("*.py"))
+SMALL = ["--max_steps=2", "--eval_size=2", "--max_new_tokens=4", "--batch_size=2", "--eval_interval=0",
+         "--micro_batch_tokens=256", "--dtype=float32", "--device=cpu"]
+
+
+def script_of(config):
+    return grpo if "group_size" in config.read_text() or config.stem == "toy_rl" else sft
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_trains(config, checkpoint, problems, tmp_path):
+    """Two steps with a tiny model and short answers; what is overridden is size and source alone."""
+    module = script_of(config)
+    data = [f"--model={checkpoint}", f"--dataset={problems}", f"--eval_dataset={problems}", f"--out_dir={tmp_path}/out"]
+    group = ["--group_size=2"] if module is grpo else ["--warmup_steps=0", "--max_length=0"]
+    cfg = configure(vars(module), [str(config), *data, *SMALL, *group])
+    module.train(cfg)
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "eval" not in line] == [1, 2]
+
+
+def test_studies_are_runs_that_the_scripts_accept():
+    """Every command parses, names an existing config and passes the script's own check of its settings."""
+    for name in [*study.STUDIES, *study.PAPERS]:
+        points = list((study.STUDIES | study.PAPERS)[name]())
+        assert len({p.command for p in points}) > 3
+        for point in points:
+            script, *arguments = point.command.split()
+            module = {"grpo.py": grpo, "sft.py": sft}[script]
+            module.check_settings(configure(vars(module), arguments))
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A table with a line for every run of every study."""
+    path, commands = tmp_path / "toy.csv", [p.command for runs in study.STUDIES.values() for p in runs()]
+    study.write_results(path, {
+        command: {"command": command, "numbers": 1 + i % 50, "before": 0.2, "accuracy": i % 10 / 10, "stderr": 0.01,
+                  "reward": "", "loss": 1.5, "seconds": 1, "commit": "abc"} for i, command in enumerate(commands)})
+    return path
+
+
+def test_every_study_has_its_figure(table, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="lab.plot draws with matplotlib")
+    assert set(plot.FIGURES) == set(study.STUDIES)
+    monkeypatch.setattr("sys.argv", ["plot", f"--results={table}", f"--figures={tmp_path}"])
+    plot.main()
+    for name in study.STUDIES:
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_studys_points_are_the_runs_values(table):
+    rows = study.read_results(table)
+    curves = plot.points("params", rows)
+    own = [p for p in study.STUDIES["params"]() if p.series == "RL"]
+    assert sum(len(values) for values in curves["RL"].values()) == len(own)
+    for point in own:
+        row = rows[point.command]
+        assert float(row["accuracy"]) in curves["RL"][int(row["numbers"])]
+
+
+def test_curves_of_runs(checkpoint, problems, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="lab.plot draws with matplotlib")
+    for module, name in ((grpo, "rl"), (sft, "sft")):
+        module.train(configure(vars(module), [
+            f"--model={checkpoint}", f"--dataset={problems}", f"--eval_dataset={problems}",
+            f"--out_dir={tmp_path}/{name}", *SMALL]))
+    monkeypatch.setattr("sys.argv", ["plot", f"{tmp_path}/rl", f"{tmp_path}/sft", f"--out={tmp_path}/curves.png"])
+    plot.main()
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match="no log of a run"):
+        plot.read_log(str(tmp_path / "nothing"))
+
+
+def test_a_study_skips_what_is_done_and_keeps_its_lines(checkpoint, problems, tmp_path, monkeypatch, capsys):
+    """Of three runs two are in the table: the third alone is run, and nothing is the second time."""
+    run = f"grpo.py --model={checkpoint} --dataset={problems} --eval_dataset={problems} --group_size=2 "
+    commands = [run + " ".join(SMALL) + f" --save_dtype=bfloat16 --seed={seed}" for seed in range(3)]
+    monkeypatch.setitem(study.STUDIES, "some", lambda: [study.Run("RL", "numbers", command) for command in commands])
+    monkeypatch.setattr(study.multiprocessing, "get_context", lambda kind: multiprocessing.dummy)  # threads
+    monkeypatch.setattr(study, "start_worker", lambda threads: None)
+    results = tmp_path / "some.csv"
+    done = [dict.fromkeys(study.COLUMNS, "") | {"command": command, "accuracy": "0.5"} for command in commands[:2]]
+    study.write_results(results, {row["command"]: row for row in done})
+    monkeypatch.setattr("sys.argv", ["study", "some", f"--results={results}", f"--out_dir={tmp_path}/runs"])
+    for ran in (1, 0):
+        study.main()
+        assert f"{ran} runs done, {3 - ran} were in" in capsys.readouterr().out
+        first, second, third = study.read_results(results).values()
+        assert [first, second] == done and third["command"] == commands[2]
+        assert third["numbers"] == "13" and 0 <= float(third["accuracy"]) <= 1 and 0 <= float(third["reward"]) <= 1
+
+
+def test_an_unknown_study_is_refused():
+    assert_refused(run_script("-m", "lab.study", "parms"), "parms", "params")
