@@ -164,9 +164,9 @@ def token_logprobs(hidden, head, targets, temperature, chunk=0):
     chunk = chunk or max(1, 2**26 // len(head))
 
     def of_chunk(hidden, targets):
-        logits = F.linear(hidden, head)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)  # [chunk, V]
-        logprobs = torch.log_softmax(logits, dim=-1)
+        logits = F.linear(hidden, head).to(torch.promote_types(head.dtype, torch.float32))  # fp64 stays what it is
+        logprobs = torch.log_softmax(logits.div_(temperature), dim=-1)  # [chunk, V]
+        del logits
         with torch.no_grad():
             entropy = -logprobs.exp().mul_(logprobs).sum(-1)
         return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
@@ -287,6 +287,11 @@ def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
     sums = dict(loss=0.0, clipped=0.0, kl=0.0, entropy=0.0, diff=0.0, diff_max=0.0, tokens=0)
     clip_low, clip_high = (own or default for own, default in zip((cfg.clip_low, cfg.clip_high), CLIP[cfg.objective]))
     for batch in micro_batches(rows, cfg.micro_batch_tokens, cfg.packing):
+        if cfg.kl_coef:  # first: between a forward pass and its backward pass it would change what is recomputed
+            net.adapter.enabled = False  # v = 0 is the reference policy
+            with torch.no_grad():
+                ref_logp, _, _ = completion_logprobs(net, tokenizer, batch, cfg.temperature, cfg.packing)
+            net.adapter.enabled = True
         logp, entropy, mask = completion_logprobs(net, tokenizer, batch, cfg.temperature, cfg.packing)
         for row, row_logp in zip(batch, logp.detach()):
             if row.old_logprobs is None:
@@ -301,10 +306,6 @@ def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
         loss, clipped = policy_loss(logp, old_logp, advantages, weights, mask, cfg.objective, clip_low, clip_high,
                                     mismatch)
         if cfg.kl_coef:
-            net.adapter.enabled = False  # v = 0 is the reference policy
-            with torch.no_grad():
-                ref_logp, _, _ = completion_logprobs(net, tokenizer, batch, cfg.temperature, cfg.packing)
-            net.adapter.enabled = True
             kl = k3(logp, ref_logp) * mask
             loss = loss + cfg.kl_coef * (kl * weights[:, None]).sum()
             sums["kl"] += kl.sum().item()

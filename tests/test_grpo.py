@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import zlib
+from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -32,6 +33,8 @@ import model
 import sample
 import tinylora
 from configurator import UserError, configure
+
+token_logprobs = grpo.token_logprobs  # some tests put another in its place
 
 # ------------------------------------------------------------------------------------------------------ the objective
 
@@ -86,6 +89,24 @@ def test_gspo_uses_the_sequence_ratio():
     loss.backward()
     assert loss.item() == pytest.approx(-math.exp(0.1), abs=1e-6)
     assert logp.grad[0].tolist() == pytest.approx([-math.exp(0.1) / 2, -math.exp(0.1) / 2, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("objective, value, slopes, clipped", [
+    ("grpo", 1.7 / 6 - 0.8 / 3 + 1.2 / 3, [0.0, 0.5 / 6, 0.0, 0.0], 3),
+    ("dr_grpo", (1.7 - 0.8 + 1.2) / 12, [0.0, 0.5 / 12, 0.0, 0.0], 3),
+    ("dapo", (1.78 - 0.8 + 1.28) / 4, [0.0, 0.5 / 4, 0.0, 0.0], 3),  # clipped higher above
+    ("gspo", 0.75**0.5 / 3 - 0.9997 / 3 + 1.0004 / 3, [0.75**0.5 / 6, 0.75**0.5 / 6, 0.0, 0.0], 2),
+])
+def test_every_objective_by_hand_clipped_on_both_sides(objective, value, slopes, clipped):
+    """A later pass: a good answer of tokens with the ratios 1.5 and 0.5, a bad one with 0.5, a good one with 2."""
+    ratios, mask = torch.tensor([[1.5, 0.5], [0.5, 1.0], [2.0, 1.0]]), torch.tensor([[1, 1], [1, 0], [1, 0]]).bool()
+    logp = (ratios.log() - 1.0).requires_grad_()
+    weights = grpo.token_weights([2, 1, 1], objective, max_new_tokens=4, num_rows=3, num_tokens=4)
+    loss, count = grpo.policy_loss(logp, torch.full((3, 2), -1.0), torch.tensor([1.0, -1.0, 1.0]), weights, mask,
+                                   objective, *grpo.CLIP[objective])
+    loss.backward()
+    assert loss.item() == pytest.approx(-value, abs=1e-6) and count == clipped
+    assert (-logp.grad[mask]).tolist() == pytest.approx(slopes, abs=1e-6)
 
 
 def test_k3_by_hand():
@@ -167,19 +188,29 @@ def gradient(net, tokenizer, rows, cfg, parts=None):
     return net.adapter.v.grad.clone()
 
 
-@pytest.mark.parametrize("objective", ["grpo", "dr_grpo", "dapo", "gspo"])
-def test_gradient_is_the_same_for_any_split(net, tokenizer, objective):
+@pytest.mark.parametrize("bits, tolerance", [(32, 1e-5), (64, 1e-10)])
+@pytest.mark.parametrize("objective", grpo.CLIP)
+def test_gradient_is_the_same_for_any_split(net, tokenizer, monkeypatch, objective, bits, tolerance):
+    """Micro-batches, ranks (one of which may have no rows), chunks of logits, and recomputation."""
     tinylora.add_adapter(net, u=3, n_tie=4)
     torch.nn.init.normal_(net.adapter.v, std=0.2)
-    rows = random_rows()
-    cfg = settings(objective=objective, kl_coef=0.1)
+    if bits == 64:
+        in_float64(net)
+    rows, cfg = random_rows(), settings(objective=objective, kl_coef=0.1)
     whole = gradient(net, tokenizer, rows, cfg)
-    splits = [settings(**vars(cfg) | {"micro_batch_tokens": tokens}) for tokens in (1, 30, 60)]
-    splits = [gradient(net, tokenizer, rows, split) for split in splits]
-    ranks = gradient(net, tokenizer, rows, cfg, [rows[0::3], rows[1::3], rows[2::3]])
-    assert whole.norm() > 0
-    for other in [*splits, ranks]:
-        assert (other - whole).norm() <= 1e-5 * whole.norm()
+    others = [gradient(net, tokenizer, rows, settings(**vars(cfg) | {"micro_batch_tokens": tokens}))
+              for tokens in (1, 20, 30, 45, 60, 100)]
+    others += [gradient(net, tokenizer, rows, cfg, [rows[rank::world] for rank in range(world)])
+               for world in (2, 3, 10)]
+    net.model.recompute = True
+    others.append(gradient(net, tokenizer, rows, cfg))
+    net.model.recompute = False
+    for chunk in (1, 7, 40):
+        monkeypatch.setattr(grpo, "token_logprobs", partial(token_logprobs, chunk=chunk))
+        others.append(gradient(net, tokenizer, rows, cfg))
+    assert whole.norm() > 0 and whole.dtype == (torch.float64 if bits == 64 else torch.float32)
+    for other in others:
+        assert (other - whole).norm() <= tolerance * whole.norm()
 
 
 @pytest.mark.parametrize("objective", ["grpo", "gspo"])
@@ -303,25 +334,32 @@ def test_gradient_is_that_of_the_textbook_formula(net, tokenizer, checkpoint, kl
     assert (ours - net.adapter.v.grad).norm() <= 1e-4 * ours.norm()
 
 
-def test_later_passes_keep_the_ratio_to_the_policy_of_the_first(net, tokenizer):
-    rows = random_rows(6)
-    adapter, cfg = tinylora.add_adapter(net, u=3, n_tie=4), settings(clip_low=0.1, clip_high=0.1)
-    gradient(net, tokenizer, rows, cfg)  # the first pass notes the old log-probs
+@pytest.mark.parametrize("objective", grpo.CLIP)
+def test_later_passes_keep_the_ratio_to_the_policy_of_the_first(net, tokenizer, objective):
+    rows = random_rows(20)
+    bound = 0.01 if objective == "gspo" else 0.1  # a mean over tokens moves less
+    cfg = settings(objective=objective, clip_low=bound, clip_high=bound)
+    adapter = tinylora.add_adapter(net, u=3, n_tie=4)
+    num_tokens = sum(len(row.ids) for row in rows)
+    grpo.accumulate_gradient(net, tokenizer, rows, cfg, 20, num_tokens)  # the first pass notes the old log-probs
     with torch.no_grad():
         old = [plain_logprobs(net, row) for row in rows]
         adapter.v += 0.1
     adapter.zero_grad()
-    sums = grpo.accumulate_gradient(net, tokenizer, rows, cfg, 6, sum(len(row.ids) for row in rows))
+    sums = grpo.accumulate_gradient(net, tokenizer, rows, cfg, 20, num_tokens)
     ours = adapter.v.grad.clone()
     adapter.zero_grad()
-    loss, clipped = 0, 0
+    loss, above, below = 0, 0, 0
     for row, old_logp in zip(rows, old):
-        ratio = (plain_logprobs(net, row) - old_logp).exp()
-        terms = torch.stack((ratio * row.advantage, ratio.clamp(0.9, 1.1) * row.advantage))
-        loss = loss - terms.min(0).values.mean() / 6
-        clipped += int((terms[1] < terms[0]).sum())
+        log_ratio = plain_logprobs(net, row) - old_logp
+        ratio = (log_ratio.mean().expand_as(log_ratio) if objective == "gspo" else log_ratio).exp()
+        terms = torch.stack((ratio * row.advantage, ratio.clamp(1 - bound, 1 + bound) * row.advantage))
+        count = {"dr_grpo": cfg.max_new_tokens * 20, "dapo": num_tokens}.get(objective, len(row.ids) * 20)
+        loss = loss - terms.min(0).values.sum() / count
+        above += int(((terms[1] < terms[0]) & (ratio > 1 + bound)).sum())
+        below += int(((terms[1] < terms[0]) & (ratio < 1 - bound)).sum())
     loss.backward()
-    assert 0 < clipped == sums["clipped"] < sum(len(row.ids) for row in rows)  # some are clipped, not all
+    assert above and below and above + below == sums["clipped"] < num_tokens  # some are clipped on each side, not all
     assert (ours - adapter.v.grad).norm() <= 1e-4 * ours.norm()
 
 
