@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from functools import cache
 
 import pytest
 from conftest import ROOT
@@ -31,6 +32,7 @@ def imports(node):
     return found
 
 
+@cache
 def functions(tree):
     return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
@@ -142,6 +144,7 @@ def settings_of(name):
     return vars(configure(vars(module), []))
 
 
+@cache
 def uses(node):
     """(names that occur in it, settings it reads)."""
     parts = list(ast.walk(node))
