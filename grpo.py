@@ -4,6 +4,7 @@
     python grpo.py config/qwen7b_u13.py                    # 13 numbers on Qwen2.5-7B, one GPU
     python grpo.py --model=DIR --dataset=FILE.jsonl        # any checkpoint and problems you have
     torchrun --nproc_per_node=8 grpo.py config/qwen7b_u13.py
+    torchrun --nproc_per_node=8 grpo.py --shard=8 ...      # one copy of the weights on eight GPUs
 
 One step: sample a group of answers to each of some problems, reward the right ones, push the policy towards the
 answers that beat their group's mean. What is not here: a critic, a reward model, a second copy of the weights (the
@@ -33,7 +34,17 @@ from torch.utils.checkpoint import checkpoint
 import eval_math
 import tinylora
 from configurator import UserError, configure, prepare_out_dir, run
-from model import checkpoint_dir, load_model, load_tokenizer, save_model
+from model import (
+    checkpoint_dir,
+    is_chief,
+    load_model,
+    load_tokenizer,
+    own_part,
+    save_model,
+    shard_model,
+    whole,
+    whole_size,
+)
 from sample import generate
 
 # what to train: the defaults train the embedded toy; the paper's values are in config/
@@ -73,6 +84,7 @@ tis_cap = 0.0  # truncated importance sampling: weight tokens by min(trainer's /
 overlong_tokens = 0  # the last so many tokens before max_new_tokens cost reward, up to 1 (DAPO); 0: none
 grad_clip = 1.0  # bound on the gradient's norm; 0: none
 micro_batch_tokens = 4096  # padded tokens in one forward and backward pass: bounds memory, not the gradient
+shard = 1  # processes of torchrun that hold one copy of the weights between them; it divides the key heads
 recompute = False  # keep only the layers' inputs and compute the rest again in the backward pass: less memory, slower
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
@@ -305,21 +317,30 @@ def bad_method(cfg):
          "steps are rounded away in 16 bits"),
         (cfg.lr == 0 and cfg.method not in ("lora", "full"), "lr must be above 0: there is a rule for lora and full "
          "alone"),
+        (cfg.shard < 1, "shard must be at least 1"),
     ]
 
 
 def trained_parameters(net, cfg):
     """What is trained, {name: parameter}, and the settings without which it means something else. Attaches the
-    adapter; with lr = 0, puts the rule's in its place."""
+    adapter, and cuts the weights where ranks share them; with lr = 0, puts the rule's in its place."""
     if cfg.lr == 0:
         cfg.lr = tinylora.learning_rate_rule(net.config, cfg.method, cfg.max_steps)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_chief():
             print(f"lr = {cfg.lr:.3g} (learning_rate_rule in tinylora.py)")
     if cfg.method == "full":
         identity = {"method": "full", "base": tinylora.fingerprint(net)}
-        return dict(net.requires_grad_(True).named_parameters()), identity
+        if net.shard:
+            shard_model(net)
+        parameters = dict(net.requires_grad_(True).named_parameters())
+        for p in parameters.values():
+            if net.shard and not hasattr(p, "cut"):  # each rank knows its gradient whole, and adds its share of it
+                p.register_hook(lambda gradient: gradient / net.shard.size)
+        return parameters, identity
     adapter = tinylora.add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed, cfg.targets,
                                    cfg.alpha)
+    if net.shard:
+        shard_model(net)
     return dict(adapter.named_parameters()), adapter.meta
 
 
@@ -334,30 +355,47 @@ def save_trained(net, cfg, best=False):
 
 
 def start_ranks(cfg):
-    """Join the processes of torchrun, if that is what started us. Returns rank, world size and this rank's device."""
+    """Join the processes of torchrun, if that is what started us. Returns which share of the rows this process works
+    on, of how many (ranks that share the weights work on the same rows), and its device."""
     if not dist.is_torchelastic_launched():
+        if cfg.shard > 1:
+            raise UserError(f"shard = {cfg.shard} needs as many processes; start it with torchrun --nproc_per_node="
+                            f"{cfg.shard}")
         return 0, 1, cfg.device
+    world = int(os.environ["WORLD_SIZE"])
+    if world % cfg.shard:
+        raise UserError(f"shard = {cfg.shard} does not divide the number of processes, {world}; give torchrun a "
+                        "multiple of it")
     on_gpu = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))  # the others wait for evaluations
-    return dist.get_rank(), dist.get_world_size(), f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device
+    return dist.get_rank() // cfg.shard, world // cfg.shard, device
 
 
-def all_reduce(values, device, op="sum"):
-    """Sum (or maximum) over ranks of a list of numbers; the list itself without torchrun."""
+def all_reduce(values, net, op="sum"):
+    """Sum over the ranks that work on different rows (or maximum over all) of a list of numbers; the list itself
+    without torchrun."""
     if not dist.is_initialized():
         return values
-    t = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(t, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    t = torch.tensor(values, dtype=torch.float64, device=net.device)
+    if op == "max":
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+    else:
+        dist.all_reduce(t, group=net.shard.peers if net.shard else None)
     return t.tolist()
 
 
 class Interrupt:
     """Ctrl-C or SIGTERM raises KeyboardInterrupt at once while answers are sampled, when nothing has changed since the
     last step; from hold() on, when the update begins, it waits for release(), when step count, weights and log agree
-    again."""
+    again. Ranks that share the weights can only leave together: there it always waits for release(), and what one of
+    them was asked, all do."""
+
+    def __init__(self, net=None):
+        self.net = net if net and net.shard else None
 
     def __enter__(self):
-        self.held = self.requested = False
+        self.held, self.requested = bool(self.net), False
         self.exit_code = 130
         self.previous = {name: signal.signal(name, self.handle) for name in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -375,7 +413,9 @@ class Interrupt:
         self.held = True
 
     def release(self):
-        self.held = False
+        self.held = bool(self.net)
+        if self.net:
+            [self.requested] = all_reduce([self.requested], self.net, "max")
         if self.requested:
             raise KeyboardInterrupt
 
@@ -383,10 +423,13 @@ class Interrupt:
 def save_checkpoint(path, parameters, optimizer, step, history, identity):
     """Parameters, Adam's moments, step, `history` (what the last line of the run reports), `identity` (what the
     parameters mean) and the code's revision in one safetensors file with a checksum. It is written aside and renamed,
-    and the one before is kept: a run killed at any moment, or a damaged file, costs some save_interval steps."""
-    tensors = {f"param.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": value.cpu().contiguous() for key, value in state.items()}
+    and the one before is kept: a run killed at any moment, or a damaged file, costs some save_interval steps. Where
+    ranks hold parts of the parameters, all of them call this; the file is the same as that of one process."""
+    tensors = {f"param.{name}": whole(p) for name, p in parameters.items()}
+    for (i, state), p in zip(sorted(optimizer.state_dict()["state"].items()), parameters.values()):
+        tensors |= {f"optimizer.{i}.{key}": whole(p, value) for key, value in state.items()}
+    if not is_chief():
+        return
     info = {"step": step, "history": history, "identity": identity, "revision": revision()}
     info = {key: json.dumps(value) for key, value in info.items()}
     save_file(tensors, path + ".tmp", metadata=info | {"sha256": checksum(tensors, info)})
@@ -444,14 +487,14 @@ def load_checkpoint(path, parameters, optimizer, identity):
                  and not (key == "base" and tinylora.same_base(info["identity"].get(key, ""), identity[key]))]
     if different:
         raise UserError(f"cannot resume: {file} was made with another {', '.join(different)}")
-    state = {}
+    state, in_order = {}, list(parameters.values())
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         if kind == "param":
-            parameters[name].data.copy_(tensor)
+            parameters[name].data.copy_(own_part(parameters[name], tensor))
         else:
             i, _, field = name.partition(".")
-            state.setdefault(int(i), {})[field] = tensor
+            state.setdefault(int(i), {})[field] = own_part(in_order[int(i)], tensor)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return info["step"], info["history"]
 
@@ -474,7 +517,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
     take_step(step, interrupt) changes them; it returns a dict of metrics for the log and a line for the screen.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    chief = rank == 0  # the one process that writes
+    rank, world, chief = rank // cfg.shard, world // cfg.shard, is_chief()
     eval_problems = eval_math.load_problems(cfg.eval_dataset, "test") if cfg.eval_dataset else []
     eval_problems = eval_problems[: cfg.eval_size or None]
     checkpoint_file = os.path.join(cfg.out_dir, "checkpoint.safetensors")
@@ -495,7 +538,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
             log.flush()
 
     def save():
-        if chief:
+        if chief or net.shard:
             history["seconds"] = time.time() - began
             save_checkpoint(checkpoint_file, parameters, optimizer, step, history, identity)
             save_trained(net, cfg)
@@ -507,7 +550,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
         result = eval_math.evaluate(net, tokenizer, [eval_problems[i] for i in mine], cfg, indices=mine)
         if world > 1:
             shares = [None] * world
-            dist.all_gather_object(shares, result["rows"])
+            dist.all_gather_object(shares, result["rows"], group=net.shard.peers if net.shard else None)
             rows = sorted((row for share in shares for row in share), key=lambda row: row["index"])
             result = eval_math.summarise([[row] for row in rows]) | {"rows": rows}
         history.update(accuracy=result["strict"], evaluated=step)
@@ -516,14 +559,15 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
             print_evaluation(step, result)
         if result["strict"] > history["best"]:
             history["best"] = result["strict"]
-            if chief and step:
+            if step and (chief or net.shard):
                 save_trained(net, cfg, best=True)
 
     try:
-        with Interrupt() as interrupt:
+        with Interrupt(net) as interrupt:
             try:
                 if step == 0:
                     evaluate()
+                    interrupt.release()
                     history["base"] = history["accuracy"]
                 while step < cfg.max_steps:
                     record, line = take_step(step, interrupt)
@@ -534,6 +578,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
                     interrupt.release()
                     if cfg.eval_interval and step % cfg.eval_interval == 0:
                         evaluate()
+                        interrupt.release()
                     if cfg.save_interval and step % cfg.save_interval == 0:
                         save()
                 if history["evaluated"] != step:
@@ -548,7 +593,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
     finally:
         if chief:
             log.close()
-    numbers = sum(p.numel() for p in parameters.values())
+    numbers = sum(map(whole_size, parameters.values()))
     if chief and "v" in parameters and numbers <= 1000:
         print(f"the same in a message: --adapter={tinylora.adapter_text(net.adapter, cfg.save_dtype)}")
     if chief and history["base"] is not None:
@@ -571,18 +616,19 @@ def train(cfg):
     check_settings(cfg)
     rank, world, device = start_ranks(cfg)
     problems = eval_math.load_problems(cfg.dataset, "train")
-    net = load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device)
+    net = load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device, cfg.shard)
     tokenizer = load_tokenizer(cfg.model)
     prepare_problems(net, tokenizer, problems, cfg)
     began, size = time.time(), sum(p.numel() for p in net.parameters())
     net.model.recompute = cfg.recompute
     parameters, identity = trained_parameters(net, cfg)
     optimizer = torch.optim.Adam(parameters.values(), lr=cfg.lr)
-    if rank == 0:
+    if is_chief():
+        processes = world * cfg.shard
         shape = f" ({net.adapter.v.shape[0]} groups of u = {net.adapter.v.shape[1]})" if "v" in parameters else ""
         print(f"{cfg.model}: {size / 1e6:.1f}M parameters; {cfg.method} trains "
-              f"{sum(p.numel() for p in parameters.values())} numbers{shape}, made ready in {time.time() - began:.1f} "
-              f"s; {len(problems)} problems; {net.head.dtype} on {net.device}, {world} process(es)")
+              f"{sum(map(whole_size, parameters.values()))} numbers{shape}, made ready in {time.time() - began:.1f} "
+              f"s; {len(problems)} problems; {net.head.dtype} on {net.device}, {processes} process(es)")
 
     def take_step(step, interrupt):
         return training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt)
@@ -607,7 +653,8 @@ def rollout(net, tokenizer, problems, cfg, step, rank, world):
     mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[rank::world]
     batch, prompts = [problems[index] for _, index in mine], [problems[index]["prompt"] for _, index in mine]
     groups = generate(net, tokenizer, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature, cfg.seed,
-                      prompt_ids=[position for position, _ in mine], progress=f"step {step + 1}" if rank == 0 else None)
+                      prompt_ids=[position for position, _ in mine],
+                      progress=f"step {step + 1}" if is_chief() else None)
     scores = [[eval_math.score(c.text, c.truncated, problem["answer"], cfg.answer_format) for c in group]
               for problem, group in zip(batch, groups)]
     rewards = torch.tensor([[float(s["strict"]) for s in group] for group in scores]).view(-1, cfg.group_size)  # [P, G]
@@ -620,7 +667,7 @@ def rollout(net, tokenizer, problems, cfg, step, rank, world):
               "lenient": sum(s["lenient"] for group in scores for s in group),
               "equal": int((shaped.std(dim=1) == 0).sum()) * cfg.group_size,
               "truncated": sum(c.truncated for group in groups for c in group)}
-    return rows, dict(zip(counts, all_reduce(list(counts.values()), net.device)))
+    return rows, dict(zip(counts, all_reduce(list(counts.values()), net)))
 
 
 def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt):
@@ -639,13 +686,13 @@ def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, i
     t2 = time.time()
     # Clipping, like grad_norm, is of the last pass; the rest of the first, which scores with the weights that sampled.
     sums = passes[0] | {"clipped": passes[-1]["clipped"]}
-    [diff_max] = all_reduce([sums.pop("diff_max")], net.device, "max")
-    sums = dict(zip(sums, all_reduce(list(sums.values()), net.device)))
+    v_max = max(p.detach().abs().max().item() for p in parameters)
+    diff_max, v_max = all_reduce([sums.pop("diff_max"), v_max], net, "max")
+    sums = dict(zip(sums, all_reduce(list(sums.values()), net)))
     record = {"reward": n["right"] / n["rows"], "reward_lenient": n["lenient"] / n["rows"],
               "equal_groups": n["equal"] / n["rows"], "length": n["tokens"] / n["rows"],
               "truncated": n["truncated"] / n["rows"], "loss": sums.pop("loss"), "grad_norm": grad_norm,
-              "v_norm": torch.stack([p.detach().norm() for p in parameters]).norm().item(),
-              "v_max": max(p.detach().abs().max().item() for p in parameters)}
+              "v_norm": total_norm([p.detach() for p in parameters], parameters).item(), "v_max": v_max}
     scored = sums.pop("tokens")  # of the rows that have a gradient; over them go the means of the rest
     record |= {key: total / scored if scored else None for key, total in sums.items()} | {"diff_max": diff_max}
     record["seconds"] = {"generate": t1 - t0, "update": t2 - t1, "tokens_per_second": n["tokens"] / (t1 - t0),
@@ -689,13 +736,26 @@ def update(optimizer, parameters, grad_clip):
     parameters = list(parameters)
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank whose rows all dropped out has none
-        if dist.is_initialized():
-            dist.all_reduce(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
+        if dist.is_initialized():  # of what is cut, a rank has the gradient of its part; of all else, a share
+            dist.all_reduce(p.grad, group=p.cut[0].peers if hasattr(p, "cut") else None)
+    norm = total_norm([p.grad for p in parameters], parameters)
+    torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip or math.inf, norm)
+    norm = norm.item()
     if not math.isfinite(norm):
         raise UserError("the gradient is not finite; nothing was changed by this pass. Lower lr, or use "
                         "--dtype=bfloat16 or float32")
     optimizer.step()
+    return norm
+
+
+def total_norm(tensors, parameters):
+    """Norm of all tensors, each laid out like its parameter; of those that are cut, of the parts on all ranks."""
+    cut = [t for t, p in zip(tensors, parameters) if hasattr(p, "cut")]
+    norm = torch.nn.utils.get_total_norm([t for t, p in zip(tensors, parameters) if not hasattr(p, "cut")])
+    if cut:
+        square = torch.nn.utils.get_total_norm(cut) ** 2
+        dist.all_reduce(square, group=next(p.cut[0].group for p in parameters if hasattr(p, "cut")))
+        norm = (norm.to(square) ** 2 + square).sqrt()
     return norm
 
 

@@ -29,13 +29,16 @@ from grpo import (
     update,
 )
 from model import (
+    Shard,
     Transformer,
     checkpoint_dir,
     init_weights,
+    is_chief,
     load_config,
     load_model,
     load_tokenizer,
     pick_device,
+    whole_size,
 )
 
 model = "toy/base"  # checkpoint directory or hub name
@@ -67,6 +70,7 @@ max_steps = 60  # optimiser steps
 batch_size = 64  # rows a step, over all ranks
 grad_clip = 1.0  # bound on the gradient's norm; 0: none
 micro_batch_tokens = 4096  # padded tokens in one forward and backward pass: bounds memory, not the gradient
+shard = 1  # processes of torchrun that hold one copy of the weights between them; it divides the key heads
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # problems in an evaluation; 0: all
@@ -117,10 +121,13 @@ def supervised_row(tokenizer, problem, cfg, context):
 def build(cfg, device):
     """The model: loaded, or with fresh weights."""
     if not cfg.random_init:
-        return load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device)
+        return load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device, cfg.shard)
     net = Transformer(load_config(checkpoint_dir(cfg.model)))
     init_weights(net, cfg.seed)
-    return net.to(pick_device(device))
+    if cfg.shard == 1:
+        return net.to(pick_device(device))
+    net.shard = Shard(cfg.shard, net.config, pick_device(device), torch.float32)
+    return net
 
 
 def train(cfg):
@@ -133,9 +140,9 @@ def train(cfg):
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    if rank == 0:
-        print(f"{cfg.model}: training {sum(p.numel() for p in parameters.values())} numbers ({cfg.method}) on "
-              f"{len(problems)} rows; {net.head.dtype} on {net.device}, {world} process(es)")
+    if is_chief():
+        print(f"{cfg.model}: training {sum(map(whole_size, parameters.values()))} numbers ({cfg.method}) on "
+              f"{len(problems)} rows; {net.head.dtype} on {net.device}, {world * cfg.shard} process(es)")
 
     def take_step(step, interrupt):
         interrupt.hold()
@@ -143,7 +150,7 @@ def train(cfg):
         mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[rank::world]
         context = net.config.max_position_embeddings
         rows = [supervised_row(tokenizer, problems[index], cfg, context) for _, index in mine]
-        [num_tokens] = all_reduce([sum(len(row.ids) for row in rows)], net.device)
+        [num_tokens] = all_reduce([sum(len(row.ids) for row in rows)], net)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         optimizer.zero_grad(set_to_none=False)
@@ -154,7 +161,7 @@ def train(cfg):
             loss.backward()
             loss_sum += loss.item()
         grad_norm = update(optimizer, parameters.values(), cfg.grad_clip)
-        [loss_sum] = all_reduce([loss_sum], net.device)
+        [loss_sum] = all_reduce([loss_sum], net)
         seconds = time.time() - t0
         record = {"loss": loss_sum, "grad_norm": grad_norm, "lr": learning_rate(step, cfg), "tokens": num_tokens,
                   "seconds": {"step": seconds, "peak_gb": peak_gb(net.device)}}
