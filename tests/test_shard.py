@@ -2,13 +2,16 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_refused, run_script
+from conftest import ROOT, assert_refused, run_script
 from safetensors.torch import load_file
 
 import grpo
@@ -222,6 +225,36 @@ def test_pretraining_on_two_ranks_learns_what_it_does_on_one(checkpoint, problem
     assert close(two, one, 1e-2)  # Adam makes steps of full size of gradients that are next to 0
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for the ranks' processes in /proc")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_ranks_leave_together(checkpoint, problems, tmp_path, name):
+    """One rank of two is told to stop, or dies: both have saved the same step, or the run ends and does not hang."""
+    out_dir = tmp_path / "run"
+    options = dict(max_steps=10**6, save_interval=0, eval_dataset="", shard=2)
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "grpo.py",
+               *args(grpo, checkpoint, problems, out_dir, **options)]
+    run = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        began = time.time()
+        while not (out_dir / "log.jsonl").exists() or len(log_of(out_dir)) < 2:
+            assert run.poll() is None and time.time() - began < 120
+            time.sleep(0.2)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        [second] = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(int(second), getattr(signal, name))
+        output, errors = run.communicate(timeout=90)
+    finally:
+        run.terminate()
+    assert run.returncode
+    if name == "SIGTERM":
+        _, info = grpo.read_checkpoint(str(out_dir / "checkpoint.safetensors"))
+        assert info["step"] == log_of(out_dir)[-1]["step"] and f"interrupted: {info['step']} steps" in output
+        assert 'grpo.py", line' not in errors
+    else:
+        assert "SIGKILL" in errors or "Signal 9" in errors
+
+
 def test_what_does_not_fit_is_refused_in_one_line(checkpoint, problems, tmp_path):
     options = dict(eval_dataset="", out_dir=tmp_path / "run")
     alone = run_script("grpo.py", *args(grpo, checkpoint, problems, shard=2, **options))
@@ -230,7 +263,7 @@ def test_what_does_not_fit_is_refused_in_one_line(checkpoint, problems, tmp_path
     for processes, shard, words in ((2, 3, "shard = 3 does not divide the number of processes, 2"),
                                     (3, 3, "shard = 3 does not cut this model, with 2 key heads and 48 inner units")):
         done = torchrun(processes, "grpo.py", *args(grpo, checkpoint, problems, shard=shard, **options))
-        assert done.returncode == 1 and f"error: {words}" in done.stderr and "in <module>" not in done.stderr
+        assert done.returncode == 1 and f"error: {words}" in done.stderr and 'grpo.py", line' not in done.stderr
     assert not (tmp_path / "run").exists()
 
 
