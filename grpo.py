@@ -36,6 +36,7 @@ import tinylora
 from configurator import UserError, configure, prepare_out_dir, run
 from model import (
     checkpoint_dir,
+    compile_blocks,
     is_chief,
     load_model,
     load_tokenizer,
@@ -86,6 +87,7 @@ grad_clip = 1.0  # bound on the gradient's norm; 0: none
 micro_batch_tokens = 4096  # padded tokens in one forward and backward pass: bounds memory, not the gradient
 shard = 1  # processes of torchrun that hold one copy of the weights between them; it divides the key heads
 recompute = False  # keep only the layers' inputs and compute the rest again in the backward pass: less memory, slower
+compile = False  # fuse training's small operations with torch.compile: some minutes at the start, then faster on a GPU
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # problems in an evaluation; 0: all
@@ -215,6 +217,11 @@ def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
     sums = dict(loss=0.0, clipped=0.0, kl=0.0, entropy=0.0, diff=0.0, diff_max=0.0, tokens=0)
     clip_low, clip_high = (own or default for own, default in zip((cfg.clip_low, cfg.clip_high), CLIP[cfg.objective]))
     for batch in micro_batches(rows, cfg.micro_batch_tokens):
+        if cfg.kl_coef:  # before the policy: recomputation in its backward pass must find the adapter as it left it
+            net.adapter.enabled = False  # v = 0 is the reference policy
+            with torch.no_grad():
+                ref_logp, _, _ = completion_logprobs(net, tokenizer, batch, cfg.temperature)
+            net.adapter.enabled = True
         logp, entropy, mask = completion_logprobs(net, tokenizer, batch, cfg.temperature)
         for row, row_logp in zip(batch, logp.detach()):
             if row.old_logprobs is None:
@@ -229,10 +236,6 @@ def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
         loss, clipped = policy_loss(logp, old_logp, advantages, weights, mask, cfg.objective, clip_low, clip_high,
                                     mismatch)
         if cfg.kl_coef:
-            net.adapter.enabled = False  # v = 0 is the reference policy
-            with torch.no_grad():
-                ref_logp, _, _ = completion_logprobs(net, tokenizer, batch, cfg.temperature)
-            net.adapter.enabled = True
             kl = k3(logp, ref_logp) * mask
             loss = loss + cfg.kl_coef * (kl * weights[:, None]).sum()
             sums["kl"] += kl.sum().item()
@@ -621,6 +624,8 @@ def train(cfg):
     prepare_problems(net, tokenizer, problems, cfg)
     began, size = time.time(), sum(p.numel() for p in net.parameters())
     net.model.recompute = cfg.recompute
+    if cfg.compile:
+        compile_blocks(net)
     parameters, identity = trained_parameters(net, cfg)
     optimizer = torch.optim.Adam(parameters.values(), lr=cfg.lr)
     if is_chief():

@@ -12,6 +12,7 @@ import re
 import shutil
 import unicodedata
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jinja2
 import tiktoken
@@ -148,6 +149,7 @@ class Trunk(nn.Module):
         self.config = config
         self.inv_freq = None  # fp32, made on first use: a model built on the meta device has no numbers yet
         self.recompute = False  # in training keep a block's input only, and run the block again in the backward pass
+        self.compiled = None  # training's way to run a block, of compile_blocks
 
     def forward(self, ids, positions=None, cache=None):
         if positions is None:
@@ -159,10 +161,11 @@ class Trunk(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # as rotate() wants them
         for block in self.layers:
+            run = partial(self.compiled, block) if self.compiled and cache is None else block
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, cache, use_reentrant=False)
+                x = checkpoint(run, x, cos, sin, cache, use_reentrant=False)
             else:
-                x = block(x, cos, sin, cache)
+                x = run(x, cos, sin, cache)
         return self.norm(x)
 
 
@@ -194,6 +197,26 @@ class Transformer(nn.Module):
     @property
     def dtype(self):
         return self.shard.dtype if self.shard else self.head.dtype
+
+
+def compile_blocks(model, backend="inductor"):
+    """Have torch.compile fuse a block's small operations in training; a sampler, which brings a cache, is left alone.
+
+    A compiled block serves all layers and every number and length of rows: these sizes are symbols in it, which wastes
+    nothing on padding to a few lengths. It is compiled anew for a single row, for the first layer (whose input wants
+    no gradient where embeddings are frozen) and without gradients: at most six times.
+    """
+    compiled = torch.compile(lambda block, *inputs: block(*inputs), backend=backend)
+
+    def run(block, x, cos, sin, cache):
+        for t, sizes in ((x, (0, 1)), (cos, (1,)), (sin, (1,))):
+            torch._dynamo.maybe_mark_dynamic(t, sizes)
+        try:
+            return compiled(block, x, cos, sin, cache)
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, or no Triton
+            raise UserError(f"torch.compile failed ({str(error).splitlines()[0]}); use --compile=False") from None
+
+    model.model.compiled = run
 
 
 def rope_frequencies(config):

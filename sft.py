@@ -32,6 +32,7 @@ from model import (
     Shard,
     Transformer,
     checkpoint_dir,
+    compile_blocks,
     init_weights,
     is_chief,
     load_config,
@@ -71,6 +72,7 @@ batch_size = 64  # rows a step, over all ranks
 grad_clip = 1.0  # bound on the gradient's norm; 0: none
 micro_batch_tokens = 4096  # padded tokens in one forward and backward pass: bounds memory, not the gradient
 shard = 1  # processes of torchrun that hold one copy of the weights between them; it divides the key heads
+compile = False  # fuse training's small operations with torch.compile: some minutes at the start, then faster on a GPU
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # problems in an evaluation; 0: all
@@ -136,6 +138,8 @@ def train(cfg):
     problems = eval_math.load_problems(cfg.dataset, "train")
     tokenizer = load_tokenizer(cfg.model)
     net = build(cfg, device)
+    if cfg.compile:
+        compile_blocks(net)
     parameters, identity = trained_parameters(net, cfg)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay

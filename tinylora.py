@@ -68,9 +68,10 @@ class AdaptedLinear(nn.Linear):
         linear.__class__ = cls  # in place: same parameters, same names, one more term in forward
         # Past nn.Module: neither submodule nor parameters, so that the model's state dict stays the checkpoint's.
         linear.__dict__.update(adapter=adapter, index=index, US=US, Vt=Vt)
+        adapter.linears.append(linear)
 
     def forward(self, x):
-        R = self.adapter.R[self.index]  # [r, r], or [B, r, r] where every row of x [B, T, n] has its own
+        R = self.R  # [r, r], or [B, r, r] where every row of x [B, T, n] has its own
         h = F.linear(x, self.Vt.to(x.dtype)).to(R.dtype) @ R.mT  # [..., r], in fp32 so that v is not rounded
         update = F.linear(h.to(x.dtype), self.US.to(x.dtype))
         # One addmm, so that W x + update is rounded once: added to an output that is already bf16, an update below
@@ -95,6 +96,7 @@ class Adapter(nn.Module):
             self.register_buffer("P", P, persistent=False)
             self.register_buffer("groups", groups, persistent=False)
         self.meta = meta
+        self.linears = []  # in a list, of which nn.Module takes no notice: the adapter owns none of their weights
         self.R = None
         self.rows = None  # [N, B, r, r] from load_adapters: every row of a batch its own R; None: all the one of v
         self.enabled = True
@@ -110,6 +112,8 @@ class Adapter(nn.Module):
             self.R = self.scale if self.meta["method"] == "lora" else mix(self.v, self.groups, self.P)
         if not self.enabled:
             self.R = torch.zeros_like(self.R)
+        for linear, R in zip(self.linears, self.R):  # each has its own at hand: layers that torch.compile makes alike
+            linear.R = R
 
 
 class Product:
@@ -363,7 +367,8 @@ def detach(model):
     for linear in list(adapted_linears(model).values()):
         if isinstance(linear, AdaptedLinear):
             linear.__class__ = nn.Linear
-            del linear.adapter, linear.index, linear.US, linear.Vt
+            for name in ("adapter", "index", "US", "Vt", "R"):
+                linear.__dict__.pop(name, None)  # R: only after a forward pass
     model.adapter.hook.remove()
     del model.adapter
     return model
