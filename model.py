@@ -214,7 +214,8 @@ def compile_blocks(model, backend="inductor"):
         try:
             return compiled(block, x, cos, sin, cache)
         except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, or no Triton
-            raise UserError(f"torch.compile failed ({str(error).splitlines()[0]}); use --compile=False") from None
+            reason = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
+            raise UserError(f"torch.compile failed ({reason}); use --compile=False") from None
 
     model.model.compiled = run
 
