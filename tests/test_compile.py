@@ -4,13 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch._dynamo.backends.debugging import aot_eager
 
+import eval_math
 import grpo
 import model
 import sample
+import sft
 import tinylora
-from configurator import UserError
+from configurator import UserError, configure
 
 
 def rows_of_many_lengths(batches=8):
@@ -58,6 +61,24 @@ def test_few_blocks_are_compiled_and_give_the_same_gradient(net, tokenizer, meth
     before = len(compiled)
     sample.generate(net, tokenizer, [[7, 8, 9], [5] * 20], 3, 6)
     assert len(compiled) == before  # the sampler brings a cache, and runs the blocks as they are
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("script", [grpo, sft])
+def test_a_run_with_compile_learns_what_one_without_does(checkpoint, problems, tmp_path, script, monkeypatch):
+    calls = []
+    monkeypatch.setattr(eval_math, "score", lambda text, *_: {"strict": len(text) % 2 == 0, "lenient": False})
+    monkeypatch.setattr(script, "compile_blocks", lambda net: (calls.append(net), model.compile_blocks(net, "eager")))
+    options = dict(model=checkpoint, dataset=problems, eval_dataset="", max_steps=1, batch_size=3, device="cpu",
+                   max_new_tokens=5, rank=2, recompute=True, group_size=4)
+    vectors = []
+    for compile in (False, True):
+        torch._dynamo.reset()
+        known = vars(script).keys() & options.keys()
+        script.train(configure(vars(script), [f"--{key}={options[key]}" for key in known] + [
+            f"--compile={compile}", f"--out_dir={tmp_path / str(compile)}"]))
+        vectors.append(load_file(tmp_path / str(compile) / "adapter.safetensors")["v"])
+    assert torch.allclose(*vectors, rtol=1e-4, atol=1e-6) and vectors[0].any() and len(calls) == 1
 
 
 def test_a_compiler_that_fails_is_named(net):

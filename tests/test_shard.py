@@ -19,7 +19,7 @@ import model
 import sample
 import sft
 import tinylora
-from configurator import configure
+from configurator import UserError, configure
 
 METHODS = {"tinylora": dict(rank=2, u=3, n_tie=4), "lora_xs": dict(rank=2), "lora": dict(rank=3), "full": {}}
 IDS = torch.randint(5, 200, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -95,6 +95,7 @@ def write_start(checkpoint, method, directory):
 
 def main(checkpoint, directory, shard):
     """Of every rank: run the experiments, and keep what came out."""
+    tinylora.CACHE_FROM, os.environ["TINYLORA_CACHE"] = 0, str(directory / "cache")
     data_rank, data_world, _ = grpo.start_ranks(settings(checkpoint, "full", shard, device="cpu"))
     out = {method: experiment(checkpoint, method, directory, shard, data_rank, data_world) for method in METHODS}
     torch.save(out, directory / f"rank{torch.distributed.get_rank()}.pt")
@@ -171,6 +172,20 @@ def test_a_rank_holds_half_of_the_blocks(both):
     norms = 2 * 2 * 32 * 4  # two a block, two blocks, float32
     for rank in ranks:
         assert rank["block_bytes"] == rank["kept_bytes"] == (one["block_bytes"] - norms) // 2 + norms
+
+
+def test_the_ranks_share_one_cached_svd(both, net):
+    """Divided among them, and the same file that one process would look for."""
+    directory = both["tinylora"][2].parent
+    weights = {name: linear.weight for name, linear in tinylora.adapted_linears(net).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYLORA_CACHE", str(directory / "cache"))
+        [file] = os.listdir(directory / "cache")
+        path = tinylora.cache_path(weights, 2)
+        assert os.path.basename(path) == file
+        cached = tinylora.read_cache(path)
+    for (name, W), (US, Vt) in zip(weights.items(), tinylora.svd_factors(weights, 2)):
+        assert close(cached[f"{name}.US"], US) and close(cached[f"{name}.Vt"], Vt) and len(US) == len(W)
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -255,15 +270,27 @@ def test_ranks_leave_together(checkpoint, problems, tmp_path, name):
         assert "SIGKILL" in errors or "Signal 9" in errors
 
 
+@pytest.mark.slow
+def test_compiled_blocks_on_two_ranks(checkpoint, problems, tmp_path):
+    options = dict(rank=2, max_steps=2, eval_dataset="")
+    sft.train(configure(vars(sft), args(sft, checkpoint, problems, tmp_path / "one", **options)))
+    done = torchrun(2, "sft.py", *args(sft, checkpoint, problems, tmp_path / "two", shard=2, compile=True, **options))
+    assert done.returncode == 0, done.stderr
+    one, two = (log_of(tmp_path / d) for d in ("one", "two"))
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-4)
+
+
 def test_what_does_not_fit_is_refused_in_one_line(checkpoint, problems, tmp_path):
     options = dict(eval_dataset="", out_dir=tmp_path / "run")
     alone = run_script("grpo.py", *args(grpo, checkpoint, problems, shard=2, **options))
     assert_refused(alone, "shard = 2", "torchrun --nproc_per_node=2")
     assert_refused(run_script("sft.py", *args(sft, checkpoint, problems, shard=0, **options)), "shard must be at least")
-    for processes, shard, words in ((2, 3, "shard = 3 does not divide the number of processes, 2"),
-                                    (3, 3, "shard = 3 does not cut this model, with 2 key heads and 48 inner units")):
-        done = torchrun(processes, "grpo.py", *args(grpo, checkpoint, problems, shard=shard, **options))
-        assert done.returncode == 1 and f"error: {words}" in done.stderr and 'grpo.py", line' not in done.stderr
+    done = torchrun(2, "grpo.py", *args(grpo, checkpoint, problems, shard=3, **options))
+    assert "error: shard = 3 does not divide the number of processes, 2" in done.stderr and done.returncode == 1
+    assert 'grpo.py", line' not in done.stderr
+    with pytest.raises(UserError, match="shard = 3 does not cut this model, with 2 key heads and 48 inner units"):
+        model.load_model(checkpoint, "float32", "cpu", shard=3)
     assert not (tmp_path / "run").exists()
 
 
