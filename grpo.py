@@ -85,9 +85,9 @@ tis_cap = 0.0  # truncated importance sampling: weight tokens by min(trainer's /
 overlong_tokens = 0  # the last so many tokens before max_new_tokens cost reward, up to 1 (DAPO); 0: none
 grad_clip = 1.0  # bound on the gradient's norm; 0: none
 micro_batch_tokens = 4096  # padded tokens in one forward and backward pass: bounds memory, not the gradient
-shard = 1  # processes of torchrun that hold one copy of the weights between them; it divides the key heads
+shard = 1  # processes of torchrun that hold one copy of the weights between them: for models beyond one GPU
 recompute = False  # keep only the layers' inputs and compute the rest again in the backward pass: less memory, slower
-compile = False  # fuse training's small operations with torch.compile: some minutes at the start, then faster on a GPU
+compile = False  # run training's blocks through torch.compile: the first step takes minutes; not measured on a GPU
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # problems in an evaluation; 0: all

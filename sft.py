@@ -71,8 +71,8 @@ max_steps = 60  # optimiser steps
 batch_size = 64  # rows a step, over all ranks
 grad_clip = 1.0  # bound on the gradient's norm; 0: none
 micro_batch_tokens = 4096  # padded tokens in one forward and backward pass: bounds memory, not the gradient
-shard = 1  # processes of torchrun that hold one copy of the weights between them; it divides the key heads
-compile = False  # fuse training's small operations with torch.compile: some minutes at the start, then faster on a GPU
+shard = 1  # processes of torchrun that hold one copy of the weights between them: for models beyond one GPU
+compile = False  # run training's blocks through torch.compile: the first step takes minutes; not measured on a GPU
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # problems in an evaluation; 0: all

@@ -54,6 +54,7 @@ def experiment(checkpoint, method, directory, shard=1, data_rank=0, data_world=1
     optimizer = torch.optim.Adam(parameters.values(), lr=0.01, eps=0.01)  # eps: no update of the size of noise
     step, history = grpo.load_checkpoint(str(directory / method / "start.safetensors"), parameters, optimizer, identity)
     out = {"logits": net(IDS).detach(), "block_bytes": sum(p.nbytes for p in net.model.layers.parameters()),
+           "cache_shape": tuple(sample.KVCache(net.config, 5, 7, net.head).k.shape),
            "kept_bytes": sum(p.untyped_storage().nbytes() for p in net.model.layers.parameters())}
     everything = rows()
     tokens = sum(len(row.ids) for row in everything)
@@ -172,6 +173,14 @@ def test_a_rank_holds_half_of_the_blocks(both):
     norms = 2 * 2 * 32 * 4  # two a block, two blocks, float32
     for rank in ranks:
         assert rank["block_bytes"] == rank["kept_bytes"] == (one["block_bytes"] - norms) // 2 + norms
+        assert rank["cache_shape"] == (2, 5, 1, 7, 8) and one["cache_shape"] == (2, 5, 2, 7, 8)  # half of the key heads
+
+
+def test_as_many_rows_are_sampled_as_fit_the_rank_with_the_least_memory(net):
+    a_row = 100 * 2 * 2 * 2 * 8 * 4 + 16 * net.config.vocab_size  # tokens; k, v; layers, key heads, size, bytes; logits
+    assert sample.fitting_rows(net, 100, 400) == 400
+    net.shard = SimpleNamespace(device=torch.device("cpu"), least=lambda budget: min(budget, 10.5 * a_row))
+    assert sample.fitting_rows(net, 100, 400) == 10
 
 
 def test_the_ranks_share_one_cached_svd(both, net):
