@@ -68,7 +68,6 @@ class AdaptedLinear(nn.Linear):
         linear.__class__ = cls  # in place: same parameters, same names, one more term in forward
         # Past nn.Module: neither submodule nor parameters, so that the model's state dict stays the checkpoint's.
         linear.__dict__.update(adapter=adapter, index=index, US=US, Vt=Vt)
-        adapter.linears.append(linear)
 
     def forward(self, x):
         R = self.R  # [r, r], or [B, r, r] where every row of x [B, T, n] has its own
@@ -96,7 +95,7 @@ class Adapter(nn.Module):
             self.register_buffer("P", P, persistent=False)
             self.register_buffer("groups", groups, persistent=False)
         self.meta = meta
-        self.linears = []  # in a list, of which nn.Module takes no notice: the adapter owns none of their weights
+        self.linears = []  # that it adapts; in a list, nn.Module takes no notice: their weights are not the adapter's
         self.R = None
         self.rows = None  # [N, B, r, r] from load_adapters: every row of a batch its own R; None: all the one of v
         self.enabled = True
@@ -237,6 +236,7 @@ def add_adapter(model, method="tinylora", rank=2, u=13, n_tie=0, tie="tiled", se
         factors = [(US.to(model.dtype), Vt.to(model.dtype)) for US, Vt in cut_factors(model, modules, factors)]
     for index, (linear, (US, Vt)) in enumerate(zip(modules.values(), factors)):
         AdaptedLinear.adapt(linear, adapter, index, US, Vt)
+    adapter.linears = list(modules.values())
     object.__setattr__(model, "adapter", adapter)  # not a submodule, see AdaptedLinear.adapt
     adapter.hook = model.model.register_forward_pre_hook(adapter.refresh)
     return adapter
