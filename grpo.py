@@ -4,6 +4,7 @@
     python grpo.py config/qwen7b_u13.py                    # 13 numbers on Qwen2.5-7B, one GPU
     python grpo.py --model=DIR --dataset=FILE.jsonl        # any checkpoint and problems you have
     torchrun --nproc_per_node=8 grpo.py config/qwen7b_u13.py
+    torchrun --nproc_per_node=8 grpo.py --shard=8 ...      # one copy of the weights on eight GPUs
 
 One step: sample a group of answers to each of some problems, reward the right ones, push the policy towards the
 answers that beat their group's mean. What is not here: a critic, a reward model, a second copy of the weights (the
@@ -36,7 +37,19 @@ from torch.utils.checkpoint import checkpoint
 
 import eval_math
 import tinylora
-from model import checkpoint_dir, free_memory, load_model, load_tokenizer, save_model
+from model import (
+    checkpoint_dir,
+    compile_blocks,
+    free_memory,
+    is_chief,
+    load_model,
+    load_tokenizer,
+    own_part,
+    save_model,
+    shard_model,
+    whole,
+    whole_size,
+)
 from sample import fitting_rows, generate
 
 # what to train: the defaults train the embedded toy; the paper's values are in config/
@@ -78,7 +91,9 @@ overlong_tokens = 0  # the last so many tokens before max_new_tokens cost reward
 grad_clip = 1.0  # bound on the gradient's norm; 0: none
 micro_batch_tokens = 4096  # tokens, padding too, in one forward and backward pass: bounds memory, not the gradient
 packing = True  # rows end to end without padding, a prompt once for its group; False: padded, a prompt for each
+shard = 1  # processes of torchrun that hold one copy of the weights between them: for models beyond one GPU
 recompute = False  # keep only the layers' inputs and compute the rest again in the backward pass: less memory, slower
+compile = False  # run training's blocks through torch.compile: the first step takes minutes; not measured on a GPU
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # problems in an evaluation; 0: all
@@ -401,21 +416,30 @@ def bad_method(cfg):
         *((is_on and importlib.util.find_spec(package) is None, f"{name} = True needs {package}: pip install {package}")
           for name, is_on, package in (("wandb_log", cfg.wandb_log, "wandb"),
                                        ("tensorboard", cfg.tensorboard, "tensorboard"))),
+        (cfg.shard < 1, "shard must be at least 1"),
     ]
 
 
 def trained_parameters(net, cfg):
     """What is trained, {name: parameter}, and the settings without which it means something else. Attaches the
-    adapter; with lr = 0, puts the rule's in its place."""
+    adapter, and cuts the weights where ranks share them; with lr = 0, puts the rule's in its place."""
     if cfg.lr == 0:
         cfg.lr = tinylora.learning_rate_rule(net.config, cfg.method, cfg.max_steps)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_chief():
             print(f"lr = {cfg.lr:.3g} (learning_rate_rule in tinylora.py)")
     if cfg.method == "full":
         identity = {"method": "full", "base": tinylora.fingerprint(net)}
-        return dict(net.requires_grad_(True).named_parameters()), identity
+        if net.shard:
+            shard_model(net)
+        parameters = dict(net.requires_grad_(True).named_parameters())
+        for p in parameters.values():
+            if net.shard and not hasattr(p, "cut"):  # each rank knows its gradient whole, and adds its share of it
+                p.register_hook(lambda gradient: gradient / net.shard.size)
+        return parameters, identity
     adapter = tinylora.add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed, cfg.targets,
                                    cfg.alpha)
+    if net.shard:
+        shard_model(net)
     return dict(adapter.named_parameters()), adapter.meta
 
 
@@ -430,30 +454,47 @@ def save_trained(net, cfg, best=False):
 
 
 def start_ranks(cfg):
-    """Join the processes of torchrun, if that is what started us. Returns rank, world size and this rank's device."""
+    """Join the processes of torchrun, if that is what started us. Returns which share of the rows this process works
+    on, of how many (ranks that share the weights work on the same rows), and its device."""
     if not dist.is_torchelastic_launched():
+        if cfg.shard > 1:
+            raise UserError(f"shard = {cfg.shard} needs as many processes; start it with torchrun --nproc_per_node="
+                            f"{cfg.shard}")
         return 0, 1, cfg.device
+    world = int(os.environ["WORLD_SIZE"])
+    if world % cfg.shard:
+        raise UserError(f"shard = {cfg.shard} does not divide the number of processes, {world}; give torchrun a "
+                        "multiple of it")
     on_gpu = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))  # the others wait for evaluations
-    return dist.get_rank(), dist.get_world_size(), f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device
+    return dist.get_rank() // cfg.shard, world // cfg.shard, device
 
 
-def all_reduce(values, device, op="sum"):
-    """Sum (or maximum) over ranks of a list of numbers; the list itself without torchrun."""
+def all_reduce(values, net, op="sum"):
+    """Sum over the ranks that work on different rows (or maximum over all) of a list of numbers; the list itself
+    without torchrun."""
     if not dist.is_initialized():
         return values
-    t = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(t, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    t = torch.tensor(values, dtype=torch.float64, device=net.device)
+    if op == "max":
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+    else:
+        dist.all_reduce(t, group=net.shard.peers if net.shard else None)
     return t.tolist()
 
 
 class Interrupt:
     """Ctrl-C or SIGTERM raises KeyboardInterrupt at once while answers are sampled, when nothing has changed since the
     last step; from hold() on, when the update begins, it waits for release(), when step count, weights and log agree
-    again."""
+    again. Ranks that share the weights can only leave together: there it always waits for release(), and what one of
+    them was asked, all do."""
+
+    def __init__(self, net=None):
+        self.net = net if net and net.shard else None
 
     def __enter__(self):
-        self.held = self.requested = False
+        self.held, self.requested = bool(self.net), False
         self.exit_code = 130
         self.previous = {name: signal.signal(name, self.handle) for name in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -471,7 +512,9 @@ class Interrupt:
         self.held = True
 
     def release(self):
-        self.held = False
+        self.held = bool(self.net)
+        if self.net:
+            [self.requested] = all_reduce([self.requested], self.net, "max")
         if self.requested:
             raise KeyboardInterrupt
 
@@ -479,10 +522,13 @@ class Interrupt:
 def save_checkpoint(path, parameters, optimizer, step, history, identity):
     """Parameters, Adam's moments, step, `history` (what the last line of the run reports), `identity` (what the
     parameters mean) and the code's revision in one safetensors file with a checksum. It is written aside and renamed,
-    and the one before is kept: a run killed at any moment, or a damaged file, costs some save_interval steps."""
-    tensors = {f"param.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": value.cpu().contiguous() for key, value in state.items()}
+    and the one before is kept: a run killed at any moment, or a damaged file, costs some save_interval steps. Where
+    ranks hold parts of the parameters, all of them call this; the file is the same as that of one process."""
+    tensors = {f"param.{name}": whole(p) for name, p in parameters.items()}
+    for (i, state), p in zip(sorted(optimizer.state_dict()["state"].items()), parameters.values()):
+        tensors |= {f"optimizer.{i}.{key}": whole(p, value) for key, value in state.items()}
+    if not is_chief():
+        return
     info = {"step": step, "history": history, "identity": identity, "revision": revision()}
     info = {key: json.dumps(value) for key, value in info.items()}
     with whole_file(path) as aside:
@@ -540,14 +586,14 @@ def load_checkpoint(path, parameters, optimizer, identity):
                  and not (key == "base" and tinylora.same_base(info["identity"].get(key, ""), identity[key]))]
     if different:
         raise UserError(f"cannot resume: {file} was made with another {', '.join(different)}")
-    state = {}
+    state, in_order = {}, list(parameters.values())
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         if kind == "param":
-            parameters[name].data.copy_(tensor)
+            parameters[name].data.copy_(own_part(parameters[name], tensor))
         else:
             i, _, field = name.partition(".")
-            state.setdefault(int(i), {})[field] = tensor
+            state.setdefault(int(i), {})[field] = own_part(in_order[int(i)], tensor)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return info["step"], info["history"]
 
@@ -597,11 +643,11 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
     eval_problems: what an evaluation asks, eval_size of them. held_out(): the loss on held-out rows, over all ranks.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    numbers = sum(p.numel() for p in parameters.values())
-    if 12 * numbers > free_memory(net.device):
-        raise UserError(f"gradient and Adam's two moments of {numbers:,} numbers take {12 * numbers / 1e9:.1f} GB, "
+    numbers, need = sum(map(whole_size, parameters.values())), 12 * sum(p.numel() for p in parameters.values())
+    if need > free_memory(net.device):
+        raise UserError(f"gradient and Adam's two moments of {numbers:,} numbers take {need / 1e9:.1f} GB, "
                         f"{free_memory(net.device) / 1e9:.1f} GB are free; use tinylora, a lower rank or fewer targets")
-    chief = rank == 0  # the one process that writes
+    rank, world, chief = rank // cfg.shard, world // cfg.shard, is_chief()
     eval_problems = eval_problems[: cfg.eval_size or None]
     checkpoint_file = os.path.join(cfg.out_dir, "checkpoint.safetensors")
     step, history = 0, {"seconds": 0.0, "base": None, "accuracy": None, "evaluated": None, "best": None,
@@ -627,7 +673,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
             report(record)
 
     def save():
-        if chief:
+        if chief or net.shard:
             history["seconds"] = time.time() - began
             save_checkpoint(checkpoint_file, parameters, optimizer, step, history, identity)
             save_trained(net, cfg)
@@ -641,7 +687,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
             result = eval_math.evaluate(net, tokenizer, [eval_problems[i] for i in mine], cfg, indices=mine)
             if world > 1:
                 shares = [None] * world
-                dist.all_gather_object(shares, result["rows"])
+                dist.all_gather_object(shares, result["rows"], group=net.shard.peers if net.shard else None)
                 rows = sorted((row for share in shares for row in share), key=lambda row: row["index"])
                 result = eval_math.summarise([[row] for row in rows]) | {"rows": rows}
         if held_out:
@@ -653,14 +699,15 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
         score = result["strict"] if eval_problems else -result["loss"]
         if history["best"] is None or score > history["best"]:
             history["best"] = score
-            if chief and step:
+            if step and (chief or net.shard):
                 save_trained(net, cfg, best=True)
 
     try:
-        with Interrupt() as interrupt:
+        with Interrupt(net) as interrupt:
             try:
                 if step == 0:
                     evaluate()
+                    interrupt.release()
                     history.update(base=history["accuracy"], base_loss=history["loss"])
                 while step < cfg.max_steps:
                     record, line = take_step(step, interrupt)
@@ -671,6 +718,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
                     interrupt.release()
                     if cfg.eval_interval and step % cfg.eval_interval == 0:
                         evaluate()
+                        interrupt.release()
                     if cfg.save_interval and step % cfg.save_interval == 0:
                         save()
                 if history["evaluated"] != step:
@@ -716,18 +764,21 @@ def train(cfg):
     rank, world, device = start_ranks(cfg)
     problems = eval_math.load_problems(cfg.dataset, "train")
     eval_problems = eval_math.load_problems(cfg.eval_dataset, "test") if cfg.eval_dataset else []
-    net = load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device)
+    net = load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device, cfg.shard)
     tokenizer = load_tokenizer(cfg.model)
     prepare_problems(net, tokenizer, problems, cfg)
     began, size = time.time(), sum(p.numel() for p in net.parameters())
     net.model.recompute = cfg.recompute
+    if cfg.compile:
+        compile_blocks(net)
     parameters, identity = trained_parameters(net, cfg)
     optimizer = torch.optim.Adam(parameters.values(), lr=cfg.lr)
-    if rank == 0:
+    if is_chief():
+        processes = world * cfg.shard
         shape = f" ({net.adapter.v.shape[0]} groups of u = {net.adapter.v.shape[1]})" if "v" in parameters else ""
         print(f"{cfg.model}: {size / 1e6:.1f}M parameters; {cfg.method} trains "
-              f"{sum(p.numel() for p in parameters.values())} numbers{shape}, made ready in {time.time() - began:.1f} "
-              f"s; {len(problems)} problems; {net.head.dtype} on {net.device}, {world} process(es)")
+              f"{sum(map(whole_size, parameters.values()))} numbers{shape}, made ready in {time.time() - began:.1f} "
+              f"s; {len(problems)} problems; {net.head.dtype} on {net.device}, {processes} process(es)")
 
     def take_step(step, interrupt):
         return training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt)
@@ -775,7 +826,7 @@ def rollout(net, tokenizer, problems, cfg, step, rank, world):
 
     Returns the batch's rows and sums over all ranks: batch_rows and batch_tokens of the batch, those of sample_groups
     of all that was sampled; and the most rounds of any rank."""
-    label = f"step {step + 1}" if rank == 0 else None
+    label = f"step {step + 1}" if is_chief() else None
     mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[rank::world]
     groups, counts = sample_groups(net, tokenizer, problems, mine, cfg, label)
     rounds = 1
@@ -790,8 +841,8 @@ def rollout(net, tokenizer, problems, cfg, step, rank, world):
         counts, rounds = {key: counts[key] + more[key] for key in counts}, rounds + 1
     rows = [row for group in groups for row in group]
     counts = counts | {"batch_rows": len(rows), "batch_tokens": sum(len(row.ids) for row in rows)}
-    [rounds] = all_reduce([rounds], net.device, "max")
-    return rows, dict(zip(counts, all_reduce(list(counts.values()), net.device))) | {"rounds": int(rounds)}
+    [rounds] = all_reduce([rounds], net, "max")
+    return rows, dict(zip(counts, all_reduce(list(counts.values()), net))) | {"rounds": int(rounds)}
 
 
 def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt):
@@ -810,15 +861,15 @@ def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, i
     t2 = time.time()
     # Clipping, like grad_norm, is of the last pass; the rest of the first, which scores with the weights that sampled.
     sums = passes[0] | {"clipped": passes[-1]["clipped"]}
-    [diff_max] = all_reduce([sums.pop("diff_max")], net.device, "max")
-    sums = dict(zip(sums, all_reduce(list(sums.values()), net.device)))
+    v_max = max(p.detach().abs().max().item() for p in parameters)
+    diff_max, v_max = all_reduce([sums.pop("diff_max"), v_max], net, "max")
+    sums = dict(zip(sums, all_reduce(list(sums.values()), net)))
     # Reward, length and the shares are of all groups sampled, the replaced ones too: what is left of those tells less.
     record = {"reward": n["right"] / n["rows"], "reward_lenient": n["lenient"] / n["rows"],
               "equal_groups": n["equal"] / n["rows"], "length": n["tokens"] / n["rows"],
               "truncated": n["truncated"] / n["rows"], "groups": int(n["rows"]) // cfg.group_size,
               "rounds": n["rounds"], "loss": sums.pop("loss"), "grad_norm": grad_norm,
-              "v_norm": torch.stack([p.detach().norm() for p in parameters]).norm().item(),
-              "v_max": max(p.detach().abs().max().item() for p in parameters)}
+              "v_norm": total_norm([p.detach() for p in parameters], parameters).item(), "v_max": v_max}
     scored = sums.pop("tokens")  # of the rows that have a gradient; over them go the means of the rest
     record |= {key: total / scored if scored else None for key, total in sums.items()} | {"diff_max": diff_max}
     record["seconds"] = {"generate": t1 - t0, "update": t2 - t1, "tokens_per_second": n["tokens"] / (t1 - t0),
@@ -862,13 +913,26 @@ def update(optimizer, parameters, grad_clip):
     parameters = list(parameters)
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank whose rows all dropped out has none
-        if dist.is_initialized():
-            dist.all_reduce(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
+        if dist.is_initialized():  # of what is cut, a rank has the gradient of its part; of all else, a share
+            dist.all_reduce(p.grad, group=p.cut[0].peers if hasattr(p, "cut") else None)
+    norm = total_norm([p.grad for p in parameters], parameters)
+    torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip or math.inf, norm)
+    norm = norm.item()
     if not math.isfinite(norm):
         raise UserError("the gradient is not finite; nothing was changed by this pass. Lower lr, or use "
                         "--dtype=bfloat16 or float32")
     optimizer.step()
+    return norm
+
+
+def total_norm(tensors, parameters):
+    """Norm of all tensors, each laid out like its parameter; of those that are cut, of the parts on all ranks."""
+    cut = [t for t, p in zip(tensors, parameters) if hasattr(p, "cut")]
+    norm = torch.nn.utils.get_total_norm([t for t, p in zip(tensors, parameters) if not hasattr(p, "cut")])
+    if cut:
+        square = torch.nn.utils.get_total_norm(cut) ** 2
+        dist.all_reduce(square, group=next(p.cut[0].group for p in parameters if hasattr(p, "cut")))
+        norm = (norm.to(square) ** 2 + square).sqrt()
     return norm
 
 

@@ -12,15 +12,18 @@ import re
 import shutil
 import unicodedata
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, whole_file
@@ -149,6 +152,7 @@ class Trunk(nn.Module):
         self.config = config
         self.inv_freq = None  # fp32, made on first use: a model built on the meta device has no numbers yet
         self.recompute = False  # in training keep a block's input only, and run the block again in the backward pass
+        self.compiled = None  # training's way to run a block, of compile_blocks
 
     def forward(self, ids, positions=None, cache=None):
         if positions is None:
@@ -160,15 +164,18 @@ class Trunk(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # as rotate() wants them
         for block in self.layers:
+            run = partial(self.compiled, block) if self.compiled and cache is None else block
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, cache, use_reentrant=False)
+                x = checkpoint(run, x, cos, sin, cache, use_reentrant=False)
             else:
-                x = block(x, cos, sin, cache)
+                x = run(x, cos, sin, cache)
         return self.norm(x)
 
 
 class Transformer(nn.Module):
     """A causal language model whose state dict has exactly the names of the checkpoint files."""
+
+    shard = None  # a Shard, where several ranks hold the weights between them
 
     def __init__(self, config):
         super().__init__()
@@ -187,8 +194,33 @@ class Transformer(nn.Module):
         return F.linear(self.model(ids), self.head)
 
     @property
-    def device(self):
-        return self.model.embed_tokens.weight.device
+    def device(self):  # where it computes: before shard_model the weights of a Shard are not there yet
+        return self.shard.device if self.shard else self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self):
+        return self.shard.dtype if self.shard else self.head.dtype
+
+
+def compile_blocks(model, backend="inductor"):
+    """Have torch.compile fuse a block's small operations in training; a sampler, which brings a cache, is left alone.
+
+    A compiled block serves all layers and every number and length of rows: these sizes are symbols in it, which wastes
+    nothing on padding to a few lengths. It is compiled anew for a single row, for the first layer (whose input wants
+    no gradient where embeddings are frozen) and without gradients: at most six times.
+    """
+    compiled = torch.compile(lambda block, *inputs: block(*inputs), backend=backend)
+
+    def run(block, x, cos, sin, cache):
+        for t, sizes in ((x, (0, 1)), (cos, (1,)), (sin, (1,))):
+            torch._dynamo.maybe_mark_dynamic(t, sizes)
+        try:
+            return compiled(block, x, cos, sin, cache)
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, or no Triton
+            reason = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
+            raise UserError(f"torch.compile failed ({reason}); use --compile=False") from None
+
+    model.model.compiled = run
 
 
 def rope_frequencies(config):
@@ -217,6 +249,133 @@ def init_weights(model, seed):
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 / math.sqrt(2 * model.config.num_hidden_layers) if residual else 0.02
             nn.init.normal_(p, 0.0, std, generator=generator)
+
+
+# ---------------------------------------------------------------------------- one copy of the weights on many ranks
+
+
+class Shard:
+    """The `size` ranks of torch.distributed that hold one copy of the weights between them: tensor parallelism as in
+    Megatron-LM (Shoeybi et al. 2019, section 3). Of every block a rank has some of the heads and some of the MLP's
+    inner units: rows of q, k, v, gate and up, and columns of o and down, whose outputs are summed over the ranks.
+    Embeddings, norms and lm_head are whole on each. All of them work on the same rows.
+
+    Neighbouring ranks make a shard; `peers` are the ranks that hold the same part in other shards, for other rows.
+    Raises UserError where size does not divide the heads or the inner units.
+    """
+
+    def __init__(self, size, config, device, dtype):
+        self.size, self.device, self.dtype = size, device, dtype
+        most = math.gcd(config.num_key_value_heads, config.intermediate_size)
+        if most % size:
+            raise UserError(f"shard = {size} does not cut this model, with {config.num_key_value_heads} key heads and "
+                            f"{config.intermediate_size} inner units, into equal parts; use a divisor of {most}")
+        ranks = init_device_mesh(device.type, (dist.get_world_size() // size, size), mesh_dim_names=("data", "shard"))
+        self.group, self.peers = ranks.get_group("shard"), ranks.get_group("data")
+        self.rank = ranks.get_local_rank("shard")
+
+    def part(self, t, dim, dtype=None):
+        """This rank's part of t, cut along dim, on its device: a copy, as a view would keep the whole alive."""
+        return t.detach().chunk(self.size, dim)[self.rank].to(self.device, dtype or t.dtype, copy=True)
+
+    def join(self, t, dim):
+        """The whole of which every rank has the part t."""
+        parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, t.contiguous(), group=self.group)
+        return torch.cat(parts, dim)
+
+    def least(self, number):
+        """The smallest of the ranks' numbers."""
+        t = torch.tensor(number, dtype=torch.float64, device=self.device)
+        dist.all_reduce(t, dist.ReduceOp.MIN, group=self.group)
+        return t.item()
+
+    def follow(self, *tensors):
+        """Overwrite the tensors with the first rank's: a last bit that differs must not make the ranks part ways."""
+        for t in tensors:
+            dist.broadcast(t, group=self.group, group_src=0)
+
+
+class SumGradient(torch.autograd.Function):
+    """What goes into linears cut by rows, on every rank the same: each knows the gradient through its own rows."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class SumOutput(torch.autograd.Function):
+    """What comes out of a linear cut by columns: the sum over ranks, whose gradient is each rank's own."""
+
+    @staticmethod
+    def forward(ctx, y, group):
+        y = y.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(y, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+CUT_BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of Shard; o_proj and down_proj by columns
+
+
+def shard_model(model):
+    """Leave this rank its part of the weights that load_model has left on the host, on its own device, and its share
+    of the heads in model.config. A parameter that is cut has `cut`: the Shard and the dimension."""
+    shard, group, config = model.shard, model.shard.group, model.config
+
+    def cut(linear, name, dim):
+        p = nn.Parameter(shard.part(getattr(linear, name), dim, shard.dtype), requires_grad=False)
+        p.cut = shard, dim
+        setattr(linear, name, p)
+
+    for block in model.model.layers:
+        for module in (block.self_attn, block.mlp):
+            module.register_forward_pre_hook(lambda _, args: (SumGradient.apply(args[0], group), *args[1:]))
+            for name, linear in module.named_children():
+                cut(linear, "weight", 0 if name in CUT_BY_ROWS else 1)
+                if linear.bias is not None:  # of q, k and v only
+                    cut(linear, "bias", 0)
+                if name not in CUT_BY_ROWS:
+                    linear.register_forward_hook(lambda _, args, y: SumOutput.apply(y, group))
+    model.to(shard.device, shard.dtype)  # what is left whole
+    model.config = model.model.config = replace(
+        config, num_attention_heads=config.num_attention_heads // shard.size,
+        num_key_value_heads=config.num_key_value_heads // shard.size,
+        intermediate_size=config.intermediate_size // shard.size)
+
+
+def own_part(p, t):
+    """Of t, laid out like the whole of the parameter p, what this rank has of p."""
+    return p.cut[0].part(t, p.cut[1]) if hasattr(p, "cut") and t.dim() else t
+
+
+def whole(p, t=None):
+    """The parameter p (or t, laid out like p: a moment of Adam's) as a whole, on the host of the rank that writes
+    files; None elsewhere. Where p is cut, all ranks of its shard must call this."""
+    t = (p if t is None else t).detach()
+    if hasattr(p, "cut") and t.dim():
+        t = p.cut[0].join(t, p.cut[1])
+    return t.cpu().contiguous() if is_chief() else None
+
+
+def whole_size(p):
+    """Numbers in the whole of the parameter p."""
+    return p.numel() * (p.cut[0].size if hasattr(p, "cut") else 1)
+
+
+def is_chief():
+    """Is this the one process that writes and prints?"""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 # --------------------------------------------------------------------------------------- checkpoint directories
@@ -354,11 +513,14 @@ def _parse_config(file):
         raise UserError(f"{file}: key {error} is missing") from None
 
 
-def load_model(path, dtype=None, device=None):
+def load_model(path, dtype=None, device=None, shard=1):
     """Load a checkpoint directory or hub name.
 
     dtype: torch dtype, its name, or None / 'auto': bfloat16 on a GPU, float32 on a CPU.
     device: torch device, its name, or None / 'auto': the GPU if there is one.
+    shard: processes that are to hold one copy of the weights between them. Above 1 all weights stay on the host as
+        they are in the files, memory-mapped, which costs nothing, and one after another can be looked at whole (the
+        adapters' SVD does) until shard_model cuts them.
     Returns a frozen Transformer. Raises UserError, naming the file and the tensor, for anything that does not fit.
     """
     device = pick_device(device or "auto")  # before anything is downloaded for it
@@ -373,7 +535,10 @@ def load_model(path, dtype=None, device=None):
     with torch.device("meta"):  # shapes only: the numbers come from the files, straight to the device
         model = Transformer(config)
     need, free = sum(p.numel() for p in model.parameters()) * dtype.itemsize, free_memory(device)
-    if need > free:
+    if shard > 1:
+        model.shard = Shard(shard, config, device, dtype)
+        device, dtype = "cpu", None
+    elif need > free:
         raise UserError(f"{path}: the weights take {need / 1e9:.1f} GB in {str(dtype)[6:]}, {free / 1e9:.1f} GB are "
                         f"free on {device}; use a smaller model" + " or --dtype=bfloat16" * (dtype == torch.float32))
     tensors = _read_weights(path, model, device, dtype)
@@ -448,22 +613,28 @@ def save_model(model, path, tokenizer_from=None, max_shard_bytes=5 * 10**9):
     """Write a directory that transformers loads: config.json and model.safetensors, in shards above max_shard_bytes.
 
     tokenizer_from: a checkpoint directory whose tokenizer files are copied along.
+    Where the ranks of a Shard hold the weights, all of them must call this; one writes.
     """
     os.makedirs(path, exist_ok=True)
     dtype = str(model.head.dtype).removeprefix("torch.")
     raw = model.config.raw | {("dtype" if "dtype" in model.config.raw else "torch_dtype"): dtype}
     shards, size = [{}], 0
-    for name, p in model.state_dict().items():
-        if shards[-1] and size + p.nbytes > max_shard_bytes:
+    for name, p in model.state_dict(keep_vars=True).items():
+        nbytes = whole_size(p) * p.element_size()
+        if shards[-1] and size + nbytes > max_shard_bytes:
             shards, size = [*shards, {}], 0
         shards[-1][name] = p
-        size += p.nbytes
+        size += nbytes
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else ["model.safetensors"]
     for file, shard in zip(names, shards):  # written aside and renamed: a run killed here leaves the old file whole
-        with whole_file(os.path.join(path, file)) as aside:
-            save_file({n: p.detach().cpu().contiguous() for n, p in shard.items()}, aside, {"format": "pt"})
-    index = {"metadata": {"total_size": sum(p.nbytes for shard in shards for p in shard.values())},
+        tensors = {name: whole(p) for name, p in shard.items()}
+        if is_chief():
+            with whole_file(os.path.join(path, file)) as aside:
+                save_file(tensors, aside, {"format": "pt"})
+    if not is_chief():
+        return
+    index = {"metadata": {"total_size": sum(whole_size(p) * p.element_size() for s in shards for p in s.values())},
              "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
     for name, data in [("config.json", raw)] + [("model.safetensors.index.json", index)] * (len(shards) > 1):
         with whole_file(os.path.join(path, name)) as aside, open(aside, "w", encoding="utf-8") as f:

@@ -175,6 +175,8 @@ class Sampler:
         at = count[:, None]
         uniforms = s.uniforms[:B].gather(1, at).squeeze(1)
         token, logprob = self.draw(tinylora.few_rows_linear(hidden, self.model.head), uniforms)
+        if self.model.shard:
+            self.model.shard.follow(token, logprob)
         s.ids[:B].scatter_(1, at, token[:, None])
         s.logprobs[:B].scatter_(1, at, logprob[:, None])
         going = ~s.done[:B]
@@ -350,6 +352,8 @@ def fitting_rows(model, length, rows, most=512):
     entry = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.head.element_size()  # bytes a token
     extra = 16 * c.vocab_size  # logits and their copies in fp32
     budget = 0.6 * free_memory(model.device)
+    if model.shard:  # its ranks sample the same rows
+        budget = model.shard.least(budget)
     if budget < entry * length + extra:
         raise UserError(f"a row of {length} tokens needs {(entry * length + extra) / 1e9:.2f} GB for keys and values, "
                         f"and {budget / 1e9:.2f} GB can be used: at most {max(0, int((budget - extra) / entry))} "

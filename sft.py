@@ -37,13 +37,17 @@ from grpo import (
     update,
 )
 from model import (
+    Shard,
     Transformer,
     checkpoint_dir,
+    compile_blocks,
     init_weights,
+    is_chief,
     load_config,
     load_model,
     load_tokenizer,
     pick_device,
+    whole_size,
 )
 
 model = "toy/base"  # checkpoint directory or hub name
@@ -78,7 +82,9 @@ max_length = 0  # longer rows (prompt and all) are cut off after so many tokens,
 shuffle_buffer = 10000  # of a streamed data set, rows are drawn at random from the next so many
 micro_batch_tokens = 4096  # tokens, padding too, in one forward and backward pass: bounds memory, not the gradient
 packing = True  # rows end to end without padding; False: padded to the longest of a micro-batch
+shard = 1  # processes of torchrun that hold one copy of the weights between them: for models beyond one GPU
 recompute = False  # keep only the layers' inputs and compute the rest again in the backward pass: less memory, slower
+compile = False  # run training's blocks through torch.compile: the first step takes minutes; not measured on a GPU
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # rows in an evaluation; 0: all
@@ -249,10 +255,13 @@ def held_out_examples(cfg):
 def build(cfg, device):
     """The model: loaded, or with fresh weights."""
     if not cfg.random_init:
-        return load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device)
+        return load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device, cfg.shard)
     net = Transformer(load_config(checkpoint_dir(cfg.model)))
     init_weights(net, cfg.seed)
-    return net.to(pick_device(device))
+    if cfg.shard == 1:
+        return net.to(pick_device(device))
+    net.shard = Shard(cfg.shard, net.config, pick_device(device), torch.float32)
+    return net
 
 
 def train(cfg):
@@ -266,19 +275,22 @@ def train(cfg):
     context = net.config.max_position_embeddings
     if cfg.max_length > context:
         raise UserError(f"max_length must be at most the model's context of {context}, or 0")
+    if cfg.compile:
+        compile_blocks(net)
     parameters, identity = trained_parameters(net, cfg)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    if rank == 0:
-        print(f"{cfg.model}: training {sum(p.numel() for p in parameters.values())} numbers ({cfg.method}) on "
-              f"{num_examples or 'a stream of'} rows; {net.head.dtype} on {net.device}, {world} process(es)")
+    if is_chief():
+        print(f"{cfg.model}: training {sum(map(whole_size, parameters.values()))} numbers ({cfg.method}) on "
+              f"{num_examples or 'a stream of'} rows; {net.head.dtype} on {net.device}, {world * cfg.shard} "
+              "process(es)")
 
     def take_step(step, interrupt):
         t0 = time.time()
         rows, cut = encode_examples(tokenizer, batch(step), cfg, context)
         interrupt.hold()
-        num_tokens, cut = all_reduce([sum(sum(row.trained) for row in rows), cut], net.device)
+        num_tokens, cut = all_reduce([sum(sum(row.trained) for row in rows), cut], net)
         if not num_tokens:
             raise UserError(f"step {step + 1} has no token to train on: all its rows are cut off before the first; "
                             "raise max_length")
@@ -292,7 +304,7 @@ def train(cfg):
             loss.backward()
             loss_sum += loss.item()
         grad_norm = update(optimizer, parameters.values(), cfg.grad_clip)
-        [loss_sum] = all_reduce([loss_sum], net.device)
+        [loss_sum] = all_reduce([loss_sum], net)
         seconds = time.time() - t0
         record = {"loss": loss_sum, "grad_norm": grad_norm, "lr": learning_rate(step, cfg), "tokens": num_tokens,
                   "cut_off": cut, "seconds": {"step": seconds, "peak_gb": peak_gb(net.device)}}
@@ -302,8 +314,8 @@ def train(cfg):
     asked = [e for e in held_out if "messages" not in e]
     scored = [e for e in held_out if "messages" in e or e["solution"] != e["answer"]]
     rows, cut = encode_examples(tokenizer, scored[rank::world], cfg, context)
-    [cut] = all_reduce([cut], net.device)
-    if cut and rank == 0:
+    [cut] = all_reduce([cut], net)
+    if cut and is_chief():
         print(f"{cut:.0f} of {len(scored)} held-out rows are longer than max_length, and count up to there")
     measure = partial(held_out_loss, net, tokenizer, rows, cfg) if scored else None
     training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step, asked, measure)
@@ -317,7 +329,7 @@ def held_out_loss(net, tokenizer, rows, cfg):
         logp, _, mask = completion_logprobs(net, tokenizer, part, 1.0, cfg.packing)
         total -= logp.double().sum().item()
         count += int(mask.sum())
-    total, count = all_reduce([total, count], net.device)
+    total, count = all_reduce([total, count], net)
     if not count:
         raise UserError(f"{cfg.eval_dataset}: all rows are cut off before the first token to score; raise max_length")
     return total / count

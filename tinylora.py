@@ -34,12 +34,13 @@ from configurator import UserError, configure, run, whole_file  # isort: skip (f
 import numpy as np
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from model import checkpoint_dir, load_model, read_json, save_model
+from model import CUT_BY_ROWS, checkpoint_dir, is_chief, load_model, own_part, read_json, save_model, whole
 
 model = "toy/base"  # checkpoint directory or hub name: the base of the adapter
 adapter = ""  # export: adapter file, the out_dir of a run, or text (hex:...)
@@ -70,7 +71,7 @@ class AdaptedLinear(nn.Linear):
         linear.__dict__.update(adapter=adapter, index=index, US=US, Vt=Vt)
 
     def forward(self, x):
-        R = self.adapter.R[self.index]  # [r, r], or [B, r, r] where every row of x [B, T, n] has its own
+        R = self.R  # [r, r], or [B, r, r] where every row of x [B, T, n] has its own
         h = F.linear(x, self.Vt.to(x.dtype)).to(R.dtype) @ R.mT  # [..., r], in fp32 so that v is not rounded
         update = F.linear(h.to(x.dtype), self.US.to(x.dtype))
         # One addmm, so that W x + update is rounded once: added to an output that is already bf16, an update below
@@ -95,6 +96,7 @@ class Adapter(nn.Module):
             self.register_buffer("P", P, persistent=False)
             self.register_buffer("groups", groups, persistent=False)
         self.meta = meta
+        self.linears = []  # that it adapts; in a list, nn.Module takes no notice: their weights are not the adapter's
         self.R = None
         self.rows = None  # [N, B, r, r] from load_adapters: every row of a batch its own R; None: all the one of v
         self.enabled = True
@@ -110,6 +112,8 @@ class Adapter(nn.Module):
             self.R = self.scale if self.meta["method"] == "lora" else mix(self.v, self.groups, self.P)
         if not self.enabled:
             self.R = torch.zeros_like(self.R)
+        for linear, R in zip(self.linears, self.R):  # each has its own at hand: layers that torch.compile makes alike
+            linear.R = R
 
 
 class Product:
@@ -219,18 +223,35 @@ def add_adapter(model, method="tinylora", rank=2, u=13, n_tie=0, tie="tiled", se
                                              targets=targets, alpha=float(alpha)))
     meta["base"] = fingerprint(model)
     if method == "lora":
-        factors = lora_init(modules, rank, seed)
+        factors = cut_factors(model, modules, lora_init(modules, rank, seed))
         adapter = Adapter(meta, A=[A for _, A in factors], B=[B for B, _ in factors])
         factors = list(zip(adapter.B, adapter.A))
+        for name, (B, A) in zip(modules, factors) if model.shard else ():
+            if name.endswith(CUT_BY_ROWS):
+                B.cut = model.shard, 0
+            else:
+                A.cut = model.shard, 1
     else:
-        factors = svd_factors({name: linear.weight for name, linear in modules.items()}, rank)
+        factors = svd_factors({name: linear.weight for name, linear in modules.items()}, rank, model.shard)
         adapter = Adapter(meta, projections(meta, modules).to(model.device), torch.tensor(groups).to(model.device))
-        factors = [(US.to(model.head.dtype), Vt.to(model.head.dtype)) for US, Vt in factors]
+        factors = [(US.to(model.dtype), Vt.to(model.dtype)) for US, Vt in cut_factors(model, modules, factors)]
     for index, (linear, (US, Vt)) in enumerate(zip(modules.values(), factors)):
         AdaptedLinear.adapt(linear, adapter, index, US, Vt)
+    adapter.linears = list(modules.values())
     object.__setattr__(model, "adapter", adapter)  # not a submodule, see AdaptedLinear.adapt
     adapter.hook = model.model.register_forward_pre_hook(adapter.refresh)
     return adapter
+
+
+def cut_factors(model, names, factors):
+    """Of each linear's US [m, r] and Vt [r, n] what this rank of model.shard needs, on its device. Where a linear is
+    cut by rows, all of Vt and those rows of US; where by columns, all of US and those columns of Vt: then the updates
+    stand side by side, or add up, as the rank's own outputs do."""
+    shard = model.shard
+    if not shard:
+        return factors
+    return [(shard.part(US, 0), Vt.to(shard.device)) if name.endswith(CUT_BY_ROWS) else
+            (US.to(shard.device), shard.part(Vt, 1)) for name, (US, Vt) in zip(names, factors)]
 
 
 def plan(model, settings):
@@ -347,7 +368,8 @@ def detach(model):
     for linear in list(adapted_linears(model).values()):
         if isinstance(linear, AdaptedLinear):
             linear.__class__ = nn.Linear
-            del linear.adapter, linear.index, linear.US, linear.Vt
+            for name in ("adapter", "index", "US", "Vt", "R"):
+                linear.__dict__.pop(name, None)  # R: only after a forward pass
     model.adapter.hook.remove()
     del model.adapter
     return model
@@ -426,28 +448,38 @@ def _lanczos(M, rank, tol, block, name, limit=0):
 CACHE_FROM = 10**7  # numbers in the adapted weights; the SVD of smaller models takes less than a second or two
 
 
-def svd_factors(weights, rank):
+def svd_factors(weights, rank, shard=None):
     """[(US [m, r], Vt [r, n])] in fp32 of weights {name: W}; of large models from the disk cache, where they are.
 
     The cache is a file in $TINYLORA_CACHE (default: ~/.cache/tinylora) under a name that depends on every bit of the
-    weights. It is renamed into place when whole, and what fails its own checksum is made again.
+    weights. It is renamed into place when whole, and what fails its own checksum is made again. The ranks of a shard
+    (model.Shard) divide the matrices among them and move one at a time to their devices.
     """
-    path = cache_path(weights, rank) if sum(W.numel() for W in weights.values()) >= CACHE_FROM else None
+    path = cache_path(weights, rank, shard) if sum(W.numel() for W in weights.values()) >= CACHE_FROM else None
     tensors = read_cache(path) if path else None
+    if shard and not shard.least(tensors is not None):  # all or none: another run may be writing it just now
+        tensors = None
     if tensors is None:
-        tensors, bar = {}, tqdm(weights.items(), desc="SVD", leave=False, disable=None if path else True)
-        for name, W in bar:
-            U, S, Vt = top_svd(W, rank, name)
+        tensors, mine = {}, list(weights.items())[shard.rank :: shard.size] if shard else weights.items()
+        for name, W in tqdm(mine, desc="SVD", leave=False, disable=None if path and is_chief() else True):
+            U, S, Vt = top_svd(W.to(shard.device) if shard else W, rank, name)
             tensors |= {f"{name}.US": (U * S).cpu(), f"{name}.Vt": Vt.cpu()}
-        if path:
+        if shard:
+            shares = [None] * shard.size
+            dist.all_gather_object(shares, tensors, group=shard.group)
+            tensors = {name: t for share in shares for name, t in share.items()}
+        if path and (not shard or shard.rank == 0):
             write_cache(path, tensors)
     return [(tensors[f"{name}.US"].to(W.device), tensors[f"{name}.Vt"].to(W.device)) for name, W in weights.items()]
 
 
-def cache_path(weights, rank):
+def cache_path(weights, rank, shard=None):
+    def checksum(W):
+        return weight_checksum(W.to(shard.device) if shard else W)
+
     key = hashlib.sha256(f"svd-1 {rank}".encode())
     with ThreadPoolExecutor(4) as pool:
-        for (name, W), sums in zip(weights.items(), pool.map(weight_checksum, weights.values())):
+        for (name, W), sums in zip(weights.items(), pool.map(checksum, weights.values())):
             key.update(f"{name} {W.dtype} {list(W.shape)}".encode() + sums)
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinylora")
     return os.path.join(os.environ.get("TINYLORA_CACHE") or default, key.hexdigest()[:40] + ".svd")
@@ -494,8 +526,8 @@ def fingerprint(model):
     sums = 0
     for name, linear in adapted_linears(model).items():
         (m, n), state = linear.weight.shape, random_state("fingerprint", name)
-        a, b = (torch.from_numpy(state.standard_normal((size, 8))).float().to(linear.weight.device) for size in (m, n))
-        W = linear.weight.detach().float()
+        a, b = (torch.from_numpy(state.standard_normal((size, 8))).float().to(model.device) for size in (m, n))
+        W = linear.weight.detach().to(model.device).float()
         sums = sums + (a * (W @ b)).sum(0) / W.norm().clamp(min=1e-30)
     return (sums / math.sqrt(7 * len(model.model.layers))).cpu().numpy().astype(">f2").tobytes().hex()
 
@@ -513,9 +545,11 @@ def same_base(a, b, tol=0.004):
 
 def save_adapter(adapter, path, dtype="float32"):
     """Write the trained numbers and the settings that rebuild the rest: 13 numbers and a line of JSON, as safetensors.
-    dtype: of the numbers in the file, float32, bfloat16 or float16."""
+    dtype: of the numbers in the file, float32, bfloat16 or float16. Of the ranks of a Shard all call this."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    tensors = {name: p.detach().to(DTYPES[dtype]).cpu().contiguous() for name, p in adapter.named_parameters()}
+    tensors = {name: whole(p, p.to(DTYPES[dtype])) for name, p in adapter.named_parameters()}
+    if not is_chief():
+        return
     meta = {"format": FORMAT, "settings": json.dumps(adapter.meta | {"dtype": dtype})}
     with whole_file(path) as aside:
         safetensors.torch.save_file(tensors, aside, metadata=meta)
@@ -610,7 +644,7 @@ def load_adapter(model, where):
     adapter = add_adapter(model, **meta)
     with torch.no_grad():
         for name, p in adapter.named_parameters():
-            p.copy_(tensors[name])
+            p.copy_(own_part(p, tensors[name]))
     return adapter
 
 

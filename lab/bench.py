@@ -272,7 +272,7 @@ def shaped_model(device):
 
 def add_random_adapter(net):
     """TinyLoRA with u = 13 over random factors: speed does not care which, and the SVD of 7B takes a while."""
-    def factors(weights, rank):
+    def factors(weights, rank, shard=None):
         return [(torch.randn(W.shape[0], rank, device=W.device) * 1e-3,
                  torch.randn(rank, W.shape[1], device=W.device) * 1e-3) for W in weights.values()]
 

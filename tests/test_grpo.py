@@ -692,6 +692,17 @@ def test_the_cap_recomputation_and_packing_change_nothing_where_both_sides_agree
     assert torch.equal(v["plain"], v["recompute"]) and torch.allclose(v["plain"], v["tis"], atol=1e-4)
 
 
+def test_recomputation_goes_with_the_kl_term(net, tokenizer):
+    """In its backward pass the blocks run again, after the reference policy has had its turn."""
+    adapter, gradients = tinylora.add_adapter(net, u=3, n_tie=4), []
+    torch.nn.init.normal_(adapter.v, std=0.1, generator=torch.Generator().manual_seed(0))
+    for net.model.recompute in (False, True):
+        adapter.zero_grad()
+        grpo.accumulate_gradient(net, tokenizer, random_rows(), settings(kl_coef=0.3, micro_batch_tokens=60), 9, 99)
+        gradients.append(adapter.v.grad.clone())
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-7) and gradients[0].norm() > 0
+
+
 def test_a_log_prob_that_is_not_finite_is_written_down(checkpoint, problems, tmp_path, lucky, monkeypatch):
     scored = grpo.completion_logprobs
 

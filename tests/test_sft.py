@@ -415,7 +415,7 @@ def test_pretraining_from_random_weights_learns_saves_a_checkpoint_and_resumes(c
     assert model.load_tokenizer(str(tmp_path / "whole" / "model")).stop_ids
     parts = args(checkpoint, problems, tmp_path / "parts", **options, save_interval=4)
     with pytest.MonkeyPatch.context() as patch:  # a run that ends after 4 of 8 steps, as if killed
-        patch.setattr(sft.torch.nn.utils, "clip_grad_norm_", stop_after(4))
+        patch.setattr(sft.torch.nn.utils, "clip_grads_with_norm_", stop_after(4))
         with pytest.raises(RuntimeError, match="killed"):
             run(*parts)
     run(*parts, "--init_from=resume")
@@ -425,7 +425,7 @@ def test_pretraining_from_random_weights_learns_saves_a_checkpoint_and_resumes(c
 
 
 def stop_after(steps):
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
+    clip, calls = torch.nn.utils.clip_grads_with_norm_, []
 
     def killing(*arguments):
         calls.append(1)
