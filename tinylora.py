@@ -68,7 +68,7 @@ class AdaptedLinear(nn.Linear):
     def adapt(cls, linear, adapter, index, US, Vt):
         linear.__class__ = cls  # in place: same parameters, same names, one more term in forward
         # Past nn.Module: neither submodule nor parameters, so that the model's state dict stays the checkpoint's.
-        linear.__dict__.update(adapter=adapter, index=index, US=US, Vt=Vt)
+        linear.__dict__.update(adapter=adapter, index=index, US=US, Vt=Vt, R=None)
 
     def forward(self, x):
         R = self.R  # [r, r], or [B, r, r] where every row of x [B, T, n] has its own
@@ -368,8 +368,7 @@ def detach(model):
     for linear in list(adapted_linears(model).values()):
         if isinstance(linear, AdaptedLinear):
             linear.__class__ = nn.Linear
-            for name in ("adapter", "index", "US", "Vt", "R"):
-                linear.__dict__.pop(name, None)  # R: only after a forward pass
+            del linear.adapter, linear.index, linear.US, linear.Vt, linear.R
     model.adapter.hook.remove()
     del model.adapter
     return model
