@@ -93,7 +93,7 @@ micro_batch_tokens = 4096  # tokens, padding too, in one forward and backward pa
 packing = True  # rows end to end without padding, a prompt once for its group; False: padded, a prompt for each
 shard = 1  # processes of torchrun that hold one copy of the weights between them: for models beyond one GPU
 recompute = False  # keep only the layers' inputs and compute the rest again in the backward pass: less memory, slower
-compile = False  # training's blocks through torch.compile, with packing = False: minutes at first; not measured on a GPU
+compile = False  # training's blocks through torch.compile, for packing = False: minutes at first; GPU: not measured
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # problems in an evaluation; 0: all
@@ -417,7 +417,7 @@ def bad_method(cfg):
           for name, is_on, package in (("wandb_log", cfg.wandb_log, "wandb"),
                                        ("tensorboard", cfg.tensorboard, "tensorboard"))),
         (cfg.shard < 1, "shard must be at least 1"),
-        (cfg.compile and cfg.packing, "compile = True takes packing = False: a line of rows is cut apart in every layer"),
+        (cfg.compile and cfg.packing, "compile = True takes packing = False: a line of rows is cut apart in each layer"),
     ]
 
 

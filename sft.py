@@ -84,7 +84,7 @@ micro_batch_tokens = 4096  # tokens, padding too, in one forward and backward pa
 packing = True  # rows end to end without padding; False: padded to the longest of a micro-batch
 shard = 1  # processes of torchrun that hold one copy of the weights between them: for models beyond one GPU
 recompute = False  # keep only the layers' inputs and compute the rest again in the backward pass: less memory, slower
-compile = False  # training's blocks through torch.compile, with packing = False: minutes at first; not measured on a GPU
+compile = False  # training's blocks through torch.compile, for packing = False: minutes at first; GPU: not measured
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # rows in an evaluation; 0: all
