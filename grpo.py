@@ -200,55 +200,69 @@ class Packed:
     ids, positions [1, total]: the line. before: for every row the places of the tokens that its ids follow.
     """
 
-    def __init__(self, rows, device):
+    def __init__(self, rows, device, most=256):
+        """most: tokens of answers that attend in one call; more calls than needed cost time, and so do long masks."""
         groups = {}  # prompt: its rows
         for i, row in enumerate(rows):
             groups.setdefault(tuple(row.prompt), []).append(i)
         ids, positions, self.before = [], [], [None] * len(rows)
-        self.lengths, self.prompts = [], []  # of the line's pieces: their tokens; the piece that is an answer's prompt
+        self.pieces = []  # of the line: (the prompt's piece, lengths of answers); a prompt is (None, [its length])
 
-        def add(piece, position, prompt):
-            ids.extend(piece)
-            positions.extend(range(position, position + len(piece)))
-            self.lengths.append(len(piece))
-            self.prompts.append(prompt)
-            return range(len(ids) - len(piece), len(ids))
+        def add(tokens, position):
+            ids.extend(tokens)
+            positions.extend(range(position, position + len(tokens)))
+            return range(len(ids) - len(tokens), len(ids))
 
         for prompt, members in groups.items():
-            number = len(self.lengths)
-            last = add(prompt, 0, None)[-1]
-            for i in members:  # of an answer all but its last token, which nothing follows
-                self.before[i] = [last, *add(rows[i].ids[:-1], len(prompt), number)]
+            number, last = len(self.pieces), add(prompt, 0)[-1]
+            self.pieces.append((None, [len(prompt)]))
+            for i in members:
+                answer = rows[i].ids[:-1]  # its last token precedes nothing
+                self.before[i] = [last, *add(answer, len(prompt))]
+                if self.pieces[-1][0] is None or sum(self.pieces[-1][1]) + len(answer) > most:
+                    self.pieces.append((number, []))
+                self.pieces[-1][1].append(len(answer))
         self.ids, self.positions = (torch.tensor([x], device=device) for x in (ids, positions))
+        self.masks = None
 
     def attend(self, layer, q, k, v):
         """q [1, heads, total, hd], k and v [1, kv_heads, total, hd] -> [1, heads, total, hd]: what Attention calls."""
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             return self.attend_at_once(q, k, v)
-        q, k, v = (x.split(self.lengths, dim=2) for x in (q, k, v))
+        self.masks = self.masks or [self.mask(*piece) for piece in self.pieces]
+        q, k, v = (x.split([sum(lengths) for _, lengths in self.pieces], dim=2) for x in (q, k, v))
         out = []
-        for i, prompt in enumerate(self.prompts):
-            if prompt is None:
-                out.append(F.scaled_dot_product_attention(q[i], k[i], v[i], is_causal=True, enable_gqa=True))
-            else:
-                P, T = self.lengths[prompt], self.lengths[i]
-                mask = torch.ones(T, P + T, dtype=torch.bool, device=q[i].device).tril(P)
-                keys, values = (torch.cat((x[prompt], x[i]), dim=2) for x in (k, v))
-                out.append(F.scaled_dot_product_attention(q[i], keys, values, attn_mask=mask, enable_gqa=True))
+        for i, ((prompt, _), mask) in enumerate(zip(self.pieces, self.masks)):
+            keys, values = (x[i] if prompt is None else torch.cat((x[prompt], x[i]), dim=2) for x in (k, v))
+            out.append(F.scaled_dot_product_attention(q[i], keys, values, mask, is_causal=mask is None,
+                                                      enable_gqa=True))
         return torch.cat(out, dim=2)
 
+    def mask(self, prompt, lengths):
+        """[T, P + T] of answers of these lengths: all of the prompt, and the own answer up to itself. None: causal."""
+        if prompt is None:
+            return None
+        answer = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(self.ids.device)
+        own = (answer[:, None] == answer).tril()
+        return torch.cat((own.new_ones(len(own), *self.pieces[prompt][1]), own), dim=1)
+
     def attend_at_once(self, q, k, v):
-        """The same with every piece's keys gathered, for the one kernel that does all pieces (16 bits on a GPU)."""
+        """The same with every answer's keys gathered, for the one kernel that does all (16 bits on a GPU)."""
         from torch.nn.attention.varlen import varlen_attn
 
-        pieces = torch.arange(q.shape[2], device=q.device).split(self.lengths)
-        keys = [piece if p is None else torch.cat((pieces[p], piece)) for p, piece in zip(self.prompts, pieces)]
+        lengths = [length for _, lengths in self.pieces for length in lengths]
+        tokens, keys, prompt = iter(torch.arange(q.shape[2], device=q.device).split(lengths)), [], None
+        for number, pieces in self.pieces:
+            if number is None:
+                prompt = next(tokens)
+                keys.append(prompt)
+            else:
+                keys += [torch.cat((prompt, next(tokens))) for _ in pieces]
         sizes = [len(piece) for piece in keys]
-        q_ends, k_ends = (torch.tensor([0, *x], device=q.device).cumsum(0, dtype=torch.int32)
-                          for x in (self.lengths, sizes))
+        q_ends, k_ends = (torch.tensor([0, *x], device=q.device).cumsum(0, dtype=torch.int32) for x in (lengths, sizes))
         sharing = q.shape[1] // k.shape[1]  # query heads to a key head
         k, v = (x[0, :, torch.cat(keys)].repeat_interleave(sharing, dim=0).transpose(0, 1) for x in (k, v))
-        y = varlen_attn(q[0].transpose(0, 1), k, v, q_ends, k_ends, max(self.lengths), max(sizes),
+        y = varlen_attn(q[0].transpose(0, 1), k, v, q_ends, k_ends, max(lengths), max(sizes),
                         window_size=(-1, 0))  # nothing to the right, where the last query stands at the last key
         return y.transpose(0, 1)[None]
 
@@ -417,7 +431,7 @@ def bad_method(cfg):
           for name, is_on, package in (("wandb_log", cfg.wandb_log, "wandb"),
                                        ("tensorboard", cfg.tensorboard, "tensorboard"))),
         (cfg.shard < 1, "shard must be at least 1"),
-        (cfg.compile and cfg.packing, "compile = True takes packing = False: a line of rows is cut apart in each layer"),
+        (cfg.compile and cfg.packing, "compile = True needs packing = False: each layer cuts a line of rows apart"),
     ]
 
 

@@ -284,10 +284,12 @@ def test_on_a_gpu_rows_end_to_end_go_to_one_kernel(monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     rows = random_rows()
     rows[4].ids = rows[4].ids[:1]  # an answer of one token has no input of its own
-    packed = grpo.Packed(rows, "cpu")
-    assert sum(packed.lengths) == sum(len(r.prompt) for r in rows[::3]) + sum(len(r.ids) - 1 for r in rows)
-    q, k, v = (torch.randn(1, heads, sum(packed.lengths), 8, dtype=torch.float64) for heads in (4, 2, 2))
-    assert torch.allclose(packed.attend_at_once(q, k, v), packed.attend(0, q, k, v), atol=1e-12)
+    total = sum(len(r.prompt) for r in rows[::3]) + sum(len(r.ids) - 1 for r in rows)
+    q, k, v = (torch.randn(1, heads, total, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    for most in (1, 12, 256):  # an answer a call, some, all of a group
+        packed = grpo.Packed(rows, "cpu", most)
+        assert packed.ids.shape == packed.positions.shape == (1, total)
+        assert torch.allclose(packed.attend_at_once(q, k, v), packed.attend(0, q, k, v), atol=1e-12)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

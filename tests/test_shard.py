@@ -283,8 +283,8 @@ def test_ranks_leave_together(checkpoint, problems, tmp_path, name):
 def test_compiled_blocks_on_two_ranks(checkpoint, problems, tmp_path):
     options = dict(rank=2, max_steps=2, eval_dataset="")
     sft.train(configure(vars(sft), args(sft, checkpoint, problems, tmp_path / "one", **options)))
-    done = torchrun(2, "sft.py", *args(sft, checkpoint, problems, tmp_path / "two", shard=2, compile=True, packing=False,
-                                        **options))
+    options |= dict(shard=2, compile=True, packing=False)
+    done = torchrun(2, "sft.py", *args(sft, checkpoint, problems, tmp_path / "two", **options))
     assert done.returncode == 0, done.stderr
     one, two = (log_of(tmp_path / d) for d in ("one", "two"))
     for key in ("loss", "grad_norm"):
