@@ -42,18 +42,16 @@ RL, SFT = "grpo.py config/toy_rl.py", "sft.py config/toy_sft.py"
 
 # The sizes of the papers' figures: name, settings, and the learning rates that won in `rates`, of RL and of SFT.
 SIZES = [
-    ("1", "--n_tie=21", 0.05, 0.05),
-    ("2", "--n_tie=11", 0.05, 0.05),
-    ("4", "--n_tie=6", 0.05, 0.05),
-    ("7", "--n_tie=3", 0.05, 0.05),
-    ("11", "--n_tie=2", 0.02, 0.02),
+    ("1", "--n_tie=21", 0.05, 0.01),
+    ("4", "--n_tie=6", 0.05, 0.01),
+    ("7", "--n_tie=3", 0.05, 0.01),
+    ("11", "--n_tie=2", 0.02, 0.01),
     ("13", "--n_tie=0 --rank=1 --u=13", 0.005, 0.005),
-    ("21", "--n_tie=1", 0.02, 0.02),
-    ("84", "--u=4", 0.005, 0.005),
-    ("336", "--method=lora_xs --rank=4", 0.005, 0.005),
-    ("1344", "--method=lora_xs --rank=8", 0.005, 0.005),
-    ("LoRA 1", "--method=lora --rank=1", 0.005, 0.01),
-    ("LoRA 8", "--method=lora --rank=8", 0.005, 0.01),
+    ("21", "--n_tie=1", 0.02, 0.01),
+    ("84", "--u=4", 0.005, 0.01),
+    ("1344", "--method=lora_xs --rank=8", 0.005, 0.01),
+    ("LoRA 1", "--method=lora --rank=1", 0.005, 0.005),
+    ("LoRA 16", "--method=lora --rank=16", 0.002, 0.005),
     ("full", "--method=full", 0.0005, 0.002),
 ]
 SEEDS = (1, 2, 3)
@@ -118,7 +116,7 @@ LORA = [("LoRA 1", "--method=lora --rank=1"), ("LoRA 4", "--method=lora --rank=4
 def lora():
     """The learning rates of LoRA and of full fine-tuning, supervised (LoRA Without Regret, Figure 2)."""
     for name, settings in LORA:
-        for rate in beside(0.002 if name == "full" else 0.02, (-3, -2, -1, 0, 1)):
+        for rate in beside(0.002 if name == "full" else 0.005, (-3, -2, -1, 0, 1)):
             for seed in SEEDS[:2]:
                 yield Run(name, rate, f"{SFT} {settings} --lr={rate:g} --seed={seed}")
 
@@ -127,15 +125,15 @@ def batch():
     """The same rows in batches of several sizes, the best of three learning rates each (Figure 3)."""
     for name, settings in (LORA[2], LORA[3]):
         for size in (8, 32, 128):
-            for rate in beside(0.002 if name == "full" else 0.02):
-                yield Run(name, size, f"{SFT} {settings} --batch_size={size} --max_steps={1920 // size} --lr={rate:g} "
+            for rate in beside(0.002 if name == "full" else 0.005):
+                yield Run(name, size, f"{SFT} {settings} --batch_size={size} --max_steps={6400 // size} --lr={rate:g} "
                                       "--seed=1")
 
 
 def layers():
     """Attention alone, the MLPs alone, all: LoRAs of as many numbers (Figure 4)."""
     for targets, r in (("attention", 16), ("mlp", 9), ("all", 6)):
-        for rate in beside(0.02):
+        for rate in beside(0.005):
             for seed in SEEDS[:2]:
                 yield Run(targets, rate, f"{SFT} --method=lora --rank={r} --targets={targets} --lr={rate:g} "
                                          f"--seed={seed}")
