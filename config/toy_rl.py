@@ -6,6 +6,6 @@ out_dir = "out/toy_rl"
 rank = 2  # as in the paper
 u = 1
 n_tie = 1
-max_steps = 40
+max_steps = 30
 eval_interval = 0
 save_interval = 0

@@ -126,7 +126,7 @@ def batch():
     for name, settings in (LORA[2], LORA[3]):
         for size in (8, 32, 128):
             for rate in beside(0.002 if name == "full" else 0.005):
-                yield Run(name, size, f"{SFT} {settings} --batch_size={size} --max_steps={6400 // size} --lr={rate:g} "
+                yield Run(name, size, f"{SFT} {settings} --batch_size={size} --max_steps={3200 // size} --lr={rate:g} "
                                       "--seed=1")
 
 
