@@ -564,15 +564,11 @@ def our_grpo_steps(settings, path, prompts, lengths):
     return steps, {"beyond": beyond, "total": resident("VmHWM")}
 
 
-def trl_grpo_steps(settings, path, prompts, lengths):
-    """The same with TRL's GRPOTrainer and PEFT's TinyLoRA."""
-    import peft
+def trl_model(path, prompts, lengths):
+    """transformers' model, whose answers end where `lengths` say, and a tokenizer that writes ids as numbers."""
     import tokenizers
     import transformers
-    import trl
-    from datasets import Dataset
 
-    micro = settings.their_rows or len(lengths)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     vocab = theirs.config.vocab_size  # its last id is the stop token: given lengths end with it, as sampled ones would
     names = ["<pad>", *map(str, range(1, vocab - 1)), "<stop>"]
@@ -580,7 +576,7 @@ def trl_grpo_steps(settings, path, prompts, lengths):
     words = tokenizers.Tokenizer(words)
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<stop>", pad_token="<pad>")
-    ends, generate, steps, spent = torch.tensor(lengths), theirs.generate, [], Counter()
+    ends, longest = torch.tensor(lengths), max(map(len, prompts))
 
     def stop_where_given(ids, scores):
         scores[:, -1] = -torch.inf
@@ -589,8 +585,20 @@ def trl_grpo_steps(settings, path, prompts, lengths):
         scores[ending, -1] = 0.0
         return scores
 
-    longest = max(map(len, prompts))
-    theirs.generate = partial(generate, logits_processor=transformers.LogitsProcessorList([stop_where_given]))
+    stopping = transformers.LogitsProcessorList([stop_where_given])
+    theirs.generate = partial(theirs.generate, logits_processor=stopping)
+    return theirs, words
+
+
+def trl_grpo_steps(settings, path, prompts, lengths):
+    """The same with TRL's GRPOTrainer and PEFT's TinyLoRA."""
+    import peft
+    import transformers
+    import trl
+    from datasets import Dataset
+
+    micro, steps, spent = settings.their_rows or len(lengths), [], Counter()
+    theirs, words = trl_model(path, prompts, lengths)
 
     class Clock(transformers.TrainerCallback):
         began = 0.0

@@ -67,21 +67,19 @@ def test_the_checker_imports_without_torch():
     assert done.returncode == 0, done.stderr
 
 
-RARE = {  # top-level packages, and where alone they may be imported: (file, functions)
-    "matplotlib": ("lab.plot", None), "transformers": ("lab.bench", "bench_"), "math_verify": ("lab.bench", "bench_"),
-    "datasets": ("eval_math", "_read_hub"), "huggingface_hub": ("model", "checkpoint_dir"),
-    "peft": ("", ""), "trl": ("lab.bench", "bench_"), "vllm": ("lab.bench", "bench_"), "accelerate": ("", ""),
-    "pickle": ("", ""), "sympy": ("", ""),
+COMPARED = {"lab.bench": ("bench_", "trl_")}  # functions of these names
+RARE = {  # top-level packages, and where alone they may be imported: {file: beginnings of functions' names}
+    "matplotlib": {"lab.plot": ("pyplot",)}, "datasets": {"eval_math": ("load_hub",)} | COMPARED,
+    "huggingface_hub": {"model": ("checkpoint_dir",)}, "transformers": COMPARED, "math_verify": COMPARED,
+    "peft": COMPARED, "trl": COMPARED, "vllm": {}, "accelerate": {}, "pickle": {}, "sympy": {},
 }
 
 
 @pytest.mark.parametrize("name", CODE)
 def test_rare_packages_are_imported_where_they_are_needed_alone(name):
-    inside = {pair for f in functions(CODE[name]) for package, (file, start) in RARE.items() if file == name
-              if start is None or f.name.startswith(start) for pair in imports(f) if pair[0].split(".")[0] == package}
-    wrong = {(module, line) for module, line in imports(CODE[name]) - inside
-             if module.split(".")[0] in RARE and RARE[module.split(".")[0]] != (name, None)}
-    assert wrong == set()
+    inside = {pair for f in functions(CODE[name]) for package, places in RARE.items()
+              if f.name.startswith(places.get(name, "-")) for pair in imports(f) if pair[0].split(".")[0] == package}
+    assert {pair for pair in imports(CODE[name]) - inside if pair[0].split(".")[0] in RARE} == set()
 
 
 def test_the_configurator_needs_the_standard_library_alone():
