@@ -173,23 +173,52 @@ def token_logprobs(hidden, head, targets, temperature, chunk=0):
     """Log-prob of targets and entropy under softmax(hidden head^T / T). hidden [n, D], targets [n] -> [n], [n], in
     fp32 or in fp64 where hidden is.
 
-    Works through chunks of tokens whose logits are recomputed in the backward pass: with a vocabulary of 152k the
-    logits of one chunk, not of the batch, are alive at a time. chunk: tokens; 0: as many as have 256 MB of logits.
+    Works through chunks of tokens: with a vocabulary of 152k the logits of one chunk, not of the batch, are alive at a
+    time. chunk: tokens; 0: as many as have 256 MB of logits.
     """
     chunk = chunk or max(1, 2**26 // len(head))
-
-    def of_chunk(hidden, targets):
-        logits = F.linear(hidden, head).to(torch.promote_types(head.dtype, torch.float32))  # fp64 stays what it is
-        logprobs = torch.log_softmax(logits.div_(temperature), dim=-1)  # [chunk, V]
-        del logits
-        with torch.no_grad():
-            entropy = -logprobs.exp().mul_(logprobs).sum(-1)
-        return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
-
-    parts = [checkpoint(of_chunk, hidden[i : i + chunk], targets[i : i + chunk], use_reentrant=False,
-                        preserve_rng_state=False)  # nothing here is random
+    if not head.requires_grad:
+        return FrozenHead.apply(hidden, head, targets, temperature, chunk)
+    parts = [checkpoint(lambda *chunk: chunk_logprobs(*chunk)[:2], hidden[i : i + chunk], head, targets[i : i + chunk],
+                        temperature, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
              for i in range(0, len(targets), chunk)]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    return tuple(map(torch.cat, zip(*parts)))
+
+
+def chunk_logprobs(hidden, head, targets, temperature):
+    """Log-probs and entropies of a chunk, and the probabilities of all words [chunk, V]."""
+    logits = F.linear(hidden, head).to(torch.promote_types(head.dtype, torch.float32))  # fp64 stays what it is
+    logprobs = torch.log_softmax(logits.div_(temperature), dim=-1)
+    del logits
+    with torch.no_grad():
+        p = logprobs.exp()
+        entropy = -torch.einsum("nv,nv->n", p, logprobs)
+    return logprobs.gather(1, targets[:, None]).squeeze(1), entropy, p
+
+
+class FrozenHead(torch.autograd.Function):
+    """token_logprobs where the head is not trained. The gradient is made on the way, of the probabilities at hand:
+    d log p / d hidden = (head[target] - sum_w p_w head[w]) / T. To compute the logits again would be a third product.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, temperature, chunk):
+        scores, slope = [], torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for i in range(0, len(targets), chunk):
+            at = targets[i : i + chunk]
+            logp, entropy, p = chunk_logprobs(hidden[i : i + chunk], head, at, temperature)
+            scores.append((logp, entropy))
+            if slope is not None:  # 1 - p of the target before it is rounded to 16 bits: it may be small
+                p.scatter_add_(1, at[:, None], p.new_full((len(at), 1), -1.0))
+                slope[i : i + chunk] = (p.to(head.dtype) @ head).div_(-temperature)
+        ctx.slope = slope
+        logp, entropy = map(torch.cat, zip(*scores))
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return (ctx.slope * grad[:, None]).to(ctx.slope.dtype), None, None, None, None
 
 
 class Packed:
