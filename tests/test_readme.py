@@ -18,18 +18,20 @@ import sample
 import sft
 import tinylora
 from configurator import configure
-from lab import bench
+from lab import bench, plot, study
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"grpo.py": grpo, "sft.py": sft, "sample.py": sample, "eval_math.py": eval_math, "tinylora.py": tinylora,
-           "lab.bench": bench}
+           "lab.bench": bench, "lab.study": study, "lab.plot": plot}
 COMMANDS = [part for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
             for part in re.split(r"\s*&&\s*", line) if part.strip()]
 SKIPPED = {  # the start of a command, and why it is not run here
     "python3 -m venv": "makes an environment",
     ".venv/bin/pip install": "downloads packages",
     ".venv/bin/python -m pytest": "this is it",
-    "torchrun": "needs GPUs; test_grpo.py runs two processes",
+    "torchrun": "needs GPUs; test_grpo.py and test_shard.py run several processes",
+    "python -m lab.study": "an hour; test_lab.py runs a small one",
+    "python -m lab.plot": "draws what those made; test_lab.py draws",
 }
 SMALLER = {
     "grpo.py": ["--max_steps=1", "--batch_size=2", "--group_size=2", "--eval_size=2", "--max_new_tokens=4"],
@@ -98,7 +100,7 @@ def test_every_setting_in_a_command_is_the_scripts_own():
         known = set(vars(configure(vars(SCRIPTS[script]), [])))
         assert settings - {"nproc_per_node"} <= known, script
         seen.setdefault(script, set()).update(settings)
-    assert len(seen) == 5 and sum(map(len, seen.values())) > 30  # the text is still read
+    assert len(seen) >= 6 and sum(map(len, seen.values())) > 30  # the text is still read
 
 
 def test_every_setting_in_the_text_is_some_scripts():
