@@ -44,15 +44,15 @@ RL, SFT = "grpo.py config/toy_rl.py", "sft.py config/toy_sft.py"
 SIZES = [
     ("1", "--n_tie=21", 0.05, 0.01),
     ("4", "--n_tie=6", 0.05, 0.01),
-    ("7", "--n_tie=3", 0.05, 0.01),
-    ("11", "--n_tie=2", 0.02, 0.01),
-    ("13", "--n_tie=0 --rank=1 --u=13", 0.005, 0.005),
-    ("21", "--n_tie=1", 0.02, 0.01),
-    ("84", "--u=4", 0.005, 0.01),
-    ("1344", "--method=lora_xs --rank=8", 0.005, 0.01),
-    ("LoRA 1", "--method=lora --rank=1", 0.005, 0.005),
-    ("LoRA 16", "--method=lora --rank=16", 0.002, 0.005),
-    ("full", "--method=full", 0.0005, 0.002),
+    ("7", "--n_tie=3", 0.02, 0.01),
+    ("11", "--n_tie=2", 0.05, 0.005),
+    ("13", "--n_tie=0 --rank=1 --u=13", 0.005, 0.002),
+    ("21", "--n_tie=1", 0.05, 0.005),
+    ("84", "--u=4", 0.01, 0.01),
+    ("1344", "--method=lora_xs --rank=8", 0.005, 0.02),
+    ("LoRA 1", "--method=lora --rank=1", 0.002, 0.002),
+    ("LoRA 16", "--method=lora --rank=16", 0.001, 0.002),
+    ("full", "--method=full", 0.0002, 0.001),
 ]
 SEEDS = (1, 2, 3)
 
@@ -82,7 +82,7 @@ def params():
 def tying():
     """Who shares a number: neighbours, linears of a type, or all, with more numbers in their place (section 6.5)."""
     for seed in SEEDS:
-        for n_tie, rate in ((1, 0.02), (2, 0.02), (3, 0.05)):
+        for n_tie, rate in ((1, 0.05), (2, 0.05), (3, 0.02)):
             for tie in ("tiled", "structured"):
                 yield Run(tie, "numbers", f"{RL} --n_tie={n_tie}{' --tie=structured' * (tie != 'tiled' and n_tie > 1)} "
                                           f"--lr={rate:g} --seed={seed}")
@@ -95,8 +95,8 @@ def rank():
     """The frozen rank r, with 13 numbers for all linears and with one for each (section 6.5, Figure 7)."""
     for seed in SEEDS:
         for r in (1, 2, 4, 8):
-            yield Run("u = 13, one group", r, f"{RL} --n_tie=0 --rank={r} --u=13 --lr=0.005 --seed={seed}")
-            yield Run("u = 1, untied", r, f"{RL} --rank={r} --lr=0.02 --seed={seed}")
+            yield Run("u = 13, one group", r, f"{RL} --n_tie=0 --rank={r} --u=13 --lr=0.01 --seed={seed}")
+            yield Run("u = 1, untied", r, f"{RL} --rank={r} --lr=0.05 --seed={seed}")
 
 
 def precision():
@@ -116,7 +116,7 @@ LORA = [("LoRA 1", "--method=lora --rank=1"), ("LoRA 4", "--method=lora --rank=4
 def lora():
     """The learning rates of LoRA and of full fine-tuning, supervised (LoRA Without Regret, Figure 2)."""
     for name, settings in LORA:
-        for rate in beside(0.002 if name == "full" else 0.005, (-3, -2, -1, 0, 1)):
+        for rate in beside(0.001 if name == "full" else 0.002, (-2, -1, 0, 1)):
             for seed in SEEDS[:2]:
                 yield Run(name, rate, f"{SFT} {settings} --lr={rate:g} --seed={seed}")
 
@@ -125,7 +125,7 @@ def batch():
     """The same rows in batches of several sizes, the best of three learning rates each (Figure 3)."""
     for name, settings in (LORA[2], LORA[3]):
         for size in (8, 32, 128):
-            for rate in beside(0.002 if name == "full" else 0.005):
+            for rate in beside(0.001 if name == "full" else 0.002):
                 yield Run(name, size, f"{SFT} {settings} --batch_size={size} --max_steps={3200 // size} --lr={rate:g} "
                                       "--seed=1")
 
@@ -133,7 +133,7 @@ def batch():
 def layers():
     """Attention alone, the MLPs alone, all: LoRAs of as many numbers (Figure 4)."""
     for targets, r in (("attention", 16), ("mlp", 9), ("all", 6)):
-        for rate in beside(0.005):
+        for rate in beside(0.002):
             for seed in SEEDS[:2]:
                 yield Run(targets, rate, f"{SFT} --method=lora --rank={r} --targets={targets} --lr={rate:g} "
                                          f"--seed={seed}")
@@ -142,7 +142,7 @@ def layers():
 def lora_rl():
     """RL at rank 1 and above, and on all weights (LoRA Without Regret, Figure 6)."""
     for name, settings in (LORA[0], LORA[2], LORA[3]):
-        for rate in beside(0.0005 if name == "full" else 0.005):
+        for rate in beside(0.0002 if name == "full" else 0.001):
             for seed in SEEDS[:2]:
                 yield Run(name, rate, f"{RL} {settings} --lr={rate:g} --seed={seed}")
 
