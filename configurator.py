@@ -111,6 +111,7 @@ def _lock(out_dir):
         return
     if _locked is not None:
         os.close(_locked)
+        _locked = None
     _locked = os.open(os.path.join(out_dir, ".lock"), os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         fcntl.flock(_locked, fcntl.LOCK_EX | fcntl.LOCK_NB)

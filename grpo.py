@@ -14,6 +14,7 @@ reference policy is the same model with v = 0), a merged or quantised engine tha
 import glob
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from torch.utils.checkpoint import checkpoint
 import eval_math
 import tinylora
 from model import (
+    attention,
     checkpoint_dir,
     compile_blocks,
     free_memory,
@@ -124,6 +126,7 @@ class Row:
 def group_advantages(rewards, objective="grpo", eps=1e-6):
     """Advantages within groups. rewards [P, G] -> [P, G] (DeepSeekMath 2024, eq. 3; std over G - 1)."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
+    centred[(rewards == rewards[:, :1]).all(dim=1)] = 0.0  # not what is left of rounding, which the std would blow up
     if objective == "dr_grpo":  # Dr. GRPO (Liu et al. 2025): the std would weigh easy and hard problems up
         return centred
     return centred / (rewards.std(dim=1, keepdim=True) + eps)
@@ -252,19 +255,18 @@ class Packed:
                     self.pieces.append((number, []))
                 self.pieces[-1][1].append(len(answer))
         self.ids, self.positions = (torch.tensor([x], device=device) for x in (ids, positions))
-        self.masks = None
+        self.masks = self.spans = None  # made by the first layer for all
 
     def attend(self, layer, q, k, v):
         """q [1, heads, total, hd], k and v [1, kv_heads, total, hd] -> [1, heads, total, hd]: what Attention calls."""
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability() >= (8, 0):
             return self.attend_at_once(q, k, v)
         self.masks = self.masks or [self.mask(*piece) for piece in self.pieces]
         q, k, v = (x.split([sum(lengths) for _, lengths in self.pieces], dim=2) for x in (q, k, v))
         out = []
         for i, ((prompt, _), mask) in enumerate(zip(self.pieces, self.masks)):
             keys, values = (x[i] if prompt is None else torch.cat((x[prompt], x[i]), dim=2) for x in (k, v))
-            out.append(F.scaled_dot_product_attention(q[i], keys, values, mask, is_causal=mask is None,
-                                                      enable_gqa=True))
+            out.append(attention(q[i], keys, values, mask))
         return torch.cat(out, dim=2)
 
     def mask(self, prompt, lengths):
@@ -279,20 +281,24 @@ class Packed:
         """The same with every answer's keys gathered, for the one kernel that does all (16 bits on a GPU)."""
         from torch.nn.attention.varlen import varlen_attn
 
-        lengths = [length for _, lengths in self.pieces for length in lengths]
-        tokens, keys, prompt = iter(torch.arange(q.shape[2], device=q.device).split(lengths)), [], None
-        for number, pieces in self.pieces:
-            if number is None:
-                prompt = next(tokens)
-                keys.append(prompt)
-            else:
-                keys += [torch.cat((prompt, next(tokens))) for _ in pieces]
-        sizes = [len(piece) for piece in keys]
-        q_ends, k_ends = (torch.tensor([0, *x], device=q.device).cumsum(0, dtype=torch.int32) for x in (lengths, sizes))
-        sharing = q.shape[1] // k.shape[1]  # query heads to a key head
-        k, v = (x[0, :, torch.cat(keys)].repeat_interleave(sharing, dim=0).transpose(0, 1) for x in (k, v))
-        y = varlen_attn(q[0].transpose(0, 1), k, v, q_ends, k_ends, max(lengths), max(sizes),
-                        window_size=(-1, 0))  # nothing to the right, where the last query stands at the last key
+        if self.spans is None:
+            lengths = [length for _, lengths in self.pieces for length in lengths]
+            tokens, keys, prompt = iter(torch.arange(q.shape[2]).split(lengths)), [], None
+            for number, pieces in self.pieces:
+                if number is None:
+                    prompt = next(tokens)
+                    keys.append(prompt)
+                else:
+                    keys += [torch.cat((prompt, next(tokens))) for _ in pieces]
+            sizes = [len(piece) for piece in keys]
+            ends = (torch.tensor([0, *x]).cumsum(0, dtype=torch.int32).to(q.device) for x in (lengths, sizes))
+            self.spans = torch.cat(keys).to(q.device), *ends, max(lengths), max(sizes)
+        keys, *spans = self.spans
+        k, v = (x[0].index_select(1, keys).transpose(0, 1) for x in (k, v))  # [keys, kv_heads, hd]
+        options = {"enable_gqa": True}
+        if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # in older torch
+            options, k, v = {}, *(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        y = varlen_attn(q[0].transpose(0, 1), k, v, *spans, window_size=(-1, 0), **options)  # causal
         return y.transpose(0, 1)[None]
 
 
@@ -347,9 +353,11 @@ def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
     for batch in micro_batches(rows, cfg.micro_batch_tokens, cfg.packing):
         if cfg.kl_coef:  # first: between a forward pass and its backward pass it would change what is recomputed
             net.adapter.enabled = False  # v = 0 is the reference policy
-            with torch.no_grad():
-                ref_logp, _, _ = completion_logprobs(net, tokenizer, batch, cfg.temperature, cfg.packing)
-            net.adapter.enabled = True
+            try:
+                with torch.no_grad():
+                    ref_logp, _, _ = completion_logprobs(net, tokenizer, batch, cfg.temperature, cfg.packing)
+            finally:
+                net.adapter.enabled = True
         logp, entropy, mask = completion_logprobs(net, tokenizer, batch, cfg.temperature, cfg.packing)
         for row, row_logp in zip(batch, logp.detach()):
             if row.old_logprobs is None:
@@ -387,7 +395,7 @@ def check_finite(logp, mask, batch, cfg):
             row = batch[int(bad[0])]
             json.dump(vars(row) | {"old_logprobs": None, "trainer_logprobs": logp[int(bad[0])].tolist()}, f)
         raise UserError(f"a log-prob is not finite; its row is in {path}, and this pass changed nothing. Lower lr, or "
-                        "use --dtype=bfloat16 or float32")
+                        "use --dtype=float32")
 
 
 def pad(rows, like):
@@ -459,6 +467,7 @@ def bad_method(cfg):
         *((is_on and importlib.util.find_spec(package) is None, f"{name} = True needs {package}: pip install {package}")
           for name, is_on, package in (("wandb_log", cfg.wandb_log, "wandb"),
                                        ("tensorboard", cfg.tensorboard, "tensorboard"))),
+        (cfg.dtype == "float16", "dtype = float16 has too short a range for gradients: train in bfloat16 or float32"),
         (cfg.shard < 1, "shard must be at least 1"),
         (cfg.compile and cfg.packing, "compile = True needs packing = False: each layer cuts a line of rows apart"),
     ]
@@ -654,7 +663,7 @@ def open_log(path, step):
     return open(path, "a", encoding="utf-8")
 
 
-def open_reports(cfg):
+def open_reports(cfg, step):
     """Where else a line of the log goes: report(record), and close()."""
     sinks, closing = [], []  # a sink takes (step, {name: number})
     if cfg.wandb_log:
@@ -665,7 +674,7 @@ def open_reports(cfg):
         closing.append(wandb_run.finish)
     if cfg.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(cfg.out_dir)
+        writer = SummaryWriter(cfg.out_dir, purge_step=step + 1)  # what a resumed run repeats
         sinks.append(lambda step, numbers: [writer.add_scalar(name, x, step) for name, x in numbers.items()])
         closing.append(writer.close)
 
@@ -707,7 +716,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
         for left in glob.glob(os.path.join(cfg.out_dir, "**", ".tmp*"), recursive=True):
             os.remove(left)  # safetensors writes aside to such names: a killed run may leave one
     log = open_log(os.path.join(cfg.out_dir, "log.jsonl"), step) if chief else None
-    report, close_reports = open_reports(cfg) if chief else (None, None)
+    report, close_reports = open_reports(cfg, step) if chief else (None, None)
     began = time.time() - history["seconds"]
 
     def write(record):
@@ -753,6 +762,8 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
                     evaluate()
                     interrupt.release()
                     history.update(base=history["accuracy"], base_loss=history["loss"])
+                elif cfg.eval_interval and step % cfg.eval_interval == 0 and history["evaluated"] != step:
+                    evaluate()  # what an interruption cut short
                 while step < cfg.max_steps:
                     record, line = take_step(step, interrupt)
                     step += 1
@@ -816,6 +827,8 @@ def train(cfg):
     if cfg.compile:
         compile_blocks(net)
     parameters, identity = trained_parameters(net, cfg)
+    longest = max(len(problem["prompt"]) for problem in problems) + cfg.max_new_tokens
+    fitting_rows(net, min(longest, net.config.max_position_embeddings), 1)  # refuses where not even one fits
     optimizer = torch.optim.Adam(parameters.values(), lr=cfg.lr)
     if is_chief():
         processes = world * cfg.shard
@@ -839,7 +852,6 @@ def prepare_problems(net, tokenizer, problems, cfg):
             raise UserError(f"{cfg.dataset}: problem {i + 1} has a prompt of {len(prompt)} tokens, longer than the "
                             f"model's context of {context}")
         problem["prompt"] = prompt
-    fitting_rows(net, min(max(map(len, prompts)) + cfg.max_new_tokens, context), 1)  # refuses where not even one fits
 
 
 def sample_groups(net, tokenizer, problems, mine, cfg, progress):
@@ -859,7 +871,7 @@ def sample_groups(net, tokenizer, problems, mine, cfg, progress):
             for i, (prompt, group) in enumerate(zip(prompts, groups))]
     return rows, dict(rows=rewards.numel(), tokens=int(lengths.sum()), right=rewards.sum().item(),
                       lenient=sum(s["lenient"] for group in scores for s in group),
-                      equal=int((shaped.std(dim=1) == 0).sum()) * cfg.group_size,
+                      equal=int((shaped == shaped[:, :1]).all(dim=1).sum()) * cfg.group_size,
                       truncated=sum(c.truncated for group in groups for c in group))
 
 

@@ -102,10 +102,19 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin).transpose(1, 2)  # [B, kv_heads, T, hd]
         v = v.transpose(1, 2)
         if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            y = attention(q, k, v)
         else:
             y = cache.attend(self.layer, q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def attention(q, k, v, mask=None):
+    """q [B, heads, T, hd], k and v [B, kv_heads, S, hd] -> [B, heads, T, hd]; causal without a mask [T, S] or [B, 1, T,
+    S]. On a GPU in 32 bits the one kernel that does not keep all scores [T, S] wants every query head's own keys."""
+    gqa = not (q.is_cuda and q.dtype == torch.float32)
+    if not gqa:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
 
 
 class MLP(nn.Module):
@@ -534,13 +543,16 @@ def load_model(path, dtype=None, device=None, shard=1):
     config = load_config(path)
     with torch.device("meta"):  # shapes only: the numbers come from the files, straight to the device
         model = Transformer(config)
-    need, free = sum(p.numel() for p in model.parameters()) * dtype.itemsize, free_memory(device)
+    free, parts = free_memory(device), {n: shard if ".layers." in n else 1 for n, _ in model.named_parameters()}
     if shard > 1:
         model.shard = Shard(shard, config, device, dtype)
-        device, dtype = "cpu", None
-    elif need > free:
+        free = model.shard.least(free)
+    need = sum(p.numel() / parts[n] for n, p in model.named_parameters()) * dtype.itemsize
+    if need > free:
         raise UserError(f"{path}: the weights take {need / 1e9:.1f} GB in {str(dtype)[6:]}, {free / 1e9:.1f} GB are "
                         f"free on {device}; use a smaller model" + " or --dtype=bfloat16" * (dtype == torch.float32))
+    if shard > 1:
+        device, dtype = "cpu", None
     tensors = _read_weights(path, model, device, dtype)
     missing = [name for name in model.state_dict() if name not in tensors]
     if missing:

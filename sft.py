@@ -150,7 +150,7 @@ def as_example(place, row):
 def encode_example(tokenizer, example, cfg):
     """The example's token ids up to the last that is trained, and of each whether it is."""
     if "messages" not in example:
-        system = example.get("system", cfg.system_prompt)
+        system = example.get("system") or cfg.system_prompt
         [prompt] = eval_math.encode_problems(tokenizer, [example], system, cfg.prompt_template)
         said = tokenizer.encode(example["solution"]) + [tokenizer.eos_id]
         return prompt + said, [False] * len(prompt) + [True] * len(said)

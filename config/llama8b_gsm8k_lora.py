@@ -1,6 +1,6 @@
 # LoRA Without Regret, RL: Llama-3.1-8B (base) on GSM8K with LoRA of rank 1. Sweep --lr and --rank; full: --method=full
 # python grpo.py config/llama8b_gsm8k_lora.py
-model = "meta-llama/Llama-3.1-8B"
+model = "meta-llama/Llama-3.1-8B"  # no chat template: it may run on after its answer, and is cut off without reward
 dataset = "gsm8k"
 eval_dataset = "gsm8k"
 prompt_template = '{question} Let\'s think step by step and output the final answer after "####".'

@@ -1,6 +1,6 @@
 # LoRA Without Regret, RL: Llama-3.1-8B (base) on MATH with LoRA of rank 1. Sweep --lr and --rank; full: --method=full
 # python grpo.py config/llama8b_math_lora.py
-model = "meta-llama/Llama-3.1-8B"
+model = "meta-llama/Llama-3.1-8B"  # no chat template: it may run on after its answer, and is cut off without reward
 dataset = "math@1-5"  # all levels
 eval_dataset = "math500"
 prompt_template = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -10,7 +10,7 @@ method = "lora"
 rank = 1
 lr = 1e-4  # about ten times full fine-tuning's best; the authors sweep it
 objective = "dr_grpo"  # advantages without the std, as theirs
-max_steps = 160  # some 10,000 problems, once
+max_steps = 120  # 7,500 problems, once
 batch_size = 64
 group_size = 32
 max_new_tokens = 1024

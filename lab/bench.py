@@ -382,7 +382,7 @@ def bench_train():
     seconds = seconds_of(step, device)
     tokens = SETTINGS.rows * SETTINGS.context
     numbers = sum(p.numel() for p in net.model.layers.parameters())
-    work = 4 * numbers * tokens + 6 * net.head.numel() * tokens / 2  # logits of completions alone, computed twice
+    work = 4 * numbers * tokens + 4 * net.head.numel() * tokens / 2  # logits of completions alone
     print(f"{SETTINGS.shape}, {SETTINGS.rows} x {SETTINGS.context} tokens: {seconds:.3f} s, {tokens / seconds:.0f} "
           f"tokens/s, {work / seconds / 1e12:.2f} of {rate / 1e12:.2f} TFLOP/s; peak {grpo.peak_gb(device):.1f} GB")
     assert adapter.v.grad.isfinite().all()

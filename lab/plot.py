@@ -48,7 +48,8 @@ def points(name, rows):
     """{series: {x: [values, one a run]}} of the runs of a study that are in the table `rows`."""
     column, curves = FIGURES[name][1], {}
     for series, x, command in study.STUDIES[name]():
-        if row := rows.get(command):
+        row = rows.get(command)
+        if row and row[column] != "":
             x = int(row["numbers"]) if x == "numbers" else x
             curves.setdefault(series, {}).setdefault(x, []).append(float(row[column]))
     if name == "batch":  # its runs differ in the learning rate, not in the seed
@@ -74,13 +75,15 @@ def draw_study(name, rows, path, plt):
             color = plt.get_cmap("viridis")(i / len(own)) if len(own) > 6 else None  # many: in order
             ax.errorbar(xs, middle, yerr=bars, fmt="o-" if xlabel else "o", capsize=3, label=label, color=color)
         if column == "accuracy":
-            before = mean(float(row["before"]) for row in rows.values())
+            before = mean(float(row["before"]) for row in rows.values() if row["before"] != "")
             ax.axhline(before, color="gray", linestyle=":", label="untrained")
             ax.set_ylim(-0.02, 1.02)
         if name == "params":
-            for i, (label, by_x) in enumerate(own.items()):
-                ax.axhline(mean(by_x[max(by_x)]), color=f"C{i}", linestyle="--", alpha=0.5,
-                           label=f"{label}, all weights")
+            for i, label in enumerate(own):
+                commands = [p.command for p in study.params() if p.series == label and "--method=full" in p.command]
+                full = [float(rows[c]["accuracy"]) for c in commands if c in rows and rows[c]["accuracy"] != ""]
+                if full:
+                    ax.axhline(mean(full), color=f"C{i}", linestyle="--", alpha=0.5, label=f"{label}, all weights")
         if xlabel:
             ax.set_xscale("log")
         ax.set_xlabel(xlabel)
@@ -130,7 +133,8 @@ def read_log(directory):
         with open(path, encoding="utf-8") as f:
             return [json.loads(line) for line in f]
     except (OSError, ValueError) as error:
-        raise UserError(f"no log of a run at '{path}': {error}") from None
+        raise UserError(f"no log of a run at '{path}', and no study with a figure is called '{directory}' "
+                        f"({', '.join(FIGURES)}): {error}") from None
 
 
 def save(figure, path):

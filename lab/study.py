@@ -18,9 +18,11 @@ import re
 import signal
 import sys
 import time
+import zlib
 from collections import namedtuple
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from statistics import mean
 
 import torch
 from tqdm import tqdm
@@ -36,7 +38,7 @@ results = "lab/results/toy.csv"  # a line a run
 out_dir = "out/study"  # a folder a run: its log and adapter; a run that was stopped goes on from its checkpoint
 workers = 2  # runs at a time, which share the cores
 
-COLUMNS = ("command", "numbers", "before", "accuracy", "stderr", "reward", "loss", "seconds", "commit")
+COLUMNS = ("command", "numbers", "before", "accuracy", "stderr", "reward", "loss", "seconds", "commit", "error")
 Run = namedtuple("Run", "series x command")  # a point of a figure: its curve, its place on the axis, how it is made
 RL, SFT = "grpo.py config/toy_rl.py", "sft.py config/toy_sft.py"
 
@@ -168,15 +170,17 @@ def gsm8k_models():
     """RL on GSM8K over sizes for every model (Figures 3 and 6)."""
     for model in MODELS:
         for settings in PAPER_SIZES:
-            yield Run(model, "numbers", f"grpo.py config/{model}_u13.py {settings} --seed=1")
+            for rate in PAPER_RATES:
+                yield Run(model, "numbers", f"grpo.py config/{model}_u13.py {settings} --lr={rate:g} --seed=1")
 
 
 def math_sizes():
     """RL on MATH over sizes (Table 2); `eval_math.py --dataset=gsm8k,math500,minerva,...` grades the adapters."""
     for model in ("qwen3b", "qwen7b", "qwenmath7b"):
         for settings in ("--n_tie=16", "--n_tie=4", "--n_tie=1", "--n_tie=1 --u=2", "--n_tie=1 --u=32",
-                         "--method=lora_xs --rank=16", "--method=full --kl_coef=0"):
-            yield Run(model, "numbers", f"grpo.py config/{model}_math.py {settings}")
+                         "--n_tie=1 --u=512 --rank=32", "--method=full --kl_coef=0"):
+            for rate in PAPER_RATES:
+                yield Run(model, "numbers", f"grpo.py config/{model}_math.py {settings} --lr={rate:g}")
 
 
 def ablations():
@@ -238,29 +242,45 @@ def execute(command, runs):
     """Run a command in this process, without its output, in a folder of its own in `runs` -> its line of the table."""
     script, *arguments = command.split()
     module, began, output = {"grpo.py": grpo, "sft.py": sft}[script], time.time(), io.StringIO()
-    place = os.path.join(runs, re.sub(r"[^\w.=]+", "_", command.replace("config/", "").replace("--", "")))
-    arguments += [f"--out_dir={place}", *["--init_from=resume"] * os.path.exists(f"{place}/checkpoint.safetensors")]
-    with redirect_stdout(output), redirect_stderr(output):
-        cfg = configure(vars(module), arguments)
-        module.train(cfg)
-        with open(os.path.join(place, "log.jsonl"), encoding="utf-8") as f:
-            log = [json.loads(line) for line in f]
-        first, *_, result = [line["eval"] for line in log if "eval" in line]
-        if cfg.save_dtype != "float32":
-            result |= evaluate_stored(cfg)
-    rewards = [line["reward"] for line in log if "reward" in line][-5:]  # at temperature 1, of the last steps
-    [numbers] = re.findall(r" with (\d+) numbers in ", output.getvalue())
-    row = {"command": command, "numbers": numbers, "before": first["strict"], "accuracy": result["strict"],
-           "stderr": result["stderr"], "reward": sum(rewards) / len(rewards) if rewards else "",
-           "loss": result.get("loss", ""), "seconds": time.time() - began, "commit": grpo.revision()}
+    name = re.sub(r"[^\w.=]+", "_", command.replace("config/", "").replace("--", ""))[:150]
+    place = os.path.join(runs, f"{name}_{zlib.crc32(command.encode()):08x}")
+    row = dict.fromkeys(COLUMNS, "") | {"command": command, "commit": grpo.revision()}
+    try:
+        with redirect_stdout(output), redirect_stderr(output):
+            cfg = configure(vars(module), [*arguments, f"--out_dir={place}"])
+            cfg.init_from = "resume" if unfinished(place, cfg.max_steps) else "scratch"
+            module.train(cfg)
+            with open(os.path.join(place, "log.jsonl"), encoding="utf-8") as f:
+                log = [json.loads(line) for line in f]
+            results = [line["eval"] for line in log if "eval" in line] or [{}]
+            last = results[-1] | (evaluate_stored(cfg) if cfg.save_dtype != "float32" else {})
+    except Exception as error:  # a learning rate may be too high: the others go on
+        return row | {"error": f"{type(error).__name__}: {error}", "seconds": f"{time.time() - began:.4g}"}
+    [numbers] = re.findall(r" train(?:s|ing) (\d+) numbers", output.getvalue())
+    tail = [line for line in log if "eval" not in line][-5:]  # rewards are at temperature 1
+    row |= {"numbers": numbers, "before": results[0].get("strict", ""), "accuracy": last.get("strict", ""),
+            "stderr": last.get("stderr", ""), "seconds": time.time() - began}
+    if script == "grpo.py":
+        row["reward"] = mean(line["reward"] for line in tail)
+    else:
+        row["loss"] = last.get("loss", mean(line["loss"] for line in tail))
     return {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+
+
+def unfinished(place, max_steps):
+    """Was this run, of this code, stopped on its way?"""
+    try:
+        _, info = grpo.read_checkpoint(os.path.join(place, "checkpoint.safetensors"))
+    except OSError:
+        return False
+    return info["step"] < max_steps and info["revision"] == grpo.revision()
 
 
 def evaluate_stored(cfg):
     """Greedy accuracy with the numbers as they were rounded for storage."""
-    net = load_model(cfg.model, cfg.dtype, "cpu")
+    net, problems = load_model(cfg.model, cfg.dtype, cfg.device), eval_math.load_problems(cfg.eval_dataset, "test")
     tinylora.load_adapter(net, cfg.out_dir)
-    return eval_math.evaluate(net, load_tokenizer(cfg.model), eval_math.load_problems(cfg.eval_dataset, "test"), cfg)
+    return eval_math.evaluate(net, load_tokenizer(cfg.model), problems[: cfg.eval_size or None], cfg)
 
 
 def start_worker(threads):
@@ -281,13 +301,14 @@ def main():
     commands = list(dict.fromkeys(point.command for name in names or STUDIES for point in studies[name]()))
     missing = [command for command in commands if command not in rows]
     threads = max(1, (os.cpu_count() or 1) // cfg.workers)
+    os.makedirs(os.path.dirname(cfg.results) or ".", exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(cfg.workers, start_worker, (threads,)) as pool:
         done = pool.imap_unordered(partial(execute, runs=cfg.out_dir), missing)
         for row in tqdm(done, total=len(missing), unit="run", disable=None):
-            rows[row["command"]] = row
-            write_results(cfg.results, rows)
-            tqdm.write("  ".join(f"{key} {row[key]}" for key in ("accuracy", "reward", "loss")) + f"  {row['command']}")
-    print(f"{len(missing)} runs done, {len(commands) - len(missing)} were in {cfg.results}; lab.plot draws them")
+            write_results(cfg.results, read_results(cfg.results) | {row["command"]: row})  # others may write it, too
+            shown = [f"{key} {row[key]}" for key in ("accuracy", "reward", "loss", "error") if row[key] != ""]
+            tqdm.write("  ".join([*shown, row["command"]]))
+    print(f"{len(missing)} runs done, {len(commands) - len(missing)} were in {cfg.results}")
 
 
 if __name__ == "__main__":

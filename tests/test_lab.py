@@ -13,7 +13,7 @@ from lab import plot, study
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
 SMALL = ["--max_steps=2", "--eval_size=2", "--max_new_tokens=4", "--batch_size=2", "--eval_interval=0",
-         "--micro_batch_tokens=256", "--dtype=float32", "--device=cpu"]
+         "--micro_batch_tokens=256", "--rank=2", "--dtype=float32", "--device=cpu"]
 
 
 def script_of(config):
@@ -102,6 +102,15 @@ def test_a_study_skips_what_is_done_and_keeps_its_lines(checkpoint, problems, tm
         first, second, third = study.read_results(results).values()
         assert [first, second] == done and third["command"] == commands[2]
         assert third["numbers"] == "13" and 0 <= float(third["accuracy"]) <= 1 and 0 <= float(third["reward"]) <= 1
+
+
+def test_a_run_that_fails_is_noted_and_the_others_go_on(checkpoint, problems, tmp_path):
+    run = f"sft.py --model={checkpoint} --dataset={problems} {' '.join(SMALL)} --eval_dataset="
+    failed = study.execute(run + " --lr=-1", str(tmp_path))
+    assert "must not be negative" in failed["error"] and failed["accuracy"] == failed["loss"] == ""
+    trained = study.execute(run, str(tmp_path))  # and without an evaluation there is the training loss
+    assert trained["error"] == trained["accuracy"] == "" and float(trained["loss"]) > 0 and trained["numbers"] == "13"
+    assert not study.unfinished(next(path for path in tmp_path.iterdir() if (path / "log.jsonl").exists()), 2)
 
 
 def test_an_unknown_study_is_refused():

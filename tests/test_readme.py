@@ -30,11 +30,13 @@ SKIPPED = {  # the start of a command, and why it is not run here
     ".venv/bin/pip install": "downloads packages",
     ".venv/bin/python -m pytest": "this is it",
     "torchrun": "needs GPUs; test_grpo.py and test_shard.py run several processes",
+    "python sft.py config/tulu3_lora.py": "streams from the hub; test_lab.py runs it on a file",
     "python -m lab.study": "an hour; test_lab.py runs a small one",
     "python -m lab.plot": "draws what those made; test_lab.py draws",
 }
 SMALLER = {
     "grpo.py": ["--max_steps=1", "--batch_size=2", "--group_size=2", "--eval_size=2", "--max_new_tokens=4"],
+    "sft.py": ["--max_steps=1", "--batch_size=2", "--eval_size=2", "--max_new_tokens=4"],
     "eval_math.py": ["--num_problems=2", "--max_new_tokens=4"],
     "sample.py": ["--max_new_tokens=4"],
     "tinylora.py": [],
@@ -54,7 +56,7 @@ def place(tmp_path_factory, problems):
     for name in ("DIR", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"):
         (place / name).parent.mkdir(exist_ok=True)
         os.symlink(ROOT / "toy" / "base", place / name)
-    for name in ("gsm8k", "math500", "aime24", "data/math500"):
+    for name in ("gsm8k", "math", "math500", "aime24", "data/math500"):
         (place / name).mkdir(parents=True)
         for split in ("train", "test"):
             shutil.copy(problems, place / name / f"{split}.jsonl")
