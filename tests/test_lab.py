@@ -1,7 +1,8 @@
 """config/, lab/study.py and lab/plot.py: every config trains, every study is runs that exist, every figure draws."""
 
+import contextlib
 import json
-import multiprocessing.dummy
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, assert_refused, run_script
@@ -90,8 +91,8 @@ def test_a_study_skips_what_is_done_and_keeps_its_lines(checkpoint, problems, tm
     run = f"grpo.py --model={checkpoint} --dataset={problems} --eval_dataset={problems} --group_size=2 "
     commands = [run + " ".join(SMALL) + f" --save_dtype=bfloat16 --seed={seed}" for seed in range(3)]
     monkeypatch.setitem(study.STUDIES, "some", lambda: [study.Run("RL", "numbers", command) for command in commands])
-    monkeypatch.setattr(study.multiprocessing, "get_context", lambda kind: multiprocessing.dummy)  # threads
-    monkeypatch.setattr(study, "start_worker", lambda threads: None)
+    here = contextlib.nullcontext(SimpleNamespace(imap_unordered=map))  # no process for a run of a second
+    monkeypatch.setattr(study.multiprocessing, "get_context", lambda kind: SimpleNamespace(Pool=lambda *_: here))
     results = tmp_path / "some.csv"
     done = [dict.fromkeys(study.COLUMNS, "") | {"command": command, "accuracy": "0.5"} for command in commands[:2]]
     study.write_results(results, {row["command"]: row for row in done})
