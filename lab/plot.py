@@ -18,13 +18,13 @@ figures = "lab/results"  # folder of the studies' figures
 out = "curves.png"  # file of the runs' curves
 
 FIGURES = {  # of a study: the horizontal axis, the column that is drawn, the title
-    "params": ("trained numbers", "accuracy", "Accuracy against trained numbers (toy)"),
+    "params": ("trained numbers", "accuracy", "Accuracy against trained numbers (toy; lowest to highest of 3 seeds)"),
     "rates": ("learning rate", "accuracy", "Learning rates by trained numbers (toy, one seed)"),
     "tying": ("trained numbers", "accuracy", "Who shares a number (toy, RL)"),
     "rank": ("frozen rank r", "accuracy", "Rank of the frozen directions (toy, RL)"),
     "precision": ("", "accuracy", "13 numbers stored, and a frozen model, in 32 or 16 bits (toy, RL)"),
     "lora": ("learning rate", "loss", "Learning rates of LoRA and full fine-tuning (toy, SFT)"),
-    "batch": ("batch size", "loss", "Batch size, the best of three learning rates (toy, SFT)"),
+    "batch": ("batch size", "loss", "Batch size, the better of two learning rates (toy, SFT)"),
     "layers": ("learning rate", "loss", "LoRAs of as many numbers on a part of the linears (toy, SFT)"),
     "lora_rl": ("learning rate", "accuracy", "LoRA's rank in RL (toy)"),
 }
