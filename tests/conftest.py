@@ -17,7 +17,7 @@ import torch  # noqa: E402
 
 import model  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def make_checkpoint(path, seed=0, **changes):
