@@ -86,6 +86,10 @@ def draw_study(name, rows, path, plt):
                     ax.axhline(mean(full), color=f"C{i}", linestyle="--", alpha=0.5, label=f"{label}, all weights")
         if xlabel:
             ax.set_xscale("log")
+            ticks = sorted({x for by_x in own.values() for x in by_x})
+            if ticks[-1] < 1000 * ticks[0]:  # over few decades the values themselves say more than powers of ten
+                ax.minorticks_off()
+                ax.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
         ax.set_xlabel(xlabel)
         ax.set_title(panel or title)
         ax.legend(ncols=2 if len(own) > 6 else 1)
