@@ -551,7 +551,8 @@ def test_ctrl_c_saves_and_exits_cleanly(checkpoint, problems, tmp_path):
     assert [line["step"] for line in log_of(tmp_path / "run") if "reward" in line] == list(range(1, saved + 2))
 
 
-@pytest.mark.parametrize("kill_at", ["", '"step": 1,', '"step": 3,'])
+@pytest.mark.parametrize("kill_at", ['"step": 1,', pytest.param("", marks=pytest.mark.slow),
+                                     pytest.param('"step": 3,', marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers_and_the_same_log(checkpoint, problems, tmp_path,
                                                                                  kill_at):
     """SIGKILL before the first step, before the first checkpoint, and between checkpoints."""

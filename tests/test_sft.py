@@ -364,6 +364,7 @@ def log_of(out_dir):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_killed_run_on_a_stream_resumes_to_the_same_numbers(streaming, tmp_path):
     done = run_script(*streaming("whole"))
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -380,7 +381,7 @@ def test_a_killed_run_on_a_stream_resumes_to_the_same_numbers(streaming, tmp_pat
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_on_a_stream_learn_what_one_does(streaming, tmp_path, packing):
     """torchrun with 2 ranks over gloo: the same moments of the gradient, and the same held-out loss."""
     done = run_script(*streaming("one", max_steps=2))
