@@ -24,6 +24,7 @@ import pytest
 import torch
 import tqdm
 from conftest import ROOT, assert_refused, run_script
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn.attention import varlen
 
@@ -632,7 +633,8 @@ def test_a_run_killed_twenty_times_at_random_equals_an_uninterrupted_one(checkpo
     assert tensors.keys() == whole.keys() and all(torch.equal(tensors[key], whole[key]) for key in whole)
     assert info["history"].pop("seconds") and whole_info["history"].pop("seconds") and info == whole_info
     assert {path.name for path in parts.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
-    assert (parts / "adapter.safetensors").read_bytes() == (tmp_path / "whole" / "adapter.safetensors").read_bytes()
+    first, second = (safe_open(str(d / "adapter.safetensors"), "pt") for d in (parts, tmp_path / "whole"))
+    assert torch.equal(first.get_tensor("v"), second.get_tensor("v")) and first.metadata() == second.metadata()
     assert whole["param.v"].abs().min() > 0
 
 
