@@ -285,8 +285,7 @@ def test_compiled_blocks_on_two_ranks(checkpoint, problems, tmp_path):
     sft.train(configure(vars(sft), args(sft, checkpoint, problems, tmp_path / "one", **options)))
     options |= dict(shard=2, compile=True, packing=False)
     done = torchrun(2, "sft.py", *args(sft, checkpoint, problems, tmp_path / "two", **options))
-    # Not the exit code: a process that has compiled and has finished may still be aborted by a thread of torch's own.
-    assert (tmp_path / "two" / "adapter.safetensors").exists(), done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr
     one, two = (log_of(tmp_path / d) for d in ("one", "two"))
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-4)
