@@ -519,9 +519,22 @@ def start_ranks(cfg):
         raise UserError(f"shard = {cfg.shard} does not divide the number of processes, {world}; give torchrun a "
                         "multiple of it")
     on_gpu = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
+    import torch.distributed.nn.functional  # noqa: F401  (torch imports it later, and then it holds the group for good)
+
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))  # the others wait for evaluations
     device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device
     return dist.get_rank() // cfg.shard, world // cfg.shard, device
+
+
+def leave_ranks(net):
+    """End the threads of torch.distributed, the last thing a process does: gloo joins its own only when nobody holds a
+    group any more, and one still busy dropping a tensor while Python shuts down aborts the process."""
+    if dist.is_initialized():
+        if net.shard:
+            if net.model.compiled:
+                dist.barrier()  # compiled code holds its group for good: give the thread time to drop all else
+            net.shard.group = net.shard.peers = None
+        dist.destroy_process_group()
 
 
 def all_reduce(values, net, op="sum"):
@@ -784,6 +797,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
                 save()
                 if chief:
                     print(f"\ninterrupted: {step} steps are saved in {cfg.out_dir}; go on with --init_from=resume")
+                leave_ranks(net)
                 raise SystemExit(interrupt.exit_code) from None
     finally:
         if chief:
@@ -797,8 +811,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
     elif chief and history["base_loss"] is not None:
         print(f"{os.path.basename(os.path.normpath(cfg.out_dir))}: held-out loss {history['base_loss']:.4f} -> "
               f"{history['loss']:.4f} with {numbers} numbers in {time.time() - began:.0f} s")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_ranks(net)
 
 
 def print_evaluation(step, result):

@@ -340,7 +340,7 @@ CUT_BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of Shard
 def shard_model(model):
     """Leave this rank its part of the weights that load_model has left on the host, on its own device, and its share
     of the heads in model.config. A parameter that is cut has `cut`: the Shard and the dimension."""
-    shard, group, config = model.shard, model.shard.group, model.config
+    shard, config = model.shard, model.config
 
     def cut(linear, name, dim):
         p = nn.Parameter(shard.part(getattr(linear, name), dim, shard.dtype), requires_grad=False)
@@ -349,13 +349,13 @@ def shard_model(model):
 
     for block in model.model.layers:
         for module in (block.self_attn, block.mlp):
-            module.register_forward_pre_hook(lambda _, args: (SumGradient.apply(args[0], group), *args[1:]))
+            module.register_forward_pre_hook(lambda _, args: (SumGradient.apply(args[0], shard.group), *args[1:]))
             for name, linear in module.named_children():
                 cut(linear, "weight", 0 if name in CUT_BY_ROWS else 1)
                 if linear.bias is not None:  # of q, k and v only
                     cut(linear, "bias", 0)
                 if name not in CUT_BY_ROWS:
-                    linear.register_forward_hook(lambda _, args, y: SumOutput.apply(y, group))
+                    linear.register_forward_hook(lambda _, args, y: SumOutput.apply(y, shard.group))
     model.to(shard.device, shard.dtype)  # what is left whole
     model.config = model.model.config = replace(
         config, num_attention_heads=config.num_attention_heads // shard.size,

@@ -26,8 +26,21 @@ IDS = torch.randint(5, 200, (3, 11), generator=torch.Generator().manual_seed(0))
 PROMPTS = [[7, 8, 9], [20, 21, 22, 23, 24, 25], [40]]
 
 
-def torchrun(processes, *args):
-    return run_script("-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", *args)
+def torchrun(processes, *args, **env):
+    return run_script("-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", *args, **env)
+
+
+def count_threads(folder):
+    """An environment in which a rank says at its end how many threads of gloo are left: one that is may abort it."""
+    (folder / "sitecustomize.py").write_text("""
+import atexit, os
+def count():
+    names = [open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")]
+    os.write(2, b"gloo threads: %d\\n" % sum("gloo" in name for name in names))
+if "RANK" in os.environ and os.path.isdir("/proc/self/task"):
+    atexit.register(count)
+""")
+    return {"PYTHONPATH": str(folder)}
 
 
 def settings(checkpoint, method, shard, **changes):
@@ -224,8 +237,10 @@ def test_grpo_on_two_ranks_learns_what_it_does_on_one(checkpoint, problems, tmp_
                              torch.optim.Adam(adapter.parameters()), 0, history, adapter.meta)
     options = dict(init_from="resume", rank=2, u=2, n_tie=2, batch_size=2)
     grpo.train(configure(vars(grpo), args(grpo, checkpoint, problems, tmp_path / "one", **options)))
-    done = torchrun(2, "grpo.py", *args(grpo, checkpoint, problems, tmp_path / "two", shard=2, **options))
+    done = torchrun(2, "grpo.py", *args(grpo, checkpoint, problems, tmp_path / "two", shard=2, **options),
+                    **count_threads(tmp_path))
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("gloo threads: 0") == 2 or not os.path.isdir("/proc/self"), done.stderr
     assert "with 14 numbers" in done.stdout.splitlines()[-1] and "2 process(es)" in done.stdout
     one, two = (load_file(tmp_path / d / "adapter.safetensors")["v"] for d in ("one", "two"))
     assert torch.allclose(one, two, rtol=1e-4, atol=1e-5) and not torch.equal(one, adapter.v.detach())
@@ -257,7 +272,8 @@ def test_ranks_leave_together(checkpoint, problems, tmp_path, name):
     options = dict(max_steps=10**6, save_interval=0, eval_dataset="", shard=2)
     command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "grpo.py",
                *args(grpo, checkpoint, problems, out_dir, **options)]
-    run = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | count_threads(tmp_path)
+    run = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         began = time.time()
@@ -274,7 +290,7 @@ def test_ranks_leave_together(checkpoint, problems, tmp_path, name):
     if name == "SIGTERM":
         _, info = grpo.read_checkpoint(str(out_dir / "checkpoint.safetensors"))
         assert info["step"] == log_of(out_dir)[-1]["step"] and f"interrupted: {info['step']} steps" in output
-        assert 'grpo.py", line' not in errors
+        assert 'grpo.py", line' not in errors and errors.count("gloo threads: 0") == 2
     else:
         assert "SIGKILL" in errors or "Signal 9" in errors
 
