@@ -31,6 +31,7 @@ from configurator import UserError, configure, prepare_out_dir, run, whole_file 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # torch does that later anyway, and then it holds the default group for good
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -519,8 +520,6 @@ def start_ranks(cfg):
         raise UserError(f"shard = {cfg.shard} does not divide the number of processes, {world}; give torchrun a "
                         "multiple of it")
     on_gpu = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
-    import torch.distributed.nn.functional  # noqa: F401  (torch imports it later, and then it holds the group for good)
-
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))  # the others wait for evaluations
     device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device
     return dist.get_rank() // cfg.shard, world // cfg.shard, device
