@@ -7,6 +7,7 @@
 
 import json
 import os
+import re
 import sys
 from statistics import mean
 
@@ -24,8 +25,8 @@ FIGURES = {  # of a study: the horizontal axis, the column that is drawn, the ti
     "rank": ("frozen rank r", "accuracy", "Rank of the frozen directions (toy, RL)"),
     "precision": ("", "accuracy", "13 numbers stored, and a frozen model, in 32 or 16 bits (toy, RL)"),
     "lora": ("learning rate", "loss", "Learning rates of LoRA and full fine-tuning (toy, SFT)"),
-    "batch": ("batch size", "loss", "Batch size, the better of two learning rates (toy, SFT)"),
-    "layers": ("learning rate", "loss", "LoRAs of as many numbers on a part of the linears (toy, SFT)"),
+    "batch": ("batch size", "loss", "Batch size, the better of two learning rates (toy, SFT; 2 seeds)"),
+    "layers": ("learning rate", "loss", "LoRAs of as many numbers on a part of the linears (toy, SFT; 3 seeds)"),
     "lora_rl": ("learning rate", "accuracy", "LoRA's rank in RL (toy)"),
 }
 LABELS = {"accuracy": "greedy accuracy, 500 held-out problems", "loss": "held-out loss, nats a token"}
@@ -51,10 +52,10 @@ def points(name, rows):
         row = rows.get(command)
         if row and row[column] != "":
             x = int(row["numbers"]) if x == "numbers" else x
-            curves.setdefault(series, {}).setdefault(x, []).append(float(row[column]))
-    if name == "batch":  # its runs differ in the learning rate, not in the seed
-        curves = {series: {x: [min(values)] for x, values in by_x.items()} for series, by_x in curves.items()}
-    return curves
+            rate = re.search(r"--lr=(\S+)", command)[1] if name == "batch" else None
+            curves.setdefault(series, {}).setdefault(x, {}).setdefault(rate, []).append(float(row[column]))
+    # Where there are several learning rates, the one of the lowest loss counts.
+    return {series: {x: min(rates.values(), key=mean) for x, rates in by_x.items()} for series, by_x in curves.items()}
 
 
 def draw_study(name, rows, path, plt):

@@ -20,8 +20,9 @@ import sys
 import time
 import zlib
 from collections import namedtuple
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
 from statistics import mean
 
 import torch
@@ -128,21 +129,24 @@ def batch():
     for name, settings in (LORA[2], LORA[3]):
         for size in (8, 32, 128):
             for rate in beside(0.001 if name == "full" else 0.002, (0, 1) if size > 32 else (-1, 0)):
-                yield Run(name, size, f"{SFT} {settings} --batch_size={size} --max_steps={3200 // size} --lr={rate:g} "
-                                      "--seed=1")
+                for seed in SEEDS[:2]:
+                    yield Run(name, size, f"{SFT} {settings} --batch_size={size} --max_steps={3200 // size} "
+                                          f"--lr={rate:g} --seed={seed}")
 
 
 def layers():
     """Attention alone, the MLPs alone, all: LoRAs of as many numbers (Figure 4)."""
     for targets, r in (("attention", 16), ("mlp", 9), ("all", 6)):
         for rate in beside(0.002):
-            yield Run(targets, rate, f"{SFT} --method=lora --rank={r} --targets={targets} --lr={rate:g} --seed=1")
+            for seed in SEEDS:
+                yield Run(targets, rate, f"{SFT} --method=lora --rank={r} --targets={targets} --lr={rate:g} "
+                                         f"--seed={seed}")
 
 
 def lora_rl():
     """RL at rank 1 and above, and on all weights (LoRA Without Regret, Figure 6)."""
     for name, settings in (LORA[0], LORA[2], LORA[3]):
-        for rate in beside(0.0002 if name == "full" else 0.001):
+        for rate in beside(0.0001 if name == "full" else 0.001, (-2, -1, 0, 1, 2)):
             for seed in SEEDS[:2]:
                 yield Run(name, rate, f"{RL} {settings} --lr={rate:g} --seed={seed}")
 
@@ -300,12 +304,23 @@ def main():
     missing = [command for command in commands if command not in rows]
     threads = max(1, (os.cpu_count() or 1) // cfg.workers)
     os.makedirs(os.path.dirname(cfg.results) or ".", exist_ok=True)
-    with multiprocessing.get_context("spawn").Pool(cfg.workers, start_worker, (threads,)) as pool:
-        done = pool.imap_unordered(partial(execute, runs=cfg.out_dir), missing)
-        for row in tqdm(done, total=len(missing), unit="run", disable=None):
-            write_results(cfg.results, read_results(cfg.results) | {row["command"]: row})  # others may write it, too
-            shown = [f"{key} {row[key]}" for key in ("accuracy", "reward", "loss", "error") if row[key] != ""]
-            tqdm.write("  ".join([*shown, row["command"]]))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(cfg.workers, spawn, start_worker, (threads,)) as pool:
+        try:
+            runs = [pool.submit(execute, command, cfg.out_dir) for command in missing]
+            for run in tqdm(as_completed(runs), total=len(runs), unit="run", disable=None):
+                row = run.result()
+                write_results(cfg.results, read_results(cfg.results) | {row["command"]: row})  # others may write too
+                shown = [f"{key} {row[key]}" for key in ("accuracy", "reward", "loss", "error") if row[key] != ""]
+                tqdm.write("  ".join([*shown, row["command"]]))
+        except BrokenProcessPool:
+            raise UserError("a worker was killed, perhaps for memory: use fewer --workers. What is done is in "
+                            f"{cfg.results}; the same command goes on") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.kill()  # SIGTERM would end one run, and the next begin
+            raise
     print(f"{len(missing)} runs done, {len(commands) - len(missing)} were in {cfg.results}")
 
 

@@ -1,9 +1,9 @@
 """config/, lab/study.py and lab/plot.py: every config trains, every study is runs that exist, every figure draws."""
 
-import contextlib
 import json
 import re
-from types import SimpleNamespace
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from conftest import ROOT, assert_refused, run_script
@@ -87,13 +87,44 @@ def test_curves_of_runs(checkpoint, problems, tmp_path, monkeypatch):
         plot.read_log(str(tmp_path / "nothing"))
 
 
+class Here:
+    """Stands for a pool of processes, which take longer to start than a run takes."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except BrokenProcessPool as error:
+            future.set_exception(error)
+        return future
+
+
+def test_a_worker_that_is_killed_ends_the_study(tmp_path, monkeypatch):
+    def killed(command, runs):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(study, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(study, "execute", killed)
+    monkeypatch.setattr("sys.argv", ["study", "layers", f"--results={tmp_path}/some.csv"])
+    with pytest.raises(UserError, match="a worker was killed.*the same command goes on"):
+        study.main()
+
+
 def test_a_study_skips_what_is_done_and_keeps_its_lines(checkpoint, problems, tmp_path, monkeypatch, capsys):
     """Of three runs two are in the table: the third alone is run, and nothing is the second time."""
     run = f"grpo.py --model={checkpoint} --dataset={problems} --eval_dataset={problems} --group_size=2 "
     commands = [run + " ".join(SMALL) + f" --save_dtype=bfloat16 --seed={seed}" for seed in range(3)]
     monkeypatch.setitem(study.STUDIES, "some", lambda: [study.Run("RL", "numbers", command) for command in commands])
-    here = contextlib.nullcontext(SimpleNamespace(imap_unordered=map))  # no process for a run of a second
-    monkeypatch.setattr(study.multiprocessing, "get_context", lambda kind: SimpleNamespace(Pool=lambda *_: here))
+    monkeypatch.setattr(study, "ProcessPoolExecutor", Here)
     results = tmp_path / "some.csv"
     done = [dict.fromkeys(study.COLUMNS, "") | {"command": command, "accuracy": "0.5"} for command in commands[:2]]
     study.write_results(results, {row["command"]: row for row in done})
