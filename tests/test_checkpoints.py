@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import torch
 from conftest import SHARED, assert_refused, make_checkpoint, run_script
+from forks import fork_script
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -230,7 +231,7 @@ def test_a_broken_directory_is_refused_in_one_line(tmp_path, name):
 
 
 def test_the_line_and_the_exit_code_a_user_sees(tmp_path):
-    assert_refused(run_script("sample.py", f"--model={broken('tensor missing', tmp_path)}"), "tensor(s) missing")
+    assert_refused(fork_script("sample.py", f"--model={broken('tensor missing', tmp_path)}"), "tensor(s) missing")
 
 
 @pytest.mark.parametrize(

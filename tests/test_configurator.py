@@ -1,7 +1,8 @@
 """configurator.py: every setting is known, typed, printed and saved; nothing is dropped in silence."""
 
 import pytest
-from conftest import assert_refused, run_script
+from conftest import assert_refused
+from forks import fork_script
 
 import configurator
 from configurator import UserError, configure
@@ -112,6 +113,6 @@ def test_too_little_memory_ends_in_one_line(error, capsys):
 
 @pytest.mark.parametrize("name", ["grpo.py", "sft.py", "sample.py", "eval_math.py"])
 def test_help_prints_the_block_with_its_comments(name):
-    done = run_script(name, "--help")
+    done = fork_script(name, "--help")
     assert done.returncode == 0 and "seed = " in done.stdout and '# checkpoint directory or hub name' in done.stdout
-    assert_refused(run_script(name, "--sead=3"), "did you mean 'seed'?")
+    assert_refused(fork_script(name, "--sead=3"), "did you mean 'seed'?")

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import SHARED, assert_refused, run_script
+from conftest import SHARED, assert_refused
+from forks import fork_script
 
 import eval_math
 import sample
@@ -237,7 +238,7 @@ def test_the_script_prints_a_table_and_writes_responses(checkpoint, problems, tm
     copy.write_text(Path(problems).read_text())
     arguments = [f"--model={checkpoint}", f"--dataset={problems},{copy}", "--num_problems=6", "--n=4",
                  "--max_new_tokens=4"]
-    done = run_script("eval_math.py", *arguments, f"--out_dir={whole}")
+    done = fork_script("eval_math.py", *arguments, f"--out_dir={whole}")
     assert re.search(r"pass@2 +pass@4 +maj@4 +cut off", done.stdout), done.stderr
     results = json.loads((whole / "results.json").read_text())
     assert set(results) == {str(problems), str(copy)} and results[str(copy)]["problems"] == 6
@@ -250,38 +251,38 @@ def test_the_script_prints_a_table_and_writes_responses(checkpoint, problems, tm
     broken.mkdir()
     (broken / files[0]).write_text("\n".join(lines[files[0]]) + "\n")
     (broken / files[1]).write_text("\n".join(lines[files[1]][:12]) + "\n" + lines[files[1]][12][:40])  # killed here
-    done = run_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume")
+    done = fork_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume")
     assert "6 of them answered already" in done.stdout and "2 of them answered already" in done.stdout, done.stderr
     again = eval_math.read_responses(str(broken / files[1]))[1]
     assert again == eval_math.read_responses(str(whole / files[1]))[1]
     changed = copy.read_text().splitlines()
     copy.write_text("\n".join([changed[0].replace('"question": "', '"question": "Now: '), *changed[1:]]) + "\n")
-    done = run_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume")
+    done = fork_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume")
     assert "5 of them answered already" in done.stdout, done.stderr  # the changed problem is asked anew
-    assert_refused(run_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume", "--seed=5"),
+    assert_refused(fork_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume", "--seed=5"),
                    "made with another seed (1337, now 5)")
 
     first = (whole / files[0]).read_bytes()
-    done = run_script("eval_math.py", *arguments, f"--out_dir={whole}")
+    done = fork_script("eval_math.py", *arguments, f"--out_dir={whole}")
     assert "moved the earlier run" in done.stdout and (tmp_path / "whole.1" / files[0]).read_bytes() == first
-    assert_refused(run_script("eval_math.py", f"--model={checkpoint}", "--dataset=nowhere.jsonl"), "nowhere.jsonl")
-    assert_refused(run_script("eval_math.py", f"--dataset={problems},{problems}"), "each once")
-    assert_refused(run_script("eval_math.py", "--n=4", "--temperature=0"), "all the same at temperature 0")
+    assert_refused(fork_script("eval_math.py", f"--model={checkpoint}", "--dataset=nowhere.jsonl"), "nowhere.jsonl")
+    assert_refused(fork_script("eval_math.py", f"--dataset={problems},{problems}"), "each once")
+    assert_refused(fork_script("eval_math.py", "--n=4", "--temperature=0"), "all the same at temperature 0")
 
 
 def test_regrading_needs_no_model_and_reads_files_of_others(tmp_path):
     path = tmp_path / "theirs.jsonl"
     rows = [{"response": r"\boxed{4}", "answer": "4", "strict": False}, {"response": "#### 5\ud800", "answer": "5"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run_script("eval_math.py", f"--regrade={path}", "--answer_format=boxed")
+    done = fork_script("eval_math.py", f"--regrade={path}", "--answer_format=boxed")
     assert "2 verdicts changed" in done.stdout and "0.500 +- 0.500" in done.stdout, done.stderr
     settings, groups = eval_math.read_responses(str(tmp_path / "theirs.regraded.jsonl"))
     assert [row["strict"] for [row] in groups.values()] == [True, False] and settings == {"answer_format": "boxed"}
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows  # the original stays as it was
     path.write_text('{"reply": "4"}\n')
-    assert_refused(run_script("eval_math.py", f"--regrade={path}"), "line 1: 'response' must be str")
+    assert_refused(fork_script("eval_math.py", f"--regrade={path}"), "line 1: 'response' must be str")
     for wrong in ('"truncated": "False"', '"index": [1]', '"tokens": null'):
         path.write_text('{"response": "4", "answer": "4", ' + wrong + "}\n")
-        assert_refused(run_script("eval_math.py", f"--regrade={path}"), "line 1: '")
+        assert_refused(fork_script("eval_math.py", f"--regrade={path}"), "line 1: '")
     path.write_text('{"settings": {"answer_format": "xyz"}}\n{"response": "4", "answer": "4"}\n')
-    assert_refused(run_script("eval_math.py", f"--regrade={path}"), "'xyz' is unknown")
+    assert_refused(fork_script("eval_math.py", f"--regrade={path}"), "'xyz' is unknown")

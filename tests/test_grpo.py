@@ -24,6 +24,7 @@ import pytest
 import torch
 import tqdm
 from conftest import ROOT, assert_refused, run_script
+from forks import fork_script
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn.attention import varlen
@@ -547,7 +548,8 @@ def test_ctrl_c_saves_and_exits_cleanly(checkpoint, problems, tmp_path):
     assert process.returncode == 130 and "steps are saved" in out and "Traceback" not in err, err
     saved = int(re.search(r"interrupted: (\d+) steps", out)[1])
     assert saved >= 2
-    done = run_script("grpo.py", *args(checkpoint, problems, tmp_path / "run", max_steps=saved + 1, init_from="resume"))
+    more = dict(max_steps=saved + 1, init_from="resume")
+    done = fork_script("grpo.py", *args(checkpoint, problems, tmp_path / "run", **more))
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in log_of(tmp_path / "run") if "reward" in line] == list(range(1, saved + 2))
 
@@ -558,7 +560,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers_and_the_same_log
                                                                                  kill_at):
     """SIGKILL before the first step, before the first checkpoint, and between checkpoints."""
     options = dict(max_steps=5, save_interval=2, eval_interval=2, eval_size=3, lr=0.5)
-    done = run_script("grpo.py", *args(checkpoint, problems, tmp_path / "whole", **options))
+    done = fork_script("grpo.py", *args(checkpoint, problems, tmp_path / "whole", **options))
     assert done.returncode == 0, done.stderr
     log = tmp_path / "parts" / "log.jsonl"
     process = subprocess.Popen([sys.executable, "grpo.py", *args(checkpoint, problems, tmp_path / "parts", **options)],
@@ -568,7 +570,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers_and_the_same_log
         time.sleep(0.002)
     process.kill()
     process.wait()
-    done = run_script("grpo.py", *args(checkpoint, problems, tmp_path / "parts", init_from="resume", **options))
+    done = fork_script("grpo.py", *args(checkpoint, problems, tmp_path / "parts", init_from="resume", **options))
     assert done.returncode == 0, done.stderr
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
     assert torch.equal(*(load_file(tmp_path / d / "adapter.safetensors")["v"] for d in ("whole", "parts")))
@@ -920,5 +922,5 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_input_gets_one_line_and_exit_code_2(checkpoint, problems, tmp_path, name):
     changes, words = REFUSED[name]
-    assert_refused(run_script("grpo.py", *args(checkpoint, problems, tmp_path / "run", **changes)), words)
+    assert_refused(fork_script("grpo.py", *args(checkpoint, problems, tmp_path / "run", **changes)), words)
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()

@@ -6,7 +6,8 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
-from conftest import ROOT, assert_refused, run_script
+from conftest import ROOT, assert_refused
+from forks import fork_script
 
 import grpo
 import sft
@@ -147,4 +148,4 @@ def test_a_run_that_fails_is_noted_and_the_others_go_on(checkpoint, problems, tm
 
 
 def test_an_unknown_study_is_refused():
-    assert_refused(run_script("-m", "lab.study", "parms"), "parms", "params")
+    assert_refused(fork_script("-m", "lab.study", "parms"), "parms", "params")

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, make_checkpoint, run_script
+from conftest import ROOT, assert_refused, make_checkpoint
+from forks import fork_script
 
 import grpo
 import model
@@ -284,19 +285,19 @@ def test_odd_requests(net, tokenizer):
 
 
 def test_the_script_prints_completions_and_refuses_a_missing_model(checkpoint, tmp_path):
-    done = run_script("sample.py", f"--model={checkpoint}", "--prompt=a=b", "--n=2", "--max_new_tokens=5")
+    done = fork_script("sample.py", f"--model={checkpoint}", "--prompt=a=b", "--n=2", "--max_new_tokens=5")
     assert done.returncode == 0 and done.stdout.count("---") == 2, done.stderr
     assert re.search(r"\d+ tokens, \d+\.\d a second", done.stdout)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("How many?\n\nWho?\n")
-    done = run_script("sample.py", f"--model={checkpoint}", f"--prompt_file={prompts}", "--max_new_tokens=5")
+    done = fork_script("sample.py", f"--model={checkpoint}", f"--prompt_file={prompts}", "--max_new_tokens=5")
     assert re.findall("### (.*)", done.stdout) == ["How many?", "Who?"], done.stderr
-    assert_refused(run_script("sample.py", "--model=nowhere"), "no model directory at 'nowhere'")
-    assert_refused(run_script("sample.py", f"--model={checkpoint}", "--prompt_file=nowhere"), "prompt_file cannot be")
-    assert_refused(run_script("sample.py", "--prompt=-", "--n=2"), "a talk")
+    assert_refused(fork_script("sample.py", "--model=nowhere"), "no model directory at 'nowhere'")
+    assert_refused(fork_script("sample.py", f"--model={checkpoint}", "--prompt_file=nowhere"), "prompt_file cannot be")
+    assert_refused(fork_script("sample.py", "--prompt=-", "--n=2"), "a talk")
     prompts.write_text("\n")
-    assert_refused(run_script("sample.py", f"--model={checkpoint}", f"--prompt_file={prompts}"), "holds no prompt")
-    assert_refused(run_script("sample.py", "--adapter=hex:00"), "mistyped or cut off")
+    assert_refused(fork_script("sample.py", f"--model={checkpoint}", f"--prompt_file={prompts}"), "holds no prompt")
+    assert_refused(fork_script("sample.py", "--adapter=hex:00"), "mistyped or cut off")
 
 
 def test_a_single_completion_is_streamed_and_equals_the_whole(net, tokenizer, capsys):

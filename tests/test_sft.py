@@ -14,6 +14,7 @@ import datasets
 import pytest
 import torch
 from conftest import ROOT, SHARED, assert_refused, run_script
+from forks import fork_script
 from jinja2 import Template
 from safetensors.torch import load_file
 
@@ -454,4 +455,4 @@ def test_the_configs_are_settings_that_hold_together(name):
                                             (dict(eval_dataset="tulu3"), "tulu3 has no rows held out"),
                                             (dict(dataset="tulu3"), "'tulu3' (allenai/tulu-3-sft-mixture, train)")])
 def test_wrong_settings_are_refused(checkpoint, problems, tmp_path, changes, words):
-    assert_refused(run_script("sft.py", *args(checkpoint, problems, tmp_path / "run", **changes)), words)
+    assert_refused(fork_script("sft.py", *args(checkpoint, problems, tmp_path / "run", **changes)), words)

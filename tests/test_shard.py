@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, assert_refused, run_script
+from forks import fork_script
 from safetensors.torch import load_file
 
 import grpo
@@ -309,9 +310,10 @@ def test_compiled_blocks_on_two_ranks(checkpoint, problems, tmp_path):
 
 def test_what_does_not_fit_is_refused_in_one_line(checkpoint, problems, tmp_path):
     options = dict(eval_dataset="", out_dir=tmp_path / "run")
-    alone = run_script("grpo.py", *args(grpo, checkpoint, problems, shard=2, **options))
-    assert_refused(alone, "shard = 2", "torchrun --nproc_per_node=2")
-    assert_refused(run_script("sft.py", *args(sft, checkpoint, problems, shard=0, **options)), "shard must be at least")
+    done = fork_script("grpo.py", *args(grpo, checkpoint, problems, shard=2, **options))
+    assert_refused(done, "shard = 2", "torchrun --nproc_per_node=2")
+    done = fork_script("sft.py", *args(sft, checkpoint, problems, shard=0, **options))
+    assert_refused(done, "shard must be at least")
     done = torchrun(2, "grpo.py", *args(grpo, checkpoint, problems, shard=3, **options))
     assert "error: shard = 3 does not divide the number of processes, 2" in done.stderr and done.returncode == 1
     assert 'grpo.py", line' not in done.stderr

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, assert_refused, make_checkpoint, run_script
+from conftest import ROOT, assert_refused, make_checkpoint
+from forks import fork_script
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -555,7 +556,7 @@ def test_a_peft_lora_is_imported_with_equal_logits(checkpoint, tmp_path, options
     base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     theirs = peft.get_peft_model(base, config)
     theirs.save_pretrained(tmp_path / "theirs")
-    process = run_script("tinylora.py", "import", f"--source={tmp_path}/theirs", f"--model={checkpoint}",
+    process = fork_script("tinylora.py", "import", f"--source={tmp_path}/theirs", f"--model={checkpoint}",
                          f"--out_dir={tmp_path}/ours", "--device=cpu")
     assert process.returncode == 0, process.stderr
     net = model.load_model(checkpoint, device="cpu")
@@ -602,7 +603,7 @@ def test_a_merged_export_loads_in_transformers_and_is_rounded_once(net, checkpoi
         model.save_model(model.load_model(checkpoint, dtype, "cpu"), str(source), tokenizer_from=checkpoint)
         export = ["tinylora.py", "export", f"--model={source}", f"--adapter={text}", "--to=hf", "--device=cpu",
                   f"--out_dir={tmp_path}/{name}"]
-        process = run_script(*export)
+        process = fork_script(*export)
         assert process.returncode == 0, process.stderr
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto")
         assert theirs.dtype == dtype
@@ -615,7 +616,7 @@ def test_a_merged_export_loads_in_transformers_and_is_rounded_once(net, checkpoi
             assert (theirs.state_dict()[key] == W.to(dtype)).float().mean() > 0.999  # ties of rounding may differ
         assert transformers.AutoTokenizer.from_pretrained(tmp_path / name).encode("Tom") == (
             model.load_tokenizer(checkpoint).encode("Tom"))
-    assert_refused(run_script(*export), "out_dir must name a new or empty directory")
+    assert_refused(fork_script(*export), "out_dir must name a new or empty directory")
 
 
 def test_the_command_line_refuses_in_one_line(checkpoint, tmp_path, monkeypatch):
@@ -630,7 +631,7 @@ def test_the_command_line_refuses_in_one_line(checkpoint, tmp_path, monkeypatch)
         monkeypatch.setattr(sys, "argv", ["tinylora.py", *arguments])
         with pytest.raises(UserError, match=words):
             tinylora.main()
-    assert_refused(run_script("tinylora.py", *arguments), words)
+    assert_refused(fork_script("tinylora.py", *arguments), words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -719,13 +720,13 @@ def test_an_export_touches_no_directory_but_its_own(checkpoint, net, tmp_path):
 def test_sample_shows_adapters_side_by_side(checkpoint, net):
     text = tinylora.adapter_text(filled(tinylora.add_adapter(net)))
     common = ["sample.py", f"--model={checkpoint}", "--n=1", "--max_new_tokens=8", "--device=cpu"]
-    process = run_script(*common, f"--adapter={text},,hex:3c23d70a")
+    process = fork_script(*common, f"--adapter={text},,hex:3c23d70a")
     assert process.returncode == 0, process.stderr
     shown = process.stdout.split("=== ")[1:]
     assert [part.splitlines()[0] for part in shown] == [text, "no adapter", "hex:3c23d70a"]
     for part, adapter in zip(shown, (text, "")):
         answer = part.split("\n", 1)[1].split("---")[0]
-        assert answer in run_script(*common, f"--adapter={adapter}").stdout
+        assert answer in fork_script(*common, f"--adapter={adapter}").stdout
 
 
 def test_the_learning_rate_rule_gives_the_published_rates():
