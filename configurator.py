@@ -88,7 +88,8 @@ def prepare_out_dir(settings, evidence):
         os.makedirs(out_dir, exist_ok=True)
         _lock(out_dir)
         if settings.init_from == "scratch" and os.path.exists(os.path.join(out_dir, evidence)):
-            aside = next(name for n in count(1) if not os.path.exists(name := f"{os.path.normpath(out_dir)}.{n}"))
+            names = (f"{os.path.normpath(out_dir)}.{n}" for n in count(1))
+            aside = next(name for name in names if not os.path.exists(name))
             os.rename(out_dir, aside)
             print(f"moved the earlier run in {out_dir} to {aside}")
             os.makedirs(out_dir)
@@ -223,7 +224,7 @@ def _lookup(settings, name, where):
 
 def _override(settings, name, value, where):
     if value != settings[name] and os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
-        print(f"{name} = {value!r} (default {settings[name]!r}; {where})")
+        print(f"{name} = {value!r} (was {settings[name]!r}; {where})")
     settings[name] = value
 
 
@@ -235,7 +236,7 @@ def _parse(name, text, default):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return _check(name, kind(text), default, "the command line")
     except (ValueError, KeyError):
-        wanted = "True or False" if kind is bool else f"{'an int' if kind is int else 'a number'}"
+        wanted = {bool: "True or False", int: "an int", float: "a number"}[kind]
         raise UserError(f"--{name} wants {wanted}, got '{text}'") from None
 
 

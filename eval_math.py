@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from configurator import UserError, configure, prepare_out_dir, run, whole_file
 
 model = "toy/base"  # checkpoint directory or hub name
-adapter = ""  # adapter file, or the out_dir of a run; none if empty
+adapter = ""  # adapter file, the out_dir of a run, or text (hex:...); none if empty
 dataset = "toy/test.jsonl"  # what to ask, separated by commas: .jsonl files, folders, names in DATASETS, hub data sets
 split = "test"  # of a folder or hub data set
 num_problems = 0  # how many to ask of each; 0: all
@@ -265,8 +265,9 @@ def _equal(a: str, b: str, depth: int = 0) -> bool:
     choice_a, choice_b = (CHOICE.fullmatch(x) or LABELLED_CHOICE.match(x) for x in (a, b))
     if choice_a and choice_b and (CHOICE.fullmatch(a) or CHOICE.fullmatch(b)):
         return choice_a[1] == choice_b[1] or "(" in a + b and choice_a[1].upper() == choice_b[1].upper()
-    if _relation(a)[1] or _relation(b)[1]:
-        return _same_relation(*_relation(a), *_relation(b), depth)
+    (sides_a, signs_a), (sides_b, signs_b) = _relation(a), _relation(b)
+    if signs_a or signs_b:
+        return _same_relation(sides_a, signs_a, sides_b, signs_b, depth)
     if "∪" in a + b:
         return _same_multiset(_split(a, "∪"), _split(b, "∪"), depth)
     if r"\begin" in a + b:
@@ -397,8 +398,11 @@ def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b
         return True
     if signs_a == signs_b == "=" and all(map(_words, sides_a + sides_b)):
         return _same_multiset(sides_a, sides_b, depth)
-    if signs_a != signs_b or len(signs_a) > 1 or _same_sequence(sides_a, sides_b, depth):
-        return signs_a == signs_b and _same_sequence(sides_a, sides_b, depth)
+    if signs_a != signs_b:
+        return False
+    same = _same_sequence(sides_a, sides_b, depth)
+    if same or len(signs_a) > 1:
+        return same
     difference = _value("({})-({})".format(*sides_a))
     ratio = _value("(({})-({}))/(({})-({}))".format(*sides_a, *sides_b))  # constant for 2x = 4 and x - 2 = 0
     return bool(ratio) and not _same_number(*difference) and _same_number(*ratio) and (
@@ -643,7 +647,9 @@ class _Expression:
 
     def argument(self) -> Number:
         r"""What follows \frac or \sqrt: a group or one token, of a number one digit: \frac12 is 1/2."""
-        token = self.tokens[self.at] if self.next() not in ("", "+", "-") else self.take("a group or one token")
+        if self.next() in ("", "+", "-"):
+            raise ValueError("not an expression")
+        token = self.tokens[self.at]
         if len(token[0]) > 1 and token[0].isdigit():
             self.tokens[self.at:self.at + 1] = map(TOKEN.match, (token[0][0], token[0][1:]))
         return self.primary()
@@ -704,7 +710,7 @@ DATASETS = {  # name: (hub path, configuration, {split: what the hub calls it}, 
     "gaokao2023en": ("MARIO-Math-Reasoning/Gaokao2023-Math-En", None, {"test": "train"}, "question", "answer", "boxed"),
     "svamp": ("ChilleD/SVAMP", None, {"train": "train", "test": "train+test"}, "Body Question", "Answer", "boxed"),
 }
-ANSWER_FORMATS = ("any", *STATEMENTS)
+ANSWER_FORMATS = ("any", "boxed", "hash", "phrase")
 QUESTION_KEYS, ANSWER_KEYS = ("question", "problem", "prompt"), ("answer", "final_answer", "solution")
 
 
@@ -719,7 +725,7 @@ def load_problems(name_or_path: str, split: str = "train", read_row=None) -> lis
     """
     name, at, levels = name_or_path.rpartition("@")
     name, levels = (name, levels) if at and not os.path.exists(name_or_path) else (name_or_path, "")
-    if at and levels and not re.fullmatch("[0-9]+-[0-9]+", levels):
+    if levels and not re.fullmatch("[0-9]+-[0-9]+", levels):
         raise UserError(f"'{name_or_path}': levels are written as @3-5")
     path = os.path.join(name, f"{split}.jsonl") if os.path.isdir(name) else name
     if path.endswith((".jsonl", ".json")) or os.path.exists(path):
@@ -747,6 +753,8 @@ def as_problem(place: str, row: dict) -> dict:
     if not question or not answer:
         raise UserError(f"{place}: needs a question ({', '.join(QUESTION_KEYS)}) and an answer "
                         f"({', '.join(ANSWER_KEYS)}); it has {', '.join(row) or 'nothing'}")
+    if not isinstance(row.get("system") or "", str):
+        raise UserError(f"{place}: system must be a text, not {str(row['system'])[:40]!r}")
     solution = row.get("solution") if isinstance(row.get("solution"), str) else answer
     return row | {"question": question, "answer": extract_answer(answer) or answer.strip(), "solution": solution}
 
@@ -759,18 +767,19 @@ def _text(answer):
 
 
 def _read_jsonl(path, unfinished=False):
-    """[(place, row)] of a .jsonl file; blank lines are skipped, and with `unfinished` a last line without its end."""
+    """[(place, row)] of a .jsonl file; blank lines are skipped, and with `unfinished` a last line that breaks off."""
     try:
-        with open(path, encoding="utf-8-sig") as f:
-            lines = [(f"{path}, line {i}", line) for i, line in enumerate(f, 1)
-                     if line.strip() and (line.endswith("\n") or not unfinished)]
-    except (OSError, UnicodeDecodeError) as error:
+        with open(path, "rb") as f:
+            lines = [(f"{path}, line {i}", line) for i, line in enumerate(f, 1) if line.strip()]
+    except OSError as error:
         raise UserError(f"no problems can be read from '{path}': {error}") from None
     rows = []
     for place, line in lines:
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
+            if unfinished and not line.endswith(b"\n"):  # a run was killed here, perhaps inside a character
+                break
             raise UserError(f"{place}: no JSON: {error}") from None
         if not isinstance(row, dict):
             raise UserError(f"{place}: a row must be a JSON object")
@@ -814,8 +823,9 @@ def _read_hub(name, split):
 
 
 def choose_prompt(cfg, name):
-    """Settings with 'auto' replaced by the conventions of data set `name`. A folder or a file in it has those of the
-    data set that its name begins with: data/math500/test.jsonl is asked as math500."""
+    """Settings with 'auto' replaced by the conventions of data set `name`. A folder, a file in it (the current folder
+    too) or owner/name has those of the data set that its name begins with: data/math500/test.jsonl is asked as math500.
+    """
     path = re.sub("@[0-9]+-[0-9]+$", "", name)
     is_file = path.endswith((".jsonl", ".json"))
     folder = os.path.basename(os.path.dirname(os.path.abspath(path)) if is_file else path.rstrip("/\\"))
@@ -830,13 +840,14 @@ def choose_prompt(cfg, name):
 
 
 def encode_problems(tokenizer, problems, system_prompt, prompt_template):
-    """Prompt ids of problems. The template's {question} is replaced as text: other braces stay what they are."""
+    """Prompt ids of problems. The template's {question} is replaced as text: other braces stay what they are. A
+    problem with a `system` message of its own has that in the place of system_prompt."""
     from sample import encode_prompt
 
     if "{question}" not in prompt_template:
         raise UserError("prompt_template must contain {question}")
-    return [encode_prompt(tokenizer, prompt_template.replace("{question}", p["question"]), system_prompt,
-                          chat=system_prompt is not None) for p in problems]
+    return [encode_prompt(tokenizer, prompt_template.replace("{question}", p["question"]),
+                          p.get("system") or system_prompt, chat=system_prompt is not None) for p in problems]
 
 
 # --- scores: one response, one problem, one data set ------------------------------------------------------------------
@@ -878,9 +889,11 @@ def summarise(groups: list[list[dict]]) -> dict:
     summary |= {key: sum(row[key] for row in rows) / len(rows) for key in ("strict", "lenient", "truncated")}
     spread = sum((r / n - summary["strict"]) ** 2 for r in right) / max(1, len(groups) - 1)
     summary |= {"stderr": math.sqrt(spread / len(groups)), "length": sum(row["tokens"] for row in rows) / len(rows)}
-    for k in sorted({2**i for i in range(1, n.bit_length())} | {n}) if n > 1 else []:
-        summary[f"pass@{k}"] = sum(pass_at_k(n, r, k) for r in right) / len(groups)
-    return summary | ({f"maj@{n}": sum(map(majority, groups)) / len(groups)} if n > 1 else {})
+    if n > 1:
+        for k in sorted({2**i for i in range(1, n.bit_length())} | {n}):
+            summary[f"pass@{k}"] = sum(pass_at_k(n, r, k) for r in right) / len(groups)
+        summary[f"maj@{n}"] = sum(map(majority, groups)) / len(groups)
+    return summary
 
 
 def evaluate(net, tokenizer, problems, cfg, n=1, temperature=0.0, indices=None, on_rows=None):

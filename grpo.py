@@ -1,6 +1,6 @@
 """GRPO on a frozen model with an adapter of a few numbers (or with LoRA, or on all weights).
 
-    python grpo.py                                         # the embedded toy, a few minutes on a laptop's CPU
+    python grpo.py                                         # the embedded toy, half a minute on a laptop's CPU
     python grpo.py config/qwen7b_u13.py                    # 13 numbers on Qwen2.5-7B, one GPU
     python grpo.py --model=DIR --dataset=FILE.jsonl        # any checkpoint and problems you have
     torchrun --nproc_per_node=8 grpo.py config/qwen7b_u13.py
@@ -13,7 +13,6 @@ reference policy is the same model with v = 0), a merged or quantised engine tha
 
 import glob
 import hashlib
-import importlib.util
 import inspect
 import json
 import math
@@ -25,6 +24,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from importlib.util import find_spec
 
 from configurator import UserError, configure, prepare_out_dir, run, whole_file  # isort: skip (first: it says what is missing)
 
@@ -100,10 +100,10 @@ compile = False  # training's blocks through torch.compile, for packing = False:
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # problems in an evaluation; 0: all
-save_interval = 20  # steps between checkpoints
+save_interval = 20  # steps between checkpoints; 0: only after
 wandb_log = False  # metrics go to Weights & Biases too, project tinylora, as a run with out_dir's name
 tensorboard = False  # and to TensorBoard, in out_dir
-dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
+dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
 
 
@@ -183,7 +183,7 @@ def token_logprobs(hidden, head, targets, temperature, chunk=0):
     chunk = chunk or max(1, 2**26 // len(head))
     if not head.requires_grad:
         return FrozenHead.apply(hidden, head, targets, temperature, chunk)
-    parts = [checkpoint(lambda *chunk: chunk_logprobs(*chunk)[:2], hidden[i : i + chunk], head, targets[i : i + chunk],
+    parts = [checkpoint(lambda *x: chunk_logprobs(*x)[:2], hidden[i : i + chunk], head, targets[i : i + chunk],
                         temperature, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
              for i in range(0, len(targets), chunk)]
     return tuple(map(torch.cat, zip(*parts)))
@@ -347,7 +347,7 @@ def micro_batches(rows, max_tokens, packing=False):
 
 
 def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
-    """Add the gradient of the objective over `rows` to the adapter; num_rows and num_tokens are those of the whole
+    """Add the gradient of the objective over `rows` to what is trained; num_rows and num_tokens are those of the whole
     global batch. Returns sums over tokens: {clipped, kl, entropy, diff, diff_max, tokens}, and the loss."""
     sums = dict(loss=0.0, clipped=0.0, kl=0.0, entropy=0.0, diff=0.0, diff_max=0.0, tokens=0)
     clip_low, clip_high = (own or default for own, default in zip((cfg.clip_low, cfg.clip_high), CLIP[cfg.objective]))
@@ -369,7 +369,7 @@ def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
         weights = token_weights(lengths, cfg.objective, cfg.max_new_tokens, num_rows, num_tokens).to(logp.device)
         sampler_logp = pad([torch.tensor(row.sampler_logprobs) for row in batch], logp)
         check_finite(logp, mask, batch, cfg)
-        mismatch = (old_logp - sampler_logp).exp().clamp(max=cfg.tis_cap) if cfg.tis_cap else mask  # Yao et al. 2025
+        mismatch = (old_logp - sampler_logp).exp().clamp(max=cfg.tis_cap) if cfg.tis_cap else 1  # Yao et al. 2025
         loss, clipped = policy_loss(logp, old_logp, advantages, weights, mask, cfg.objective, clip_low, clip_high,
                                     mismatch)
         if cfg.kl_coef:
@@ -436,19 +436,17 @@ def check_settings(cfg):
         *bad_method(cfg),
         (cfg.method == "full" and cfg.kl_coef > 0, "kl_coef must be 0 with method = full: the reference policy would "
          "be a second copy of the weights"),
-        (not 0 <= cfg.overlong_tokens < cfg.max_new_tokens or cfg.tis_cap < 0, "overlong_tokens must be 0 or more and "
-         "below max_new_tokens, tis_cap 0 or more"),
         (cfg.group_size < 2, "group_size must be at least 2: the advantage is relative to the group's mean"),
         (cfg.top_p != 1.0 or cfg.top_k != 0, "top_p and top_k must stay 1.0 and 0 in training: sampling from a cut "
          "distribution biases the policy ratio (use temperature)"),
         (cfg.temperature <= 0, "temperature must be above 0 in training: greedy groups are all alike"),
         (cfg.objective not in CLIP, f"objective must be one of {', '.join(CLIP)}"),
-        (cfg.answer_format not in ("hash", "boxed", "any"), "answer_format must be hash, boxed or any"),
-        (cfg.init_from not in ("scratch", "resume"), "init_from must be scratch or resume"),
         (min(cfg.batch_size, cfg.max_new_tokens, cfg.num_passes, cfg.micro_batch_tokens) < 1 or cfg.max_steps < 0,
          "batch_size, max_new_tokens, num_passes and micro_batch_tokens must be at least 1, max_steps at least 0"),
         (min(cfg.lr, cfg.clip_low, cfg.clip_high, cfg.kl_coef, cfg.grad_clip, cfg.seed, cfg.eval_size, cfg.resample)
          < 0, "lr, clip_low, clip_high, kl_coef, grad_clip, seed, eval_size and resample must not be negative"),
+        (not 0 <= cfg.overlong_tokens < cfg.max_new_tokens or cfg.tis_cap < 0, "overlong_tokens must be 0 or more and "
+         "below max_new_tokens, tis_cap 0 or more"),
     ]
     for is_bad, message in bad:
         if is_bad:
@@ -456,21 +454,25 @@ def check_settings(cfg):
 
 
 def bad_method(cfg):
-    """What check_settings refuses of the settings of `method` and of the log, here and in sft.py."""
-    methods, dtypes = [*tinylora.SETTINGS, "full"], [*tinylora.DTYPES]
+    """What check_settings refuses of the settings that grpo.py and sft.py share."""
+    methods = [*tinylora.SETTINGS, "full"]
     return [
         (cfg.method not in methods, f"method '{cfg.method}' is unknown; {', '.join(methods)} are known"),
-        (cfg.save_dtype not in dtypes, f"save_dtype must be one of {', '.join(dtypes)}"),
+        (cfg.save_dtype not in tinylora.DTYPES, f"save_dtype must be one of {', '.join(tinylora.DTYPES)}"),
         (cfg.method == "full" and cfg.dtype not in ("auto", "float32"), "method = full trains float32 weights: small "
          "steps are rounded away in 16 bits"),
         (cfg.lr == 0 and cfg.method not in ("lora", "full"), "lr must be above 0: there is a rule for lora and full "
          "alone"),
-        *((is_on and importlib.util.find_spec(package) is None, f"{name} = True needs {package}: pip install {package}")
-          for name, is_on, package in (("wandb_log", cfg.wandb_log, "wandb"),
-                                       ("tensorboard", cfg.tensorboard, "tensorboard"))),
+        (cfg.wandb_log and find_spec("wandb") is None, "wandb_log = True needs wandb: pip install wandb"),
+        (cfg.tensorboard and find_spec("tensorboard") is None,
+         "tensorboard = True needs tensorboard: pip install tensorboard"),
         (cfg.dtype == "float16", "dtype = float16 has too short a range for gradients: train in bfloat16 or float32"),
         (cfg.shard < 1, "shard must be at least 1"),
         (cfg.compile and cfg.packing, "compile = True needs packing = False: each layer cuts a line of rows apart"),
+        (cfg.answer_format not in ("hash", "boxed", "any"), "answer_format must be hash, boxed or any"),
+        (cfg.init_from not in ("scratch", "resume"), "init_from must be scratch or resume"),
+        (min(cfg.eval_interval, cfg.save_interval) < 0, "eval_interval and save_interval must not be negative"),
+        (cfg.seed >= 2**32 - 1, "seed must be below 4294967295"),
     ]
 
 
@@ -603,13 +605,14 @@ def save_checkpoint(path, parameters, optimizer, step, history, identity):
 
 
 def previous(path):
-    return path.replace(".safetensors", ".previous.safetensors")
+    return path.removesuffix(".safetensors") + ".previous.safetensors"
 
 
 def checksum(tensors, info):
     digest = hashlib.sha256(json.dumps(info, sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -669,9 +672,8 @@ def open_log(path, step):
     if step and os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with open(path + ".tmp", "w", encoding="utf-8") as log:  # aside: a run killed here keeps the log it had
+    with whole_file(path) as aside, open(aside, "w", encoding="utf-8") as log:  # a run killed here keeps the log it had
         log.writelines(lines)
-    os.replace(path + ".tmp", path)
     return open(path, "a", encoding="utf-8")
 
 
@@ -700,19 +702,19 @@ def open_reports(cfg, step):
     return report, lambda: [close() for close in closing]
 
 
-def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step, eval_problems, held_out=None):
+def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, world, take_step, eval_problems,
+                  held_out=None):
     """The loop of grpo.py and sft.py: resume, evaluate, take steps, log, save, and give way to Ctrl-C.
 
-    parameters, identity: of trained_parameters.
+    parameters, identity: of trained_parameters. rank, world: of start_ranks.
     take_step(step, interrupt) changes them; it returns a dict of metrics for the log and a line for the screen.
     eval_problems: what an evaluation asks, eval_size of them. held_out(): the loss on held-out rows, over all ranks.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     numbers, need = sum(map(whole_size, parameters.values())), 12 * sum(p.numel() for p in parameters.values())
     if need > free_memory(net.device):
         raise UserError(f"gradient and Adam's two moments of {numbers:,} numbers take {need / 1e9:.1f} GB, "
                         f"{free_memory(net.device) / 1e9:.1f} GB are free; use tinylora, a lower rank or fewer targets")
-    rank, world, chief = rank // cfg.shard, world // cfg.shard, is_chief()
+    chief = is_chief()
     eval_problems = eval_problems[: cfg.eval_size or None]
     checkpoint_file = os.path.join(cfg.out_dir, "checkpoint.safetensors")
     step, history = 0, {"seconds": 0.0, "base": None, "accuracy": None, "evaluated": None, "best": None,
@@ -725,8 +727,9 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
         history |= saved
     if chief:
         prepare_out_dir(cfg, "log.jsonl")
-        for left in glob.glob(os.path.join(cfg.out_dir, "**", ".tmp*"), recursive=True):
-            os.remove(left)  # safetensors writes aside to such names: a killed run may leave one
+        for place in (os.path.join(cfg.out_dir, name) for name in ("", "model", "best")):
+            for left in glob.glob(".tmp*", root_dir=place):  # safetensors' own, which a killed run may leave
+                os.remove(os.path.join(place, left))
     log = open_log(os.path.join(cfg.out_dir, "log.jsonl"), step) if chief else None
     report, close_reports = open_reports(cfg, step) if chief else (None, None)
     began = time.time() - history["seconds"]
@@ -757,6 +760,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
                 result = eval_math.summarise([[row] for row in rows]) | {"rows": rows}
         if held_out:
             result["loss"] = held_out()
+        interrupt.hold()  # history, log and the best adapter change together
         history.update(accuracy=result.get("strict"), loss=result.get("loss"), evaluated=step)
         write({"step": step, "eval": {k: v for k, v in result.items() if k != "rows"}})
         if chief:
@@ -766,13 +770,13 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
             history["best"] = score
             if step and (chief or net.shard):
                 save_trained(net, cfg, best=True)
+        interrupt.release()
 
     try:
         with Interrupt(net) as interrupt:
             try:
                 if step == 0:
                     evaluate()
-                    interrupt.release()
                     history.update(base=history["accuracy"], base_loss=history["loss"])
                 elif cfg.eval_interval and step % cfg.eval_interval == 0 and history["evaluated"] != step:
                     evaluate()  # what an interruption cut short
@@ -785,7 +789,6 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
                     interrupt.release()
                     if cfg.eval_interval and step % cfg.eval_interval == 0:
                         evaluate()
-                        interrupt.release()
                     if cfg.save_interval and step % cfg.save_interval == 0:
                         save()
                 if history["evaluated"] != step:
@@ -804,12 +807,11 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_ste
             close_reports()
     if chief and "v" in parameters and numbers <= 1000:
         print(f"the same in a message: --adapter={tinylora.adapter_text(net.adapter, cfg.save_dtype)}")
-    if chief and history["base"] is not None:
-        print(f"{os.path.basename(os.path.normpath(cfg.out_dir))}: greedy accuracy {history['base']:.3f} -> "
-              f"{history['accuracy']:.3f} with {numbers} numbers in {time.time() - began:.0f} s")
-    elif chief and history["base_loss"] is not None:
-        print(f"{os.path.basename(os.path.normpath(cfg.out_dir))}: held-out loss {history['base_loss']:.4f} -> "
-              f"{history['loss']:.4f} with {numbers} numbers in {time.time() - began:.0f} s")
+    name, cost = os.path.basename(os.path.normpath(cfg.out_dir)), f"{numbers} numbers in {time.time() - began:.0f} s"
+    if chief and None not in (history["base"], history["accuracy"]):
+        print(f"{name}: greedy accuracy {history['base']:.3f} -> {history['accuracy']:.3f} with {cost}")
+    elif chief and None not in (history["base_loss"], history["loss"]):
+        print(f"{name}: held-out loss {history['base_loss']:.4f} -> {history['loss']:.4f} with {cost}")
     leave_ranks(net)
 
 
@@ -852,7 +854,7 @@ def train(cfg):
     def take_step(step, interrupt):
         return training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt)
 
-    training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step, eval_problems)
+    training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, world, take_step, eval_problems)
 
 
 def prepare_problems(net, tokenizer, problems, cfg):
@@ -942,10 +944,10 @@ def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, i
     record |= {key: total / scored if scored else None for key, total in sums.items()} | {"diff_max": diff_max}
     record["seconds"] = {"generate": t1 - t0, "update": t2 - t1, "tokens_per_second": n["tokens"] / (t1 - t0),
                          "peak_gb": peak_gb(net.device)}
-    return record, summary(record, cfg)
+    return record, summary(record, cfg, net.head.dtype)
 
 
-def summary(r, cfg):
+def summary(r, cfg, dtype):
     """The line of a step on the screen."""
     line = (f"reward {r['reward']:.3f} (last number {r['reward_lenient']:.3f}) | length {r['length']:.0f} | |v| "
             f"{r['v_norm']:.3f} | grad {r['grad_norm']:.3f} | equal groups {r['equal_groups']:.2f} | ")
@@ -954,12 +956,12 @@ def summary(r, cfg):
     else:
         line += f"entropy {r['entropy']:.2f} | sampler-trainer {r['diff']:.0e} | "
     line += f"{r['seconds']['generate']:.1f} + {r['seconds']['update']:.1f} s"
-    return "\n".join([line, *(f"warning: {text}" for text in warnings_of(r, cfg))])
+    return "\n".join([line, *(f"warning: {text}" for text in warnings_of(r, cfg, dtype))])
 
 
-def warnings_of(r, cfg):
+def warnings_of(r, cfg, dtype):
     """What in a step's metrics calls for a hand."""
-    mismatch = 1e-3 if cfg.dtype == "float32" else 0.05
+    mismatch = 1e-3 if dtype == torch.float32 else 0.05
     entropy, diff = r["entropy"], r["diff"] or 0.0  # None in a step without a gradient
     signs = [
         (r["truncated"] > 0.2, f"{r['truncated']:.0%} of the answers were cut off and earned nothing; raise "
@@ -988,7 +990,7 @@ def update(optimizer, parameters, grad_clip):
     norm = norm.item()
     if not math.isfinite(norm):
         raise UserError("the gradient is not finite; nothing was changed by this pass. Lower lr, or use "
-                        "--dtype=bfloat16 or float32")
+                        "--dtype=float32")
     optimizer.step()
     return norm
 

@@ -212,7 +212,8 @@ class Transformer(nn.Module):
 
 
 def compile_blocks(model, backend="inductor"):
-    """Have torch.compile fuse a block's small operations in training; a sampler, which brings a cache, is left alone.
+    """Have torch.compile fuse a block's small operations in training. What brings a cache, a sampler or
+    grpo.Packed, is left alone.
 
     A compiled block serves all layers and every number and length of rows: these sizes are symbols in it, which wastes
     nothing on padding to a few lengths. It is compiled anew for a single row, for the first layer (whose input wants
@@ -394,8 +395,9 @@ def pick_device(device="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(device)
-        torch.empty(1, device=device).item()
+        probe = torch.empty(1, device=torch.device(device))
+        probe.item()  # there is nothing to read on meta
+        device = probe.device  # with the number that plain "cuda" lacks, and that set_device wants
         if device.type == "cuda":
             torch.cuda.set_device(device)  # CUDA graphs are recorded on the current device
     except (RuntimeError, AssertionError):  # NotImplementedError, of meta, is a RuntimeError
@@ -484,8 +486,7 @@ def _parse_config(file):
     need(isinstance(rope, dict), "its rope settings are not a JSON object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     need(rope_type in ("default", "llama3"),
-         f"rope type {rope_type!r} is not supported; use a checkpoint with default or "
-         "llama3")
+         f"rope type {rope_type!r} is not supported; use a checkpoint with default or llama3")
     for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
         need(rope_type == "default" or positive(rope.get(key)), f"its llama3 rope settings lack {key}")
     need(rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) == 1.0,
@@ -501,17 +502,18 @@ def _parse_config(file):
     given = {key: value for key, value in raw.items() if value is not None}
     try:
         heads = given["num_attention_heads"]
-        need(heads % (raw.get("num_key_value_heads") or heads) == 0, "num_key_value_heads must divide the heads")
+        kv_heads = given.get("num_key_value_heads", heads)
+        need(heads % kv_heads == 0, "num_key_value_heads must divide the heads")
         return Config(
             vocab_size=given["vocab_size"],
             hidden_size=given["hidden_size"],
             intermediate_size=given["intermediate_size"],
             num_hidden_layers=given["num_hidden_layers"],
             num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or given["hidden_size"] // heads,
+            num_key_value_heads=kv_heads,
+            head_dim=given.get("head_dim", given["hidden_size"] // heads),
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            max_position_embeddings=raw.get("max_position_embeddings") or (2048 if kind == "llama" else 32768),
+            max_position_embeddings=given.get("max_position_embeddings", 2048 if kind == "llama" else 32768),
             rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
             rope_scaling=rope if rope_type == "llama3" else None,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -520,6 +522,9 @@ def _parse_config(file):
         )
     except KeyError as error:
         raise UserError(f"{file}: key {error} is missing") from None
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(path, dtype=None, device=None, shard=1):
@@ -536,18 +541,18 @@ def load_model(path, dtype=None, device=None, shard=1):
     if dtype in (None, "auto"):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     elif isinstance(dtype, str):
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
+        dtype = DTYPES.get(dtype)
         if dtype is None:
             raise UserError("dtype must be auto, float32, bfloat16 or float16")
     path = checkpoint_dir(path)
     config = load_config(path)
     with torch.device("meta"):  # shapes only: the numbers come from the files, straight to the device
         model = Transformer(config)
-    free, parts = free_memory(device), {n: shard if ".layers." in n else 1 for n, _ in model.named_parameters()}
+    free = free_memory(device)
     if shard > 1:
         model.shard = Shard(shard, config, device, dtype)
         free = model.shard.least(free)
-    need = sum(p.numel() / parts[n] for n, p in model.named_parameters()) * dtype.itemsize
+    need = sum(p.numel() / (shard if ".layers." in n else 1) for n, p in model.named_parameters()) * dtype.itemsize
     if need > free:
         raise UserError(f"{path}: the weights take {need / 1e9:.1f} GB in {str(dtype)[6:]}, {free / 1e9:.1f} GB are "
                         f"free on {device}; use a smaller model" + " or --dtype=bfloat16" * (dtype == torch.float32))
@@ -610,7 +615,7 @@ def _checked(file, name, tensor, shapes):
     if tensor.shape != shapes[name]:
         raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, config.json says {list(shapes[name])}; use "
                         "the config.json that belongs to these weights")
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if tensor.dtype not in DTYPES.values():
         raise UserError(f"{file}: {name} is {tensor.dtype}; use the checkpoint in float32, bfloat16 or float16")
     if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():  # the sum alone may overflow
         raise UserError(f"{file}: {name} holds NaN or infinity; the file is damaged, download it again")
@@ -639,16 +644,19 @@ def save_model(model, path, tokenizer_from=None, max_shard_bytes=5 * 10**9):
         size += nbytes
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else ["model.safetensors"]
-    for file, shard in zip(names, shards):  # written aside and renamed: a run killed here leaves the old file whole
+    for file, shard in zip(names, shards):  # written aside and renamed: a run killed here leaves every file whole
         tensors = {name: whole(p) for name, p in shard.items()}
         if is_chief():
             with whole_file(os.path.join(path, file)) as aside:
                 save_file(tensors, aside, {"format": "pt"})
     if not is_chief():
         return
-    index = {"metadata": {"total_size": sum(whole_size(p) * p.element_size() for s in shards for p in s.values())},
-             "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
-    for name, data in [("config.json", raw)] + [("model.safetensors.index.json", index)] * (len(shards) > 1):
+    files = {"config.json": raw}
+    if len(shards) > 1:
+        total = sum(whole_size(p) * p.element_size() for shard in shards for p in shard.values())
+        files["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": {
+            name: file for file, shard in zip(names, shards) for name in shard}}
+    for name, data in files.items():
         with whole_file(os.path.join(path, name)) as aside, open(aside, "w", encoding="utf-8") as f:
             json.dump(data, f, indent=2)
     for name in TOKENIZER_FILES if tokenizer_from else ():
@@ -873,6 +881,8 @@ def _split_pattern(file, data):
 
 def _chat_template(path, extra):
     text = extra.get("chat_template")
+    if isinstance(text, list):  # several, by name
+        text = next((t.get("template") for t in text if t.get("name") == "default"), None)
     file = os.path.join(path, "chat_template.jinja")
     if os.path.exists(file):
         with open(file, encoding="utf-8") as f:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tinylora
-from model import free_memory, load_model, load_tokenizer
+from model import attention, free_memory, load_model, load_tokenizer
 
 model = "toy/base"  # checkpoint directory or hub name
 adapter = ""  # adapter file, the out_dir of a run, or text (hex:...); none if empty. Several: separated by commas
@@ -84,7 +84,7 @@ class KVCache:
         if self.positions is None:
             T = k.shape[2]
             self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k, v
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return attention(q, k, v)
         B, heads, _, hd = q.shape
         for entries, new in ((self.k, k), (self.v, v)):
             entries[layer].view(-1, hd).index_copy_(0, self.places, new.reshape(-1, hd))
@@ -147,7 +147,8 @@ class Sampler:
         device = model.device
         self.cache = KVCache(model.config, slots, length, model.head)
         self.stops = torch.tensor(sorted(tokenizer.stop_ids), device=device, dtype=torch.long)
-        whole, columns = dict(dtype=torch.long, device=device), max_new_tokens + 1  # see step
+        whole = dict(dtype=torch.long, device=device)
+        columns = max_new_tokens + 1  # the last is where a row that has stopped writes, see step
         self.state = SimpleNamespace(  # a line a slot
             prompt=torch.zeros(slots, **whole),  # which of the prompts it answers
             token=torch.zeros(slots, **whole),  # the next input
@@ -261,8 +262,8 @@ class Sampler:
         if not self.pool:
             return self.step(B, end)
         # A graph serves one shape: round both up, to few shapes. The slots beyond the rows in use compute nothing new.
-        B = next(b for b in (1, 2, 4, 8, 16, 32, 64, 128, 256, self.slots) if b >= min(B, self.slots))
-        B, end = min(B, self.slots), min(self.length, -(-end // 128) * 128)
+        B = min(self.slots, next(b for b in (1, 2, 4, 8, 16, 32, 64, 128, 256, self.slots) if b >= B))
+        end = min(self.length, -(-end // 128) * 128)
         self.cache.clear(end)
         if (B, end) in self.graphs:
             return self.graphs[B, end].replay()
@@ -318,7 +319,6 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     max_new_tokens = min(max_new_tokens, context - min(map(len, prompts)))  # nothing is sized for more than there is
     length = max(min(len(p) + max_new_tokens, context) for p in prompts)
     draw = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    sampler = Sampler(model, tokenizer, fitting_rows(model, length, len(prompts) * n), length, max_new_tokens, draw, R)
     out = [[None] * n for _ in prompts]
     bar = tqdm(total=len(prompts) * n, desc=progress, unit="row", leave=False, disable=None if progress else True)
 
@@ -337,6 +337,8 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
         return row_uniforms(seed, prompt_ids[i], j, max_new_tokens)
 
     try:
+        slots = fitting_rows(model, length, len(prompts) * n)
+        sampler = Sampler(model, tokenizer, slots, length, max_new_tokens, draw, R)
         with bar, tinylora.sampling_form(model, own=R is not None):
             sampler.run(prompts, n, limits, uniforms, finished, on_token)
     finally:
@@ -345,20 +347,21 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     return out
 
 
-def fitting_rows(model, length, rows, most=512):
+def fitting_rows(model, length, rows):
     """How many of `rows` rows of `length` tokens to sample at a time: what 60 % of the free memory holds, at most 512.
     UserError where not even one fits."""
     c = model.config
     entry = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.head.element_size()  # bytes a token
     extra = 16 * c.vocab_size  # logits and their copies in fp32
+    row = entry * length + extra
     budget = 0.6 * free_memory(model.device)
     if model.shard:  # its ranks sample the same rows
         budget = model.shard.least(budget)
-    if budget < entry * length + extra:
-        raise UserError(f"a row of {length} tokens needs {(entry * length + extra) / 1e9:.2f} GB for keys and values, "
+    if budget < row:
+        raise UserError(f"a row of {length} tokens needs {row / 1e9:.2f} GB for keys and values, "
                         f"and {budget / 1e9:.2f} GB can be used: at most {max(0, int((budget - extra) / entry))} "
                         "tokens; lower max_new_tokens")
-    return min(rows, most, int(budget // (entry * length + extra)))
+    return min(rows, 512, int(budget // row))
 
 
 def encode_prompt(tokenizer, text, system_prompt="", chat=True):

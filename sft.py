@@ -89,10 +89,10 @@ compile = False  # training's blocks through torch.compile, for packing = False:
 eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # rows in an evaluation; 0: all
 max_new_tokens = 64  # of an answer in the evaluation
-save_interval = 20  # steps between checkpoints
+save_interval = 20  # steps between checkpoints; 0: only after
 wandb_log = False  # metrics go to Weights & Biases too, project tinylora, as a run with out_dir's name
 tensorboard = False  # and to TensorBoard, in out_dir
-dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
+dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
 
 STREAMED = {"tulu3": "allenai/tulu-3-sft-mixture", "openthoughts3": "open-thoughts/OpenThoughts3-1.2M"}
@@ -108,8 +108,6 @@ def check_settings(cfg):
          "not be negative, beta2 in [0, 1)"),
         (cfg.lr_schedule not in ("constant", "cosine"), "lr_schedule must be constant or cosine"),
         (cfg.eval_dataset in STREAMED, f"eval_dataset: {cfg.eval_dataset} has no rows held out; give a .jsonl file"),
-        (cfg.init_from not in ("scratch", "resume"), "init_from must be scratch or resume"),
-        (cfg.answer_format not in ("hash", "boxed", "any"), "answer_format must be hash, boxed or any"),
         (min(cfg.batch_size, cfg.max_new_tokens, cfg.micro_batch_tokens, cfg.shuffle_buffer) < 1 or cfg.max_steps < 0,
          "batch_size, max_new_tokens, micro_batch_tokens and shuffle_buffer must be at least 1, max_steps at least 0"),
     ]
@@ -150,8 +148,7 @@ def as_example(place, row):
 def encode_example(tokenizer, example, cfg):
     """The example's token ids up to the last that is trained, and of each whether it is."""
     if "messages" not in example:
-        system = example.get("system") or cfg.system_prompt
-        [prompt] = eval_math.encode_problems(tokenizer, [example], system, cfg.prompt_template)
+        [prompt] = eval_math.encode_problems(tokenizer, [example], cfg.system_prompt, cfg.prompt_template)
         said = tokenizer.encode(example["solution"]) + [tokenizer.eos_id]
         return prompt + said, [False] * len(prompt) + [True] * len(said)
     messages = example["messages"]
@@ -167,7 +164,7 @@ def encode_example(tokenizer, example, cfg):
 @lru_cache
 def warn(text):
     """Say it once, and from one process."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_chief():
         print(f"warning: {text}")
 
 
@@ -211,12 +208,11 @@ def read(name, rows):
 
 
 def shuffled(name, rows, cfg):
-    """(position, row) without end, epoch after epoch, in an order that depends on seed and shuffle_buffer alone."""
-    rows, position = rows.shuffle(seed=cfg.seed, buffer_size=cfg.shuffle_buffer), itertools.count()
+    """The rows without end, epoch after epoch, in an order that depends on seed and shuffle_buffer alone."""
+    rows = rows.shuffle(seed=cfg.seed, buffer_size=cfg.shuffle_buffer)
     for epoch in itertools.count():
         rows.set_epoch(epoch)  # another order
-        for row in read(name, rows):
-            yield next(position), row
+        yield from read(name, rows)
 
 
 def batches(cfg, rank, world):
@@ -224,7 +220,7 @@ def batches(cfg, rank, world):
     of a stream). A resumed run takes the rows that it would have taken uninterrupted; a stream it reads from the start
     again, past those it has had. Every rank reads all of a stream: so its order is the same for any number of ranks."""
     if is_streamed(cfg.dataset):
-        rows = shuffled(cfg.dataset, open_stream(cfg.dataset, "train"), cfg)
+        rows = enumerate(shuffled(cfg.dataset, open_stream(cfg.dataset, "train"), cfg))
 
         def batch(step):
             later = (item for item in rows if item[0] >= step * cfg.batch_size)
@@ -294,8 +290,7 @@ def train(cfg):
         if not num_tokens:
             raise UserError(f"step {step + 1} has no token to train on: all its rows are cut off before the first; "
                             "raise max_length")
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
+        optimizer.param_groups[0]["lr"] = rate = learning_rate(step, cfg)
         optimizer.zero_grad(set_to_none=False)
         loss_sum = 0.0
         for part in micro_batches(rows, cfg.micro_batch_tokens, cfg.packing):
@@ -306,9 +301,9 @@ def train(cfg):
         grad_norm = update(optimizer, parameters.values(), cfg.grad_clip)
         [loss_sum] = all_reduce([loss_sum], net)
         seconds = time.time() - t0
-        record = {"loss": loss_sum, "grad_norm": grad_norm, "lr": learning_rate(step, cfg), "tokens": num_tokens,
+        record = {"loss": loss_sum, "grad_norm": grad_norm, "lr": rate, "tokens": num_tokens,
                   "cut_off": cut, "seconds": {"step": seconds, "peak_gb": peak_gb(net.device)}}
-        line = f"loss {loss_sum:.4f} | grad {grad_norm:.3f} | lr {record['lr']:.2e} | {seconds:.2f} s"
+        line = f"loss {loss_sum:.4f} | grad {grad_norm:.3f} | lr {rate:.2e} | {seconds:.2f} s"
         return record, line + (f" | {cut:.0f} rows cut off" if cut else "")
 
     asked = [e for e in held_out if "messages" not in e]
@@ -316,9 +311,10 @@ def train(cfg):
     rows, cut = encode_examples(tokenizer, scored[rank::world], cfg, context)
     [cut] = all_reduce([cut], net)
     if cut and is_chief():
-        print(f"{cut:.0f} of {len(scored)} held-out rows are longer than max_length, and count up to there")
+        print(f"{cut:.0f} of {len(scored)} held-out rows are longer than {cfg.max_length or context} tokens, and count "
+              "up to there")
     measure = partial(held_out_loss, net, tokenizer, rows, cfg) if scored else None
-    training_loop(cfg, net, tokenizer, parameters, optimizer, identity, take_step, asked, measure)
+    training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, world, take_step, asked, measure)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from model import CUT_BY_ROWS, checkpoint_dir, is_chief, load_model, own_part, read_json, save_model, whole
+from model import CUT_BY_ROWS, DTYPES, checkpoint_dir, is_chief, load_model, own_part, read_json, save_model, whole
 
 model = "toy/base"  # checkpoint directory or hub name: the base of the adapter
 adapter = ""  # export: adapter file, the out_dir of a run, or text (hex:...)
@@ -55,7 +55,6 @@ SETTINGS = {"tinylora": ("rank", "u", "n_tie", "tie", "seed", "targets"), "lora_
             "lora": ("rank", "alpha", "seed", "targets")}  # what each method reads; the others it leaves unread
 KINDS = {"method": str, "rank": int, "u": int, "n_tie": int, "tie": str, "seed": int, "targets": str, "alpha": float,
          "base": str, "dtype": str}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMAT = "tinylora-2"
 
 # ------------------------------------------------------------------------------------------------------ the adapter
@@ -65,10 +64,10 @@ class AdaptedLinear(nn.Linear):
     """A frozen linear whose output gets the low-rank update. Its weight and bias keep the checkpoint's names."""
 
     @classmethod
-    def adapt(cls, linear, adapter, index, US, Vt):
+    def adapt(cls, linear, index, US, Vt):
         linear.__class__ = cls  # in place: same parameters, same names, one more term in forward
         # Past nn.Module: neither submodule nor parameters, so that the model's state dict stays the checkpoint's.
-        linear.__dict__.update(adapter=adapter, index=index, US=US, Vt=Vt, R=None)
+        linear.__dict__.update(index=index, US=US, Vt=Vt, R=None)
 
     def forward(self, x):
         R = self.R  # [r, r], or [B, r, r] where every row of x [B, T, n] has its own
@@ -100,7 +99,7 @@ class Adapter(nn.Module):
         self.R = None
         self.rows = None  # [N, B, r, r] from load_adapters: every row of a batch its own R; None: all the one of v
         self.enabled = True
-        self.held = False  # R is not looked at: sampling_form has multiplied it out
+        self.held = False  # refresh leaves R as it is: sampling_form has taken it, for as long as v stands still
 
     def refresh(self, *_):
         """Set all R [N, r, r]; runs before every forward pass, so an update of v is never missed."""
@@ -233,10 +232,10 @@ def add_adapter(model, method="tinylora", rank=2, u=13, n_tie=0, tie="tiled", se
                 A.cut = model.shard, 1
     else:
         factors = svd_factors({name: linear.weight for name, linear in modules.items()}, rank, model.shard)
-        adapter = Adapter(meta, projections(meta, modules).to(model.device), torch.tensor(groups).to(model.device))
+        adapter = Adapter(meta, projections(meta, modules, model.device), torch.tensor(groups).to(model.device))
         factors = [(US.to(model.dtype), Vt.to(model.dtype)) for US, Vt in cut_factors(model, modules, factors)]
     for index, (linear, (US, Vt)) in enumerate(zip(modules.values(), factors)):
-        AdaptedLinear.adapt(linear, adapter, index, US, Vt)
+        AdaptedLinear.adapt(linear, index, US, Vt)
     adapter.linears = list(modules.values())
     object.__setattr__(model, "adapter", adapter)  # not a submodule, see AdaptedLinear.adapt
     adapter.hook = model.model.register_forward_pre_hook(adapter.refresh)
@@ -323,12 +322,12 @@ def random_projection(seed, name, u, rank):
     return torch.from_numpy(random_state(seed, name).standard_normal((u, rank, rank)) / math.sqrt(rank)).float()
 
 
-def projections(meta, names):
+def projections(meta, names, device="cpu"):
     """P [N, u, r, r] of the settings: random, or for lora_xs the matrix units."""
     rank = meta["rank"]
     if meta["method"] == "lora_xs":
-        return torch.eye(rank * rank).view(-1, rank, rank).expand(len(names), -1, -1, -1)
-    return torch.stack([random_projection(meta["seed"], name, meta["u"], rank) for name in names])
+        return torch.eye(rank * rank, device=device).view(-1, rank, rank).expand(len(names), -1, -1, -1)
+    return torch.stack([random_projection(meta["seed"], name, meta["u"], rank) for name in names]).to(device)
 
 
 def lora_init(modules, rank, seed):
@@ -356,19 +355,16 @@ def merge(model):
     """Fold the adapter into the weights, in fp32 with one rounding, and remove it. For export only."""
     adapter = model.adapter
     adapter.refresh()
-    for linear in list(adapted_linears(model).values()):
-        if isinstance(linear, AdaptedLinear):
-            update = linear.US.float() @ adapter.R[linear.index] @ linear.Vt.float()
-            linear.weight.copy_((linear.weight.float() + update).to(linear.weight.dtype))
+    for linear in adapter.linears:
+        linear.weight.copy_(linear.weight.float() + linear.US.float() @ linear.R @ linear.Vt.float())
     return detach(model)
 
 
 def detach(model):
     """Remove the adapter: the model is again as it was loaded."""
-    for linear in list(adapted_linears(model).values()):
-        if isinstance(linear, AdaptedLinear):
-            linear.__class__ = nn.Linear
-            del linear.adapter, linear.index, linear.US, linear.Vt, linear.R
+    for linear in model.adapter.linears:
+        linear.__class__ = nn.Linear
+        del linear.index, linear.US, linear.Vt, linear.R
     model.adapter.hook.remove()
     del model.adapter
     return model
@@ -378,11 +374,11 @@ def detach(model):
 
 
 @torch.no_grad()
-def top_svd(W, rank, name="a matrix", tol=1e-6, block=8):
+def top_svd(W, rank, name="a matrix"):
     """Top singular triplets of W [m, n]: U [m, r], S [r], Vt [r, n] in fp32, with canonical signs.
 
     Block Lanczos on the smaller of W^T W and W W^T with full reorthogonalisation (Golub, Luk & Overton 1981), until
-    residual / gap, a bound on the angle by which a singular vector is off, is below tol for each of them. A full SVD
+    residual / gap, a bound on the angle by which a singular vector is off, is below 1e-6 for each of them. A full SVD
     of a 7B model takes half an hour; this takes seconds, and on flat spectra merely more rounds.
     Signs: (u, v) and (-u, -v) are both right but give different updates, so the entry of u that is largest in
     magnitude is made positive (the first, if several are).
@@ -391,16 +387,14 @@ def top_svd(W, rank, name="a matrix", tol=1e-6, block=8):
     M = W if W.shape[0] >= W.shape[1] else W.T  # [m, n], n the smaller side
     n = M.shape[1]
     if n <= max(512, 8 * rank):  # small enough for all of M^T M, which is then faster
-        basis, vectors, values = None, *_top_eigen(M.T @ M, rank)
+        V, values = _top_eigen(M.T @ M, rank)
         residual = 1e-15 * values[:1]
     else:
-        basis, vectors, values, residual = _lanczos(M, rank, tol, max(block, rank // 4), name)
-    gaps = (values[:-1] - values[1:]).clamp(min=1e-300)  # [r] below each wanted value; above it is its neighbour's
-    angle = (residual / torch.minimum(gaps, torch.cat((gaps[:1], gaps[:-1])))).max().item()
+        V, values, residual = _lanczos(M, rank, 1e-6, max(8, rank // 4), name)
+    angle = (residual / _gaps(values).clamp(min=1e-300)).max().item()
     if angle > 1e-5:
         print(f"note: {name}: singular values {', '.join(f'{s:.6g}' for s in values.sqrt())} nearly coincide, which "
               "leaves their vectors open: v may mean another update on another machine")
-    V = vectors if basis is None else basis @ vectors
     US = M @ V
     S = US.norm(dim=0)
     U, V = (US / S.clamp(min=1e-300), V) if M is W else (V, US / S.clamp(min=1e-300))
@@ -415,8 +409,14 @@ def _top_eigen(T, rank):
     return vectors.flip(1)[:, :rank], values
 
 
+def _gaps(values):
+    """How far each wanted eigenvalue is from its nearest neighbour: values [r + 1], descending -> [r]."""
+    below = values[:-1] - values[1:]
+    return torch.minimum(below, torch.cat((below[:1], below[:-1])))
+
+
 def _lanczos(M, rank, tol, block, name, limit=0):
-    """A basis [n, k] of a Krylov space of M^T M and, within it, what _top_eigen returns; the residuals [r]."""
+    """What _top_eigen returns of M^T M [n, n], and the residuals [r]."""
     n = M.shape[1]
     limit = limit or min(n, 1024 + 8 * rank)
     generator = torch.Generator().manual_seed(0)  # the start decides the rounds needed, not the result
@@ -429,14 +429,12 @@ def _lanczos(M, rank, tol, block, name, limit=0):
         H = basis.T @ Z
         T[:k, k - block : k], T[k - block : k, :k] = H, H.T
         X, remainder = torch.linalg.qr(Z - basis @ H)
-        if rounds >= next_check and k > rank:
+        if (rounds >= next_check or k + block > limit) and k > rank:  # now and then, and before it gives up
             next_check = rounds + max(2, rounds // 4)  # the eigenproblem grows: look less often as it does
             vectors, values = _top_eigen(T[:k, :k], rank)
             residual = (remainder @ vectors[-block:]).norm(dim=0)  # of M^T M v = s^2 v, without another product
-            gaps = values[:-1] - values[1:]
-            gaps = torch.minimum(gaps, torch.cat((gaps[:1], gaps[:-1])))
-            if (residual <= torch.maximum(tol * gaps, 1e-14 * values[0])).all():  # or all that float64 can tell
-                return basis, vectors, values, residual
+            if (residual <= torch.maximum(tol * _gaps(values), 1e-14 * values[0])).all():  # or all float64 can tell
+                return basis @ vectors, values, residual
         if k + block > limit:
             raise UserError(f"the SVD of {name} has not converged with {k} vectors; a smaller rank is easier")
         for _ in range(2):  # twice is enough (Kahan), even where Z was in the basis but for rounding errors
@@ -560,7 +558,7 @@ def adapter_text(adapter, dtype="float32"):
     raw = adapter.v.detach().to(DTYPES[dtype]).cpu().contiguous().view(torch.uint8).numpy()
     numbers = raw.reshape(-1, DTYPES[dtype].itemsize)[:, ::-1].tobytes().hex()
     settings = ":".join(f"{key}={value}" for key, value in (adapter.meta | {"dtype": dtype}).items())
-    return f"hex:{numbers}:{FORMAT}:{settings.replace(',', '+')}"
+    return f"hex:{numbers}:{FORMAT}:{settings.replace(',', '+').replace(' ', '')}"
 
 
 def read_adapter(where):
@@ -666,9 +664,9 @@ def load_adapters(model, adapters):
                     cache[key] = projections(meta, modules)
                 if not hasattr(model, "adapter"):
                     attached = load_adapter(model, where)
-                mine = [m for m in adapted_linears(model).values() if isinstance(m, AdaptedLinear)]
                 shared = model.adapter.meta
-                if shared["method"] == "lora" or meta["rank"] != shared["rank"] or mine != list(modules.values()):
+                if shared["method"] == "lora" or meta["rank"] != shared["rank"] or (
+                        model.adapter.linears != list(modules.values())):
                     raise UserError(f"{where[:80]}: rank and targets must be the same for all adapters of a batch")
                 out[k] = mix(tensors["v"], torch.tensor(groups), cache[key])
     except UserError:
@@ -757,6 +755,9 @@ def import_peft(model, path):
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if config.get("peft_type") != "LORA" or type(rank) is not int or not isinstance(alpha, (int, float)) or rank < 1:
         raise UserError(f"{path}: only a PEFT adapter of type LORA can be read")
+    if str(config.get("init_lora_weights")).lower().startswith(("pissa", "corda", "olora", "loftq", "lora_ga")):
+        raise UserError(f"{path}: init_lora_weights = {config['init_lora_weights']} changes the base model's weights "
+                        "and is not supported")
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layer_replication",
                 "trainable_token_indices", "target_parameters"):
         if config.get(key):
@@ -776,10 +777,9 @@ def import_peft(model, path):
     for name, linear in modules.items():
         m, n = linear.weight.shape
         for part, shape in (("A", (rank, n)), ("B", (m, rank))):
-            t = named.pop((name, part), None)
+            t = named.get((name, part))
             if t is None or tuple(t.shape) != shape or not torch.isfinite(t).all():
                 raise UserError(f"{file}: {part} of {name} is missing, not finite or not of shape {list(shape)}")
-            named[name, part] = t
     if len(named) > 2 * len(modules):
         raise UserError(f"{file} holds layers that this model does not have")
     scale = math.sqrt(rank) if config.get("use_rslora") else 1.0  # rank-stabilised: alpha / sqrt(r)

@@ -11,7 +11,8 @@
     python -m lab.bench decode --shape=qwen7b --rows=64 --context=512     # as a share of what the device can do
     python -m lab.bench train --shape=qwen7b --rows=16 --context=512
 
-Each ends with one line of JSON; `ratio` is the other's time over ours. A --shape has random weights: no download.
+Each ends with one line of JSON; where there is another, `ratio` is its time over ours. A --shape has random weights:
+no download.
 """
 
 import importlib.util
@@ -26,6 +27,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from statistics import median_high
 from types import SimpleNamespace
 from unittest import mock
 
@@ -46,8 +48,8 @@ dataset = "toy/train.jsonl"  # tokenize, grade: problems; grade also takes respo
 layers = 32  # load, svd, adapters: of the Qwen2.5-0.5B shape (it has 24); 32 make about 2 GB in float32
 size = 3584  # svd: side of the matrix; logprobs: tokens
 rows = 512  # adapters, compare, compare_grpo, decode, train: in all
-tokens = 32  # adapters, decode: a row
-repeats = 5  # of each measurement; the median counts
+tokens = 32  # adapters: decoded a row; decode: twice as many, so that a row stands at context + tokens on average
+repeats = 5  # of a measurement; the median counts
 shape = "toy"  # compare, compare_grpo, logprobs, decode, train: a name in SHAPES
 context = 512  # decode, train: tokens before the decoded ones; tokens in a trained row
 group = 8  # compare, compare_grpo: rows that share a prompt
@@ -69,22 +71,42 @@ SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads, 
 }
 
 
-def median_seconds(function):
+def median_seconds(function, device=None, repeats=None):
+    """Median seconds of a call, the device's work included."""
     seconds = []
-    for _ in range(SETTINGS.repeats):
+    for _ in range(repeats or SETTINGS.repeats):
         began = time.perf_counter()
         function()
+        wait(device)
         seconds.append(time.perf_counter() - began)
-    return sorted(seconds)[len(seconds) // 2]
+    return median_high(seconds)
 
 
-def random_model(path):
-    """A model of the Qwen2.5-0.5B shape with a small vocabulary and random weights; config.json goes to `path`."""
+def seconds_of(function, device, repeats=None):
+    """The same after a call to warm up."""
+    function()
+    wait(device)
+    return median_seconds(function, device, repeats)
+
+
+def wait(device):
+    if device and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def config_of(raw):
+    """The Config of what a config.json would hold."""
+    with tempfile.TemporaryDirectory() as path:
+        with open(os.path.join(path, "config.json"), "w") as f:
+            json.dump(raw, f)
+        return model_file.load_config(path)
+
+
+def random_model():
+    """A model of the Qwen2.5-0.5B shape with a small vocabulary and random weights."""
     raw = {"model_type": "qwen2", "vocab_size": 8192, "hidden_size": 896, "intermediate_size": 4864,
            "num_hidden_layers": SETTINGS.layers, "num_attention_heads": 14, "num_key_value_heads": 2}
-    with open(os.path.join(path, "config.json"), "w") as f:
-        json.dump(raw, f)
-    net = model_file.Transformer(model_file.load_config(path))
+    net = model_file.Transformer(config_of(raw))
     model_file.init_weights(net, seed=0)
     return net.requires_grad_(False)
 
@@ -102,7 +124,7 @@ print(time.perf_counter() - began, peak() - before)
 def bench_load():
     """Load a random float32 checkpoint, finiteness check included, against reading its bytes from the page cache."""
     with tempfile.TemporaryDirectory() as path:
-        net = random_model(path)
+        net = random_model()
         model_file.save_model(net, path)
         file = os.path.join(path, "model.safetensors")
         size = os.path.getsize(file)
@@ -120,7 +142,7 @@ def bench_load():
             command = [sys.executable, "-c", LOAD_IN_A_PROCESS, path]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             loads.append([float(x) for x in out.split()])
-        seconds, peak = sorted(loads)[len(loads) // 2]
+        seconds, peak = median_high(loads)
     print(f"reading {size / 1e9:.2f} GB: {reading:.2f} s; loading: {seconds:.2f} s; peak memory {peak / 1e9:.2f} GB")
     return {"gigabytes": size / 1e9, "read_seconds": reading, "load_seconds": seconds, "ratio": reading / seconds,
             "peak_over_size": peak / size}
@@ -150,17 +172,25 @@ def bench_grade():
         import math_verify
     except ImportError:
         raise UserError("grade compares with math-verify: pip install -r requirements-dev.txt") from None
-    with open(SETTINGS.dataset, encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
-    rows = [row for row in rows if "settings" not in row]
-    pairs = [(row.get("response") or row.get("solution") or row["answer"], row.get("reference") or row["answer"])
-             for row in rows]
+    def pair(place, row):
+        if "response" in row:
+            return row["response"], row.get("reference") or row["answer"]
+        problem = eval_math.as_problem(place, row)
+        return problem["solution"], problem["answer"]
+
+    rows = eval_math.load_problems(SETTINGS.dataset, read_row=lambda place, row: (place, row))
+    pairs = [pair(place, row) for place, row in rows if "settings" not in row]
 
     def theirs(response, reference):
         return bool(math_verify.verify(math_verify.parse(rf"\boxed{{{reference}}}"), math_verify.parse(response)))
 
     verdicts = {}
-    seconds = median_seconds(lambda: verdicts.update(ours=[eval_math.is_correct(*pair) for pair in pairs]))
+
+    def ours():
+        eval_math._value.cache_clear()  # of the repeat before
+        verdicts["ours"] = [eval_math.is_correct(*pair) for pair in pairs]
+
+    seconds = median_seconds(ours)
     began = time.perf_counter()
     verdicts["theirs"] = [theirs(*pair) for pair in pairs]  # once: it is slow
     their_seconds = time.perf_counter() - began
@@ -206,7 +236,7 @@ def bench_svd():
             began = time.perf_counter()
             tinylora.svd_factors(weights, 2)
             starts.append(time.perf_counter() - began)
-    first, second = starts[0], sorted(starts[1:])[SETTINGS.repeats // 2]
+    first, second = starts[0], median_high(starts[1:])
     print(f"{len(weights)} linears of the 0.5B shape: {first:.2f} s, from the cache {second:.2f} s")
     return {**out, "linears": len(weights), "first_seconds": first, "cached_seconds": second,
             "cache_ratio": first / second, "ratio": out["trained_like"]["ratio"]}
@@ -216,8 +246,7 @@ def bench_adapters():
     """Tokens a second of generate, prefill and set-up included: without adapter, with one for all rows, and with one of
     its own for every row. `ratio` is the speed of the last over that of one for all."""
     tokenizer = model_file.load_tokenizer("toy/base")
-    with tempfile.TemporaryDirectory() as path:
-        net = model_file.load_model(SETTINGS.model, "float32", "cpu") if SETTINGS.model else random_model(path)
+    net = model_file.load_model(SETTINGS.model, "float32", "cpu") if SETTINGS.model else random_model()
     prompts = [tokenizer.encode(p["question"]) for p in eval_math.load_problems("toy/train.jsonl")[: SETTINGS.rows]]
     os.environ["TINYLORA_CACHE"] = os.path.join(tempfile.gettempdir(), "tinylora-bench")
 
@@ -256,13 +285,9 @@ def shaped_model(device):
     raw = {"model_type": "llama" if SETTINGS.shape.startswith("llama") else "qwen2", "vocab_size": vocab,
            "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied}
-    with tempfile.TemporaryDirectory() as path:
-        with open(os.path.join(path, "config.json"), "w") as f:
-            json.dump(raw, f)
-        config = model_file.load_config(path)
     dtypes = tinylora.DTYPES | {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}
     with torch.device("meta"):
-        net = model_file.Transformer(config).to(dtypes[SETTINGS.dtype])
+        net = model_file.Transformer(config_of(raw)).to(dtypes[SETTINGS.dtype])
     net = net.to_empty(device=device).requires_grad_(False).eval()
     torch.manual_seed(0)
     for name, p in net.named_parameters():
@@ -280,24 +305,6 @@ def add_random_adapter(net):
         adapter = tinylora.add_adapter(net)
     torch.nn.init.normal_(adapter.v, std=1e-3)
     return adapter
-
-
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(function, device, repeats=None):
-    """Median seconds of a call, the device's work included, after one to warm up."""
-    function()
-    wait(device)
-    seconds = []
-    for _ in range(repeats or SETTINGS.repeats):
-        began = time.perf_counter()
-        function()
-        wait(device)
-        seconds.append(time.perf_counter() - began)
-    return sorted(seconds)[len(seconds) // 2]
 
 
 def device_limits(device, dtype):
@@ -369,7 +376,7 @@ def bench_train():
     net = shaped_model(device)
     _, rate = device_limits(device, net.head.dtype)
     adapter = add_random_adapter(net)
-    half = SETTINGS.context // 2
+    half = max(1, SETTINGS.context // 2)
     rows = [grpo.Row(*(torch.randint(0, net.config.vocab_size, (half,)).tolist() for _ in range(2)), [0.0] * half, 1.0)
             for _ in range(SETTINGS.rows)]
     if device.type == "cuda":
@@ -380,7 +387,7 @@ def bench_train():
         logp.sum().backward()
 
     seconds = seconds_of(step, device)
-    tokens = SETTINGS.rows * SETTINGS.context
+    tokens = 2 * half * SETTINGS.rows
     numbers = sum(p.numel() for p in net.model.layers.parameters())
     work = 4 * numbers * tokens + 4 * net.head.numel() * tokens / 2  # logits of completions alone
     print(f"{SETTINGS.shape}, {SETTINGS.rows} x {SETTINGS.context} tokens: {seconds:.3f} s, {tokens / seconds:.0f} "
@@ -425,7 +432,7 @@ def bench_compare():
     rows, group, slots, limit = SETTINGS.rows, SETTINGS.group, SETTINGS.slots, SETTINGS.limit
     if rows % group or rows % slots:
         raise UserError(f"rows={rows} must be whole groups of {group} and whole batches of {slots}")
-    lengths = np.minimum(random.geometric(4 / limit, size=rows), limit).tolist()
+    lengths = np.minimum(random.geometric(min(1, 4 / limit), size=rows), limit).tolist()
     prompts = [random.integers(0, net.config.vocab_size, n).tolist() for n in random.integers(20, 60, rows // group)]
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**net.config.raw))
@@ -460,7 +467,7 @@ def bench_compare():
 
     our_peak, reference_peak = peak_memory(ours), peak_memory(reference)  # the second may reuse what the first freed
     times = [(seconds_of(ours, device, 1), seconds_of(reference, device, 1)) for _ in range(SETTINGS.repeats)]
-    seconds, their_seconds = (sorted(column)[len(times) // 2] for column in zip(*times))  # in turn: to share the noise
+    seconds, their_seconds = (median_high(column) for column in zip(*times))  # in turn: to share the noise
     print(f"{SETTINGS.shape}, {rows} completions of {sum(lengths) / rows:.0f} tokens on average: "
           f"{sum(lengths) / seconds:.0f} tokens/s, transformers {sum(lengths) / their_seconds:.0f}: "
           f"{their_seconds / seconds:.1f} times; memory {our_peak / 1e6:.0f} MB, transformers "
@@ -659,7 +666,7 @@ def bench_compare_grpo():
     if rows % group or rows % (SETTINGS.their_rows or rows) or group < 2:
         raise UserError(f"rows={rows} must be whole groups of at least 2 (group={group}) and whole micro-batches of "
                         f"their_rows={SETTINGS.their_rows}")
-    lengths = np.minimum(random.geometric(4 / limit, size=rows), limit).tolist()
+    lengths = np.minimum(random.geometric(min(1, 4 / limit), size=rows), limit).tolist()
     net, sides = shaped_model(torch.device("cpu")).float(), {}
     vocab = net.config.vocab_size
     prompts = [random.integers(1, vocab - 1, n).tolist() for n in random.integers(20, 60, rows // group)]

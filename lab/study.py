@@ -32,7 +32,7 @@ import eval_math
 import grpo
 import sft
 import tinylora
-from configurator import UserError, configure, run
+from configurator import UserError, configure, run, whole_file
 from model import load_model, load_tokenizer
 
 results = "lab/results/toy.csv"  # a line a run
@@ -87,8 +87,8 @@ def tying():
     for seed in SEEDS:
         for n_tie, rate in ((1, 0.05), (2, 0.05), (3, 0.02)):
             for tie in ("tiled", "structured"):
-                yield Run(tie, "numbers", f"{RL} --n_tie={n_tie}{' --tie=structured' * (tie != 'tiled' and n_tie > 1)} "
-                                          f"--lr={rate:g} --seed={seed}")
+                option = " --tie=structured" if tie == "structured" and n_tie > 1 else ""  # n_tie = 1: the same run
+                yield Run(tie, "numbers", f"{RL} --n_tie={n_tie}{option} --lr={rate:g} --seed={seed}")
         for u, rate in ((4, 0.05), (7, 0.02), (13, 0.01), (21, 0.01)):
             yield Run("one group", "numbers", f"{RL} --n_tie=0 --u={u} --lr={rate:g} --seed={seed}")
         yield Run("attention/mlp", "numbers", f"{RL} --n_tie=0 --u=13 --targets=attention/mlp --lr=0.01 --seed={seed}")
@@ -233,11 +233,10 @@ def read_results(path):
 
 
 def write_results(path, rows):
-    with open(f"{path}.tmp", "w", encoding="utf-8", newline="") as f:
+    with whole_file(path) as aside, open(aside, "w", encoding="utf-8", newline="") as f:
         table = csv.DictWriter(f, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(rows[command] for command in sorted(rows))
-    os.replace(f"{path}.tmp", path)
 
 
 def execute(command, runs):
@@ -256,17 +255,17 @@ def execute(command, runs):
                 log = [json.loads(line) for line in f]
             results = [line["eval"] for line in log if "eval" in line] or [{}]
             last = results[-1] | (evaluate_stored(cfg) if cfg.save_dtype != "float32" else {})
+        numbers = re.search(r" train(?:s|ing) (\d+) numbers", output.getvalue())[1]
+        tail = [line for line in log if "eval" not in line][-5:]  # rewards are at temperature 1
+        found = {"numbers": numbers, "before": results[0].get("strict", ""), "accuracy": last.get("strict", ""),
+                 "stderr": last.get("stderr", ""), "seconds": time.time() - began}
+        if script == "grpo.py":
+            found["reward"] = mean(line["reward"] for line in tail)
+        else:
+            found["loss"] = last.get("loss", mean(line["loss"] for line in tail))
     except Exception as error:  # a learning rate may be too high: the others go on
         return row | {"error": f"{type(error).__name__}: {error}", "seconds": f"{time.time() - began:.4g}"}
-    [numbers] = re.findall(r" train(?:s|ing) (\d+) numbers", output.getvalue())
-    tail = [line for line in log if "eval" not in line][-5:]  # rewards are at temperature 1
-    row |= {"numbers": numbers, "before": results[0].get("strict", ""), "accuracy": last.get("strict", ""),
-            "stderr": last.get("stderr", ""), "seconds": time.time() - began}
-    if script == "grpo.py":
-        row["reward"] = mean(line["reward"] for line in tail)
-    else:
-        row["loss"] = last.get("loss", mean(line["loss"] for line in tail))
-    return {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+    return {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in (row | found).items()}
 
 
 def unfinished(place, max_steps):
@@ -287,7 +286,7 @@ def evaluate_stored(cfg):
 
 def start_worker(threads):
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's (and, while it trains, grpo.Interrupt's)
 
 
 def main():
@@ -325,4 +324,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, it takes the workers along
     run(main)

@@ -413,6 +413,27 @@ def test_a_hub_name_works_offline_once_it_is_downloaded(checkpoint, tmp_path):
     assert_refused(run_script("sample.py", "--model=owner/other", **options), "'owner/other' is no local directory")
 
 
+def test_of_several_chat_templates_the_default_is_taken(checkpoint, tokenizer, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "named")
+    config = json.loads((tmp_path / "named" / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "tool_use", "template": "x"},
+                               {"name": "default", "template": config["chat_template"]}]
+    (tmp_path / "named" / "tokenizer_config.json").write_text(json.dumps(config))
+    messages = [{"role": "user", "content": "1+1?"}]
+    assert model.load_tokenizer(str(tmp_path / "named")).encode_chat(messages) == tokenizer.encode_chat(messages)
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+    """torch.cuda.set_device wants the number that torch.device("cuda") lacks."""
+    chosen, probe = [], SimpleNamespace(device=torch.device("cuda", 3), item=lambda: 0.0)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: probe)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device(device).index))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("auto", "cuda"):
+        assert model.pick_device(name) == torch.device("cuda", 3)
+    assert chosen == [3, 3]
+
+
 def test_a_model_without_a_template_gets_the_plain_prompt(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "plain")
     config = json.loads((tmp_path / "plain" / "tokenizer_config.json").read_text())

@@ -49,7 +49,7 @@ def test_overrides_apply_from_left_to_right_and_are_printed(script, tmp_path, ca
     cfg = configure(script, ["--steps=7", file, "--loud=true", "--name=a=b --c"])
     assert vars(cfg) == dict(name="a=b --c", steps=5, rate=2.0, loud=True) and type(cfg.rate) is float
     out = capsys.readouterr().out
-    assert f"steps = 5 (default 7; {file})" in out and "name = 'a=b --c' (default 'toy'; command line)" in out
+    assert f"steps = 5 (was 7; {file})" in out and "name = 'a=b --c' (was 'toy'; command line)" in out
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,10 @@ def test_braces_of_a_template_stay_text(tokenizer):
     [ids] = eval_math.encode_problems(tokenizer, [{"question": "{0} {x}?"}], "Be brief.", template)
     assert "{0} {x}?\nPut your answer within \\boxed{}.<|im_end|>" in tokenizer.decode(ids)
     assert tokenizer.decode(ids).startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    [own] = eval_math.encode_problems(tokenizer, [{"question": "x", "system": "Think."}], "Be brief.", template)
+    assert tokenizer.decode(own).startswith("<|im_start|>system\nThink.<|im_end|>")
+    with pytest.raises(UserError, match="file, line 3: system must be a text, not '7'"):
+        eval_math.as_problem("file, line 3", {"question": "x", "answer": "1", "system": 7})
     with pytest.raises(UserError, match="must contain"):
         eval_math.encode_problems(tokenizer, [{"question": "x"}], "", "no question")
 
@@ -279,6 +283,10 @@ def test_regrading_needs_no_model_and_reads_files_of_others(tmp_path):
     settings, groups = eval_math.read_responses(str(tmp_path / "theirs.regraded.jsonl"))
     assert [row["strict"] for [row] in groups.values()] == [True, False] and settings == {"answer_format": "boxed"}
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows  # the original stays as it was
+    path.write_text('{"response": "4", "answer": "4"}')  # whole, if without an end
+    assert len(eval_math.read_responses(str(path))[1]) == 1
+    path.write_bytes('{"response": "4", "answer": "4"}\n{"response": "é'.encode()[:-1])  # cut inside a character
+    assert len(eval_math.read_responses(str(path))[1]) == 1
     path.write_text('{"reply": "4"}\n')
     assert_refused(fork_script("eval_math.py", f"--regrade={path}"), "line 1: 'response' must be str")
     for wrong in ('"truncated": "False"', '"index": [1]', '"tokens": null'):

@@ -670,6 +670,40 @@ def test_the_best_evaluated_adapter_is_kept_beside_the_last(checkpoint, problems
     assert torch.equal(seen["best.safetensors"][0], seen["adapter.safetensors"][0])
 
 
+def test_ctrl_c_while_the_best_is_written_loses_nothing(checkpoint, problems, tmp_path, monkeypatch):
+    save = grpo.save_trained
+
+    def interrupted(net, cfg, best=False):
+        if best:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # where the signal would strike
+        save(net, cfg, best)
+
+    monkeypatch.setattr(grpo, "save_trained", interrupted)
+    accuracies = iter([0.1, 0.5])
+    monkeypatch.setattr(eval_math, "evaluate", lambda *_, **__: {
+        "strict": next(accuracies), "lenient": 0.0, "stderr": 0.0, "length": 1.0, "truncated": 0.0,
+        "rows": [{"question": "?", "response": "", "answer": "1"}]})
+    with pytest.raises(SystemExit):
+        run(*args(checkpoint, problems, tmp_path / "run", max_steps=2, eval_interval=1))
+    assert (tmp_path / "run" / "best.safetensors").exists()
+    assert [line["eval"]["strict"] for line in log_of(tmp_path / "run") if "eval" in line] == [0.1, 0.5]
+    _, info = grpo.read_checkpoint(str(tmp_path / "run" / "checkpoint.safetensors"))
+    assert info["history"]["best"] == 0.5 and info["step"] == 1
+
+
+def test_only_what_safetensors_left_in_a_runs_own_folders_is_removed(checkpoint, problems, tmp_path):
+    out = tmp_path / "out[a]"
+    for place in (out, out / "model", out / "other", tmp_path / "outa"):
+        place.mkdir(parents=True)
+        (place / ".tmpx").write_text("")
+    (out / "notes.safetensors").mkdir()
+    run(*args(checkpoint, problems, out, max_steps=1, eval_dataset=""))
+    left = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob(".tmpx")]
+    assert sorted(left) == ["out[a]/other/.tmpx", "outa/.tmpx"]
+    assert grpo.previous("a.safetensors/checkpoint.safetensors") == "a.safetensors/checkpoint.previous.safetensors"
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(checkpoint, problems, tmp_path, lucky, capsys,
                                                                     damage):
@@ -745,10 +779,12 @@ def test_a_log_prob_that_is_not_finite_is_written_down(checkpoint, problems, tmp
 def test_warnings_name_the_cure():
     calm = dict(truncated=0.0, equal_groups=0.5, entropy=0.5, diff=1e-7, v_max=0.1)
     cfg = SimpleNamespace(max_new_tokens=64, dtype="auto", method="tinylora")
-    assert grpo.warnings_of(calm, cfg) == []
+    assert grpo.warnings_of(calm, cfg, torch.float32) == []
+    off = calm | {"diff": 0.01}  # much for 32 bits, not for 16
+    assert grpo.warnings_of(off, cfg, torch.bfloat16) == [] and len(grpo.warnings_of(off, cfg, torch.float32)) == 1
     for key, value, word in [("truncated", 0.5, "max_new_tokens"), ("equal_groups", 1.0, "problems"),
                              ("entropy", 0.0, "lr"), ("diff", 0.2, "tis_cap"), ("v_max", 3.0, "lr")]:
-        [text] = grpo.warnings_of(calm | {key: value}, cfg)
+        [text] = grpo.warnings_of(calm | {key: value}, cfg, torch.float32)
         assert word in text
 
 
@@ -911,6 +947,9 @@ REFUSED = {
     "wrong type": (dict(max_steps="many"), "--max_steps wants an int"),
     "unknown key": (dict(learning_rate=1), "learning_rate"),
     "nothing to resume": (dict(init_from="resume"), "holds no whole checkpoint"),
+    "negative interval": (dict(eval_interval=-1), "eval_interval and save_interval must not be negative"),
+    "seed beyond numpy's": (dict(seed=2**32 - 1), "seed must be below"),
+    "no tokens": (dict(max_new_tokens=0), "max_new_tokens, num_passes"),
     "overlong_tokens beyond the limit": (dict(overlong_tokens=10**6), "overlong_tokens must be"),
     "prompt longer than the context": (
         dict(prompt_template="{question}" * 40),

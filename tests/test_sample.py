@@ -260,6 +260,9 @@ def test_too_little_memory_for_one_row_is_refused_with_what_fits(net, tokenizer,
     monkeypatch.setattr(sample, "free_memory", lambda _: 50_000)
     with pytest.raises(UserError, match=r"needs .* GB .* at most \d+ tokens"):
         sample.generate(net, tokenizer, ["x"], max_new_tokens=200)
+    with pytest.raises(UserError, match="needs .* GB"):
+        sample.generate(net, tokenizer, ["x"], max_new_tokens=200, adapters=["hex:3c23d70a"])
+    assert not hasattr(net, "adapter")
     monkeypatch.setattr(sample, "free_memory", lambda _: 400_000)  # enough for a few rows: slots, not failure
     assert len(sample.generate(net, tokenizer, ["x"], n=9, max_new_tokens=20)[0]) == 9
 

@@ -438,6 +438,15 @@ def stop_after(steps):
     return killing
 
 
+def test_a_run_that_resumes_with_another_kind_of_evaluation_ends_well(checkpoint, problems, tmp_path, capsys):
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": [{"role": "user", "content": "1+1?"},
+                                              {"role": "assistant", "content": "2"}]}) + "\n")
+    run(*args(checkpoint, problems, tmp_path / "run", max_steps=1))
+    run(*args(checkpoint, problems, tmp_path / "run", max_steps=2, init_from="resume", eval_dataset=chats))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("run: held-out loss")
+
+
 def test_an_adapter_learns_and_is_saved(checkpoint, problems, tmp_path):
     run(*args(checkpoint, problems, tmp_path / "run", max_steps=12, batch_size=40, lr=0.1, u=4))
     first, *_, last = losses(tmp_path / "run")
