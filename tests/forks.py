@@ -9,6 +9,7 @@ import atexit
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,16 @@ def fork_script(*args, **options):
     return start_script(*args, **options).wait()
 
 
+def fork_ranks(count, *args):
+    """Run `python *args` as torchrun would, in a process a rank. Returns them, finished, in order."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_RUN_ID="forks")
+    ranks = [start_script(*args, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(count)]
+    return [rank.wait() for rank in ranks]
+
+
 def _ask(job):
     print(json.dumps(job), file=_server.stdin, flush=True)
     return json.loads(_server.stdout.readline())
@@ -70,7 +81,7 @@ if __name__ == "__main__":
     import importlib
     import runpy
 
-    sys.path[0] = str(ROOT)
+    sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
     for module in PRELOADED:
         importlib.import_module(module)
     job = serve()

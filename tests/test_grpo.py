@@ -23,8 +23,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import tqdm
-from conftest import ROOT, assert_refused, run_script
-from forks import fork_script
+from conftest import ROOT, assert_refused
+from forks import fork_ranks, fork_script
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn.attention import varlen
@@ -795,7 +795,7 @@ def test_a_second_run_moves_the_first_aside(checkpoint, problems, tmp_path):
 
 
 def test_two_processes_learn_what_one_does(checkpoint, problems, tmp_path, net):
-    """torchrun with 2 ranks over gloo, from a v with a KL gradient: the same samples, and the same gradient moments."""
+    """2 ranks over gloo, from a v with a KL gradient: the same samples, and the same gradient moments."""
     adapter = tinylora.add_adapter(net, rank=2, u=1, n_tie=1, seed=1337)
     torch.nn.init.normal_(adapter.v, std=0.2, generator=torch.Generator().manual_seed(0))
     parameters, optimizer = dict(adapter.named_parameters()), torch.optim.Adam(adapter.parameters())
@@ -806,9 +806,8 @@ def test_two_processes_learn_what_one_does(checkpoint, problems, tmp_path, net):
                              adapter.meta)
     options = dict(max_steps=2, batch_size=4, eval_size=5, kl_coef=0.5, init_from="resume")
     run(*args(checkpoint, problems, tmp_path / "one", **options))
-    done = run_script("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "grpo.py",
-                      *args(checkpoint, problems, tmp_path / "two", **options))
-    assert done.returncode == 0, done.stderr
+    for done in fork_ranks(2, "grpo.py", *args(checkpoint, problems, tmp_path / "two", **options)):
+        assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / d / "checkpoint.safetensors") for d in ("one", "two"))
     moment = one["optimizer.0.exp_avg"]
     assert (two["optimizer.0.exp_avg"] - moment).norm() < 1e-4 * moment.norm() and moment.norm() > 0

@@ -14,7 +14,7 @@ import datasets
 import pytest
 import torch
 from conftest import ROOT, SHARED, assert_refused, run_script
-from forks import fork_script
+from forks import fork_ranks, fork_script
 from jinja2 import Template
 from safetensors.torch import load_file
 
@@ -384,12 +384,10 @@ def test_a_killed_run_on_a_stream_resumes_to_the_same_numbers(streaming, tmp_pat
 
 @pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_on_a_stream_learn_what_one_does(streaming, tmp_path, packing):
-    """torchrun with 2 ranks over gloo: the same moments of the gradient, and the same held-out loss."""
-    done = run_script(*streaming("one", max_steps=2))
-    assert done.returncode == 0, done.stderr
-    done = run_script("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                      *streaming("two", max_steps=2, packing=packing))
-    assert done.returncode == 0, done.stderr
+    """2 ranks over gloo: the same moments of the gradient, and the same held-out loss."""
+    for done in (fork_script(*streaming("one", max_steps=2)),
+                 *fork_ranks(2, *streaming("two", max_steps=2, packing=packing))):
+        assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / d / "checkpoint.safetensors") for d in ("one", "two"))
     moment = one["optimizer.0.exp_avg"]
     assert (two["optimizer.0.exp_avg"] - moment).norm() < 1e-4 * moment.norm() and moment.norm() > 0

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, assert_refused, run_script
-from forks import fork_script
+from forks import fork_ranks, fork_script
 from safetensors.torch import load_file
 
 import grpo
@@ -123,8 +123,8 @@ def both(checkpoint, tmp_path_factory):
     directory = tmp_path_factory.mktemp("shard")
     for method in METHODS:
         write_start(checkpoint, method, directory)
-    done = torchrun(4, "tests/test_shard.py", checkpoint, directory, 2)
-    assert done.returncode == 0, done.stderr
+    for done in fork_ranks(4, "tests/test_shard.py", checkpoint, directory, 2):
+        assert done.returncode == 0, done.stderr
     ranks = [torch.load(directory / f"rank{i}.pt") for i in range(4)]
     return {method: (experiment(checkpoint, method, directory), [rank[method] for rank in ranks], directory / method)
             for method in METHODS}
@@ -257,8 +257,8 @@ def test_grpo_on_two_ranks_learns_what_it_does_on_one(checkpoint, problems, tmp_
 def test_pretraining_on_two_ranks_learns_what_it_does_on_one(checkpoint, problems, tmp_path):
     options = dict(method="full", random_init=True, lr=3e-3, max_steps=3, eval_dataset="")
     sft.train(configure(vars(sft), args(sft, checkpoint, problems, tmp_path / "one", **options)))
-    done = torchrun(2, "sft.py", *args(sft, checkpoint, problems, tmp_path / "two", shard=2, **options))
-    assert done.returncode == 0, done.stderr
+    for done in fork_ranks(2, "sft.py", *args(sft, checkpoint, problems, tmp_path / "two", shard=2, **options)):
+        assert done.returncode == 0, done.stderr
     one, two = (log_of(tmp_path / d) for d in ("one", "two"))
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
     one, two = (model.load_model(str(tmp_path / d / "model"), device="cpu")(IDS) for d in ("one", "two"))
