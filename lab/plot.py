@@ -28,8 +28,17 @@ FIGURES = {  # of a study: the horizontal axis, the column that is drawn, the ti
     "batch": ("batch size", "loss", "Batch size, the better of two learning rates (toy, SFT; 2 seeds)"),
     "layers": ("learning rate", "loss", "LoRAs of as many numbers on a part of the linears (toy, SFT; 3 seeds)"),
     "lora_rl": ("learning rate", "accuracy", "LoRA's rank in RL (toy)"),
+    "gsm8k_sizes": ("trained numbers", "accuracy", "GSM8K, Qwen2.5-7B, the best learning rate of each size"),
+    "gsm8k_models": ("trained numbers", "accuracy", "GSM8K by RL, the best learning rate of each size"),
+    "math_sizes": ("trained numbers", "accuracy", "MATH by RL, the best learning rate of each size"),
+    "ablations": ("frozen rank r, or trained numbers", "accuracy", "GSM8K by RL, Qwen2.5-3B"),
+    "regret_rates": ("learning rate", "loss", "Learning rates of LoRA and full fine-tuning (Llama-3.1-8B, SFT)"),
+    "regret_batch": ("batch size", "loss", "Batch size (Llama-3.1-8B, SFT)"),
+    "regret_layers": ("trained numbers", "loss", "LoRAs on a part of the linears (Llama-3.1-8B, SFT)"),
+    "regret_rl": ("learning rate", "accuracy", "LoRA's rank in RL (Llama-3.1-8B, MATH)"),
 }
-LABELS = {"accuracy": "greedy accuracy, 500 held-out problems", "loss": "held-out loss, nats a token"}
+STUDIES = study.STUDIES | study.PAPERS
+LABELS = {"accuracy": "greedy accuracy, held-out problems", "loss": "held-out loss, nats a token"}
 
 
 def pyplot():
@@ -48,14 +57,15 @@ def pyplot():
 def points(name, rows):
     """{series: {x: [values, one a run]}} of the runs of a study that are in the table `rows`."""
     column, curves = FIGURES[name][1], {}
-    for series, x, command in study.STUDIES[name]():
+    several = name == "batch" or name in study.PAPERS  # learning rates at a point: the best counts
+    for series, x, command in STUDIES[name]():
         row = rows.get(command)
         if row and row[column] != "":
             x = int(row["numbers"]) if x == "numbers" else x
-            rate = re.search(r"--lr=(\S+)", command)[1] if name == "batch" else None
-            curves.setdefault(series, {}).setdefault(x, {}).setdefault(rate, []).append(float(row[column]))
-    # Where there are several learning rates, the one of the lowest loss counts.
-    return {series: {x: min(rates.values(), key=mean) for x, rates in by_x.items()} for series, by_x in curves.items()}
+            rate = re.search(r"--lr=(\S+)", command) if several else None
+            curves.setdefault(series, {}).setdefault(x, {}).setdefault(rate and rate[1], []).append(float(row[column]))
+    best = max if column == "accuracy" else min
+    return {series: {x: best(rates.values(), key=mean) for x, rates in by_x.items()} for series, by_x in curves.items()}
 
 
 def draw_study(name, rows, path, plt):
@@ -76,8 +86,10 @@ def draw_study(name, rows, path, plt):
             color = plt.get_cmap("viridis")(i / len(own)) if len(own) > 6 else None  # many: in order
             ax.errorbar(xs, middle, yerr=bars, fmt="o-" if xlabel else "o", capsize=3, label=label, color=color)
         if column == "accuracy":
-            before = mean(float(row["before"]) for row in rows.values() if row["before"] != "")
-            ax.axhline(before, color="gray", linestyle=":", label="untrained")
+            runs = (rows.get(point.command) for point in STUDIES[name]())
+            before = [float(row["before"]) for row in runs if row and row["before"] != ""]
+            if max(before) - min(before) < 0.02:  # one model
+                ax.axhline(mean(before), color="gray", linestyle=":", label="untrained")
             ax.set_ylim(-0.02, 1.02)
         if name == "params":
             for i, label in enumerate(own):
@@ -154,7 +166,7 @@ def main():
     if any(name not in FIGURES for name in names):
         return draw_runs(names, cfg.out, plt)
     rows = study.read_results(cfg.results)
-    for name in names or FIGURES:
+    for name in names or study.STUDIES:
         draw_study(name, rows, os.path.join(cfg.figures, f"{name}.png"), plt)
 
 

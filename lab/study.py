@@ -190,37 +190,56 @@ def ablations():
     run = "grpo.py config/qwen3b_u13.py"
     for r in (1, 2, 4, 16, 64):
         for u in (1, 4, 16, 64):
-            yield Run(f"u = {u}", r, f"{run} --rank={r} --u={u} --n_tie=1")
+            yield Run(f"frozen rank: u = {u}", r, f"{run} --rank={r} --u={u} --n_tie=1")
     for n_tie in (1, 8, 64, 512):
         for u in (1, 4, 16, 64):
-            yield Run(f"n_tie = {n_tie}", "numbers", f"{run} --u={u} --n_tie={n_tie}")
+            yield Run(f"numbers, by tying: n_tie = {n_tie}", "numbers", f"{run} --u={u} --n_tie={n_tie}")
     for n_tie in (32, 16, 8, 4, 2, 1):
         for tie in ("tiled", "structured"):
             for stored in ("float32", "bfloat16", "float16"):
-                yield Run(f"{tie}, {stored}", "numbers", f"{run} --u=1 --n_tie={n_tie} --tie={tie} "
-                                                         f"--save_dtype={stored}")
+                yield Run(f"numbers, by storage: {tie}, {stored}", "numbers",
+                          f"{run} --u=1 --n_tie={n_tie} --tie={tie} --save_dtype={stored}")
 
 
-def without_regret():
-    """LoRA Without Regret: rates by rank, batch sizes, layers (supervised); rates at rank 1 and in full (RL)."""
-    chat, rl = "sft.py config/llama8b_openthoughts_lora.py", "grpo.py config/llama8b_math_lora.py"
+CHAT = "sft.py config/llama8b_openthoughts_lora.py"
+
+
+def regret_rates():
+    """Learning rates of LoRA by rank, and of full fine-tuning (LoRA Without Regret, Figure 2)."""
     for r in (1, 4, 16, 64, 256, 512):
         for rate in (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3):
-            yield Run(f"LoRA {r}", rate, f"{chat} --rank={r} --lr={rate:g}")
+            yield Run(f"LoRA {r}", rate, f"{CHAT} --rank={r} --lr={rate:g}")
     for rate in (5e-6, 1e-5, 2e-5, 5e-5, 1e-4):
-        yield Run("full", rate, f"{chat} --method=full --lr={rate:g}")
+        yield Run("full", rate, f"{CHAT} --method=full --lr={rate:g}")
+
+
+def regret_batch():
+    """The same rows in batches of several sizes, the best of three learning rates each (Figure 3)."""
     for size in (32, 64, 128, 256):
-        for settings in ("--method=lora --rank=128", "--method=full"):
-            yield Run(settings, size, f"{chat} {settings} --batch_size={size} --max_steps={32000 // size}")
-    for settings in ("--targets=attention --rank=256", "--targets=mlp --rank=128", "--targets=all --rank=128"):
-        yield Run(settings, "numbers", f"{chat} {settings}")
-    for r, rates in ((1, (1e-5, 3e-5, 1e-4, 3e-4)), (64, (1e-5, 3e-5, 1e-4, 3e-4)), (0, (1e-6, 3e-6, 1e-5, 3e-5))):
+        for name, settings, rates in (("LoRA 128", "--rank=128", (2e-4, 5e-4, 1e-3)),
+                                      ("full", "--method=full", (2e-5, 5e-5, 1e-4))):
+            for rate in rates:
+                yield Run(name, size, f"{CHAT} {settings} --batch_size={size} --max_steps={32000 // size} --lr={rate:g}")
+
+
+def regret_layers():
+    """Attention alone, the MLPs alone, all, the best of three learning rates each (Figures 4 and 5)."""
+    for targets, r in (("attention", 256), ("mlp", 128), ("all", 128)):
+        for rate in (1e-4, 2e-4, 5e-4):
+            yield Run(targets, "numbers", f"{CHAT} --targets={targets} --rank={r} --lr={rate:g}")
+
+
+def regret_rl():
+    """RL at rank 1 and above, and on all weights (Figure 6)."""
+    for name, settings, rates in (("LoRA 1", "--rank=1", (1e-5, 3e-5, 1e-4, 3e-4)),
+                                  ("LoRA 64", "--rank=64", (1e-5, 3e-5, 1e-4, 3e-4)),
+                                  ("full", "--method=full", (1e-6, 3e-6, 1e-5, 3e-5))):
         for rate in rates:
-            yield Run(f"RL, LoRA {r}" if r else "RL, full", rate,
-                      f"{rl} {f'--rank={r}' if r else '--method=full'} --lr={rate:g}")
+            yield Run(name, rate, f"grpo.py config/llama8b_math_lora.py {settings} --lr={rate:g}")
 
 
-PAPERS = {f.__name__: f for f in (gsm8k_sizes, gsm8k_models, math_sizes, ablations, without_regret)}
+PAPERS = {f.__name__: f for f in (gsm8k_sizes, gsm8k_models, math_sizes, ablations, regret_rates, regret_batch,
+                                  regret_layers, regret_rl)}
 STUDIES = {f.__name__: f for f in (params, rates, tying, rank, precision, lora, batch, layers, lora_rl)}
 
 

@@ -49,7 +49,7 @@ def test_studies_are_runs_that_the_scripts_accept():
 @pytest.fixture
 def table(tmp_path):
     """A table with a line for every run of every study."""
-    path, commands = tmp_path / "toy.csv", [p.command for runs in study.STUDIES.values() for p in runs()]
+    path, commands = tmp_path / "toy.csv", [p.command for runs in plot.STUDIES.values() for p in runs()]
     study.write_results(path, {
         command: {"command": command, "numbers": 1 + i % 50, "before": 0.2, "accuracy": i % 10 / 10, "stderr": 0.01,
                   "reward": "", "loss": 1.5, "seconds": 1, "commit": "abc"} for i, command in enumerate(commands)})
@@ -58,11 +58,25 @@ def table(tmp_path):
 
 def test_every_study_has_its_figure(table, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="lab.plot draws with matplotlib")
-    assert set(plot.FIGURES) == set(study.STUDIES)
-    monkeypatch.setattr("sys.argv", ["plot", f"--results={table}", f"--figures={tmp_path}"])
+    assert list(plot.FIGURES) == list(plot.STUDIES)
+    rows = study.read_results(table)
+    assert all(plot.points(name, rows) for name in plot.FIGURES)
+    drawn = ["params", "rates", "precision", "batch", "ablations"]  # a kind each
+    monkeypatch.setattr("sys.argv", ["plot", *drawn, f"--results={table}", f"--figures={tmp_path}"])
     plot.main()
-    for name in study.STUDIES:
+    for name in drawn:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_several_learning_rates_the_best_counts():
+    def row(command, accuracy="", loss=""):
+        return {"command": command, "numbers": "13", "accuracy": accuracy, "loss": loss}
+
+    points = [p for p in study.gsm8k_sizes() if p.series == "RL"][:6]  # two rates of three seeds
+    rows = {p.command: row(p.command, accuracy=a) for p, a in zip(points, "1 2 3 3 4 5".split())}
+    assert plot.points("gsm8k_sizes", rows) == {"RL": {13: [3, 4, 5]}}
+    rows = {p.command: row(p.command, loss=p.command[-1]) for p in study.batch()}
+    assert all(values == [1, 2] for by_x in plot.points("batch", rows).values() for values in by_x.values())
 
 
 def test_a_studys_points_are_the_runs_values(table):
