@@ -219,7 +219,8 @@ def regret_batch():
         for name, settings, rates in (("LoRA 128", "--rank=128", (2e-4, 5e-4, 1e-3)),
                                       ("full", "--method=full", (2e-5, 5e-5, 1e-4))):
             for rate in rates:
-                yield Run(name, size, f"{CHAT} {settings} --batch_size={size} --max_steps={32000 // size} --lr={rate:g}")
+                yield Run(name, size, f"{CHAT} {settings} --batch_size={size} --max_steps={32000 // size} "
+                                      f"--lr={rate:g}")
 
 
 def regret_layers():
