@@ -43,7 +43,7 @@ COLUMNS = ("command", "numbers", "before", "accuracy", "stderr", "reward", "loss
 Run = namedtuple("Run", "series x command")  # a point of a figure: its curve, its place on the axis, how it is made
 RL, SFT = "grpo.py config/toy_rl.py", "sft.py config/toy_sft.py"
 
-# The sizes of the papers' figures: name, settings, and the learning rates that won in `rates`, of RL and of SFT.
+# The sizes of the papers' figures: name, settings, and learning rates at or next to the best of `rates`, RL and SFT.
 SIZES = [
     ("1", "--n_tie=21", 0.05, 0.01),
     ("4", "--n_tie=6", 0.05, 0.01),
@@ -52,9 +52,9 @@ SIZES = [
     ("21", "--n_tie=1", 0.05, 0.005),
     ("84", "--u=4", 0.01, 0.01),
     ("1344", "--method=lora_xs --rank=8", 0.005, 0.02),
-    ("LoRA 1", "--method=lora --rank=1", 0.002, 0.002),
+    ("LoRA 1", "--method=lora --rank=1", 0.001, 0.002),
     ("LoRA 16", "--method=lora --rank=16", 0.001, 0.002),
-    ("full", "--method=full", 0.0002, 0.001),
+    ("full", "--method=full", 0.0001, 0.0005),
 ]
 SEEDS = (1, 2, 3)
 
