@@ -35,6 +35,7 @@ seed = 1337  # of the sampling
 out_dir = "out/eval"  # every response with its verdict, a .jsonl file a data set; an earlier one is moved aside
 init_from = "scratch"  # or resume: go on with the answers that out_dir holds already
 regrade = ""  # a .jsonl file of responses: grade them anew, without a model
+compile = False  # torch.compile for the decode step: it takes a while at first
 dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
 
@@ -1065,7 +1066,7 @@ def main():
         raise UserError(f"n={cfg.n} answers are all the same at temperature 0; set --temperature=1, say")
     if cfg.regrade:
         return grade_again(cfg.regrade, cfg.answer_format)
-    from model import load_model, load_tokenizer
+    from model import compile_model, load_model, load_tokenizer
     from tinylora import load_adapter
 
     names = [name.strip() for name in cfg.dataset.split(",") if name.strip()]
@@ -1076,6 +1077,8 @@ def main():
     settings = {name: choose_prompt(cfg, name) for name in names}
     problems = {name: load_problems(name, cfg.split)[: cfg.num_problems or None] for name in names}
     net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
+    if cfg.compile:
+        compile_model(net)
     if cfg.adapter:
         load_adapter(net, cfg.adapter)
     done = {name: {} for name in names}

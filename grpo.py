@@ -42,7 +42,7 @@ import tinylora
 from model import (
     attention,
     checkpoint_dir,
-    compile_blocks,
+    compile_model,
     free_memory,
     is_chief,
     load_model,
@@ -96,7 +96,7 @@ micro_batch_tokens = 4096  # tokens, padding too, in one forward and backward pa
 packing = True  # rows end to end without padding, a prompt once for its group; False: padded, a prompt for each
 shard = 1  # processes of torchrun that hold one copy of the weights between them: for models beyond one GPU
 recompute = False  # keep only the layers' inputs and compute the rest again in the backward pass: less memory, slower
-compile = False  # training's blocks through torch.compile, for packing = False: minutes at first; GPU: not measured
+compile = False  # torch.compile for the decode step and, if packing = False, training's blocks; GPU: not measured
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # problems in an evaluation; 0: all
@@ -468,7 +468,6 @@ def bad_method(cfg):
          "tensorboard = True needs tensorboard: pip install tensorboard"),
         (cfg.dtype == "float16", "dtype = float16 has too short a range for gradients: train in bfloat16 or float32"),
         (cfg.shard < 1, "shard must be at least 1"),
-        (cfg.compile and cfg.packing, "compile = True needs packing = False: each layer cuts a line of rows apart"),
         (cfg.answer_format not in ("hash", "boxed", "any"), "answer_format must be hash, boxed or any"),
         (cfg.init_from not in ("scratch", "resume"), "init_from must be scratch or resume"),
         (min(cfg.eval_interval, cfg.save_interval) < 0, "eval_interval and save_interval must not be negative"),
@@ -839,7 +838,7 @@ def train(cfg):
     began, size = time.time(), sum(p.numel() for p in net.parameters())
     net.model.recompute = cfg.recompute
     if cfg.compile:
-        compile_blocks(net)
+        compile_model(net)
     parameters, identity = trained_parameters(net, cfg)
     longest = max(len(problem["prompt"]) for problem in problems) + cfg.max_new_tokens
     fitting_rows(net, min(longest, net.config.max_position_embeddings), 1)  # refuses where not even one fits

@@ -161,7 +161,7 @@ class Trunk(nn.Module):
         self.config = config
         self.inv_freq = None  # fp32, made on first use: a model built on the meta device has no numbers yet
         self.recompute = False  # in training keep a block's input only, and run the block again in the backward pass
-        self.compiled = None  # training's way to run a block, of compile_blocks
+        self.compiled = None  # training's way to run a block, of compile_model
 
     def forward(self, ids, positions=None, cache=None):
         if positions is None:
@@ -185,6 +185,7 @@ class Transformer(nn.Module):
     """A causal language model whose state dict has exactly the names of the checkpoint files."""
 
     shard = None  # a Shard, where several ranks hold the weights between them
+    compile_function = None  # function -> the same compiled, of compile_model
 
     def __init__(self, config):
         super().__init__()
@@ -211,26 +212,34 @@ class Transformer(nn.Module):
         return self.shard.dtype if self.shard else self.head.dtype
 
 
-def compile_blocks(model, backend="inductor"):
-    """Have torch.compile fuse a block's small operations in training. What brings a cache, a sampler or
-    grpo.Packed, is left alone.
+def compile_model(model, backend="inductor"):
+    """Have torch.compile fuse small operations: those of a decode step (sample.Sampler), and those of a block in
+    training, unless something stands where a cache stands (grpo.Packed).
 
     A compiled block serves all layers and every number and length of rows: these sizes are symbols in it, which wastes
     nothing on padding to a few lengths. It is compiled anew for a single row, for the first layer (whose input wants
     no gradient where embeddings are frozen) and without gradients: at most six times.
     """
-    compiled = torch.compile(lambda block, *inputs: block(*inputs), backend=backend)
+    def compiled(function):
+        fused = torch.compile(function, backend=backend)
 
-    def run(block, x, cos, sin, cache):
+        def run(*inputs):
+            try:
+                return fused(*inputs)
+            except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, or no Triton
+                reason = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
+                raise UserError(f"torch.compile failed ({reason}); use --compile=False") from None
+
+        return run
+
+    fused_block = compiled(lambda block, *inputs: block(*inputs))
+
+    def run_block(block, x, cos, sin, cache):
         for t, sizes in ((x, (0, 1)), (cos, (1,)), (sin, (1,))):
             torch._dynamo.maybe_mark_dynamic(t, sizes)
-        try:
-            return compiled(block, x, cos, sin, cache)
-        except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, or no Triton
-            reason = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
-            raise UserError(f"torch.compile failed ({reason}); use --compile=False") from None
+        return fused_block(block, x, cos, sin, cache)
 
-    model.model.compiled = run
+    model.compile_function, model.model.compiled = compiled, run_block
 
 
 def rope_frequencies(config):

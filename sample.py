@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tinylora
-from model import attention, free_memory, load_model, load_tokenizer
+from model import attention, compile_model, free_memory, load_model, load_tokenizer
 
 model = "toy/base"  # checkpoint directory or hub name
 adapter = ""  # adapter file, the out_dir of a run, or text (hex:...); none if empty. Several: separated by commas
@@ -35,6 +35,7 @@ temperature = 1.0  # 0: greedy
 top_k = 0  # sample from the k likeliest tokens only; 0: from all
 top_p = 1.0  # sample from the likeliest tokens of this total probability only; 1: from all
 seed = 0  # of the sampling
+compile = False  # torch.compile for the decode step: it takes a while at first
 dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
 
@@ -48,7 +49,7 @@ class Completion:
 
 
 class KVCache:
-    """Keys and values of `rows` rows, each at its own position: [layers, rows, kv_heads, length, head_dim].
+    """Keys and values of `rows` rows, each at its own position.
 
     Prompts are right-padded. A row's entries past its own position are masked, and overwritten as the row grows. They
     must be finite, as even a weight of 0 times NaN is NaN: clear() sets them to 0 before rows reach them, so memory
@@ -56,26 +57,33 @@ class KVCache:
     """
 
     def __init__(self, config, rows, length, like):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
-        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+        self.layers, self.heads = config.num_hidden_layers, config.num_key_value_heads
+        shape = self.layers, rows, self.heads
+        self.flat = [like.new_empty(math.prod(shape) * length, config.head_dim) for _ in "kv"]
+        starts = torch.arange(math.prod(shape), device=like.device).view(shape) * length
+        self.starts = starts.transpose(0, 1).contiguous()  # [rows, layers, kv_heads] first lines in self.flat
+        self.columns = torch.arange(length, device=like.device)
         self.cleared = 0  # positions before this one hold finite numbers
         self.positions = None  # [B] where each row's next token stands; None while prompts are prefilled
 
-    def at(self, positions, end):
-        """Rows 0 .. B-1 store their next token at `positions` [B] and attend to those up to there, all below `end`."""
-        self.clear(end)
-        heads, length = self.k.shape[2:4]
-        self.positions, self.end = positions, end
-        lines = torch.arange(len(positions) * heads, device=positions.device).view(-1, heads)
-        self.places = (lines * length + positions[:, None]).flatten()  # [B * kv_heads] of their tokens in a layer
-        mask = self.k.new_zeros(len(positions), 1, 1, end)
-        future = torch.arange(end, device=positions.device) > positions[:, None]
-        self.mask = mask.masked_fill_(future[:, None, None], -math.inf)
+    @property
+    def entries(self):
+        """Keys and values, each [layers, rows, kv_heads, length, head_dim]."""
+        length, hd = len(self.columns), self.flat[0].shape[1]
+        return [entries.view(self.layers, -1, self.heads, length, hd) for entries in self.flat]
+
+    def at(self, positions, starts, columns):
+        """Rows 0 .. B-1 store their next token at `positions` [B] and attend to those up to there. starts, columns: the
+        first B and the first few of self.starts and self.columns; all positions are among the columns."""
+        self.positions, self.end = positions, len(columns)
+        self.places = (starts + positions[:, None, None]).transpose(0, 1).flatten(1)  # [layers, B * kv_heads]
+        mask = self.flat[0].new_zeros(len(positions), 1, 1, self.end)
+        self.mask = mask.masked_fill_((columns > positions[:, None])[:, None, None], -math.inf)
         return self
 
     def clear(self, end):
         if end > self.cleared:
-            for entries in (self.k, self.v):
+            for entries in self.entries:
                 entries[:, :, :, self.cleared : end + 64] = 0
             self.cleared = end + 64
 
@@ -83,12 +91,13 @@ class KVCache:
         """Store k, v [B, kv_heads, T, hd] and attend with q [B, heads, T, hd]: what model.Attention calls."""
         if self.positions is None:
             T = k.shape[2]
-            self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k, v
+            for entries, new in zip(self.entries, (k, v)):
+                entries[layer, :, :, :T] = new
             return attention(q, k, v)
         B, heads, _, hd = q.shape
-        for entries, new in ((self.k, k), (self.v, v)):
-            entries[layer].view(-1, hd).index_copy_(0, self.places, new.reshape(-1, hd))
-        keys, values = self.k[layer, :B, :, : self.end], self.v[layer, :B, :, : self.end]
+        for entries, new in zip(self.flat, (k, v)):
+            entries.index_copy_(0, self.places[layer], new.reshape(-1, hd))
+        keys, values = (entries[layer, :B, :, : self.end] for entries in self.entries)
         q = q.view(B, keys.shape[1], -1, hd)  # the heads that share a key head become its queries: no copy of k, v
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask).view(B, heads, 1, hd)
 
@@ -131,6 +140,13 @@ def row_uniforms(seed, prompt_id, sample_id, count):
     return np.random.Generator(np.random.Philox(key)).random(count, dtype=np.float32)
 
 
+def decode(model, cache, ids, positions, starts, columns):
+    """Logits [B, V] after ids [B, 1], which stand at `positions` [B]; starts, columns: see KVCache.at. What is compiled
+    of a step, unless ranks talk to each other in it or rows have adapters of their own."""
+    hidden = model.model(ids, positions[:, None], cache.at(positions, starts, columns))[:, 0]
+    return tinylora.few_rows_linear(hidden, model.head)
+
+
 class Sampler:
     """Rows in `slots`: a row starts in a slot, with its prompt's keys and values, and decodes until it stops; then the
     next row takes the slot over. So short rows never wait for long ones, and every step is over as many rows as there
@@ -160,6 +176,8 @@ class Sampler:
             ids=torch.zeros(slots, columns, **whole),
             logprobs=torch.zeros(slots, columns, device=device))
         self.slots, self.length = slots, length
+        self.compiled = model.compile_function and not model.shard and R is None
+        self.decode = model.compile_function(decode) if self.compiled else decode
         self.rows = []  # what occupies slots 0 .. len(rows) - 1: (prompt, sample), or None for a row that has stopped
         self.reached = []  # the position of each, known without asking the device (of stopped rows, too high)
         self.prefilled = {}  # prompt: its keys and values [layers, kv_heads, T - 1, hd], until its last row is placed
@@ -167,15 +185,19 @@ class Sampler:
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # memory that all graphs share
 
     def step(self, B, end):
-        """One token for the rows in slots 0 .. B-1. Nothing here waits for the device: it can be captured as a graph.
-        A row that has stopped goes on sampling, into a column that nobody reads, until the host notices."""
+        """One token for the rows in slots 0 .. B-1, all before `end`. Nothing here waits for the device: it can be
+        captured as a graph. A row that has stopped goes on sampling, into a column that nobody reads, until the host
+        notices."""
         s = self.state
         position, count = s.position[:B], s.count[:B]
         self.use_adapters_of(s.prompt[:B])
-        hidden = self.model.model(s.token[:B, None], position[:, None], self.cache.at(position, end))[:, 0]  # [B, D]
+        inputs = s.token[:B, None], position, self.cache.starts[:B], self.cache.columns[:end]
+        if self.compiled:  # once for all sizes
+            for t in (*inputs, self.cache.columns, *self.cache.flat):
+                torch._dynamo.maybe_mark_dynamic(t, 0)
+        logits = self.decode(self.model, self.cache, *inputs)  # [B, V]
         at = count[:, None]
-        uniforms = s.uniforms[:B].gather(1, at).squeeze(1)
-        token, logprob = self.draw(tinylora.few_rows_linear(hidden, self.model.head), uniforms)
+        token, logprob = self.draw(logits, s.uniforms[:B].gather(1, at).squeeze(1))
         if self.model.shard:
             self.model.shard.follow(token, logprob)
         s.ids[:B].scatter_(1, at, token[:, None])
@@ -216,7 +238,8 @@ class Sampler:
                 self.prefill(range(i, len(prompts)), prompts, n)
             k, v = self.prefilled[i]
             self.cache.clear(k.shape[2])
-            self.cache.k[:, slot, :, : k.shape[2]], self.cache.v[:, slot, :, : k.shape[2]] = k, v
+            for entries, of_prompt in zip(self.cache.entries, (k, v)):
+                entries[:, slot, :, : k.shape[2]] = of_prompt
             self.rows[slot], self.reached[slot] = (i, j), k.shape[2]
             if j == n - 1:
                 del self.prefilled[i]
@@ -227,15 +250,19 @@ class Sampler:
             s.prompt[at], s.token[at], s.position[at], s.count[at], s.limit[at] = columns.to(device).T
             s.done[at] = False
             s.uniforms[at, :-1] = torch.from_numpy(np.stack([uniforms(i, j) for _, i, j in new])).to(device)
-        for slot in reversed(free[len(new) :]):
-            row, reached = self.rows.pop(), self.reached.pop()
-            if row is not None:  # the last row moves in
-                self.rows[slot], self.reached[slot], last = row, reached, len(self.rows)
-                for lines in vars(self.state).values():
-                    lines[slot] = lines[last]
-                self.state.done[last] = True
-                for entries in (self.cache.k, self.cache.v):
-                    entries[:, slot, :, :reached] = entries[:, last, :, :reached]
+        size = len(self.rows) - len(free) + len(new)  # of the rows that are left; those beyond move into the gaps
+        to = [slot for slot in free[len(new) :] if slot < size]
+        source = [slot for slot in range(size, len(self.rows)) if self.rows[slot]]
+        for gap, slot in zip(to, source):
+            self.rows[gap], self.reached[gap] = self.rows[slot], self.reached[slot]
+            for entries in self.cache.entries:
+                entries[:, gap, :, : self.reached[slot]] = entries[:, slot, :, : self.reached[slot]]
+        if to:
+            moves = torch.tensor([to, source], device=self.model.device)
+            for lines in vars(self.state).values():
+                lines[moves[0]] = lines[moves[1]]
+            self.state.done[moves[1]] = True
+        del self.rows[size:], self.reached[size:]
         return len(self.rows)
 
     def prefill(self, waiting, prompts, n, max_tokens=8192):
@@ -246,20 +273,23 @@ class Sampler:
             if chosen and (len(chosen) > self.slots // n or (len(chosen) + 1) * longer > max_tokens):
                 break  # max_tokens bounds the memory of the activations
             chosen, longest = [*chosen, i], longer
-        cache = KVCache(self.model.config, len(chosen), longest, self.model.head)
+        cache = KVCache(self.model.config, len(chosen), max(longest, 1), self.model.head)
         if longest:
             padded = [prompts[i][:-1] + [self.tokenizer.pad_id] * (longest - len(prompts[i]) + 1) for i in chosen]
             self.use_adapters_of(torch.tensor(chosen))
             self.model.model(torch.tensor(padded, device=self.model.device), cache=cache)
         for line, i in enumerate(chosen):
             T = len(prompts[i]) - 1
-            self.prefilled[i] = cache.k[:, line, :, :T], cache.v[:, line, :, :T]
+            self.prefilled[i] = [entries[:, line, :, :T] for entries in cache.entries]
 
     def advance(self):
         """One step for the rows in use; on a GPU a recorded graph, which launches all its kernels at once."""
         B, end = len(self.rows), min(self.length, max(self.reached) + 1)
         self.reached = [position + 1 for position in self.reached]
+        if self.compiled:  # a size of 1 would be compiled apart
+            B, end = max(B, min(2, self.slots)), max(end, 2)
         if not self.pool:
+            self.cache.clear(end)
             return self.step(B, end)
         # A graph serves one shape: round both up, to few shapes. The slots beyond the rows in use compute nothing new.
         B = min(self.slots, next(b for b in (1, 2, 4, 8, 16, 32, 64, 128, 256, self.slots) if b >= B))
@@ -426,6 +456,8 @@ def main():
         if not texts:
             raise UserError(f"prompt_file {cfg.prompt_file} holds no prompt")
     net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
+    if cfg.compile:
+        compile_model(net)
     if adapters != [""] and len(adapters) == 1:
         tinylora.load_adapter(net, cfg.adapter)
     if cfg.prompt == "-":

@@ -40,7 +40,7 @@ from model import (
     Shard,
     Transformer,
     checkpoint_dir,
-    compile_blocks,
+    compile_model,
     init_weights,
     is_chief,
     load_config,
@@ -84,7 +84,7 @@ micro_batch_tokens = 4096  # tokens, padding too, in one forward and backward pa
 packing = True  # rows end to end without padding; False: padded to the longest of a micro-batch
 shard = 1  # processes of torchrun that hold one copy of the weights between them: for models beyond one GPU
 recompute = False  # keep only the layers' inputs and compute the rest again in the backward pass: less memory, slower
-compile = False  # training's blocks through torch.compile, for packing = False: minutes at first; GPU: not measured
+compile = False  # torch.compile for the decode step and, if packing = False, training's blocks; GPU: not measured
 # bookkeeping
 eval_interval = 20  # steps between evaluations; 0: only before and after
 eval_size = 0  # rows in an evaluation; 0: all
@@ -272,7 +272,7 @@ def train(cfg):
     if cfg.max_length > context:
         raise UserError(f"max_length must be at most the model's context of {context}, or 0")
     if cfg.compile:
-        compile_blocks(net)
+        compile_model(net)
     parameters, identity = trained_parameters(net, cfg)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay

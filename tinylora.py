@@ -28,6 +28,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 from configurator import UserError, configure, run, whole_file  # isort: skip (first: it says what is missing)
 
@@ -120,7 +121,7 @@ class Product:
     by side, and of the update the two thin factors V^T and U S R, multiplied out. In 16 bits R stays apart, so that
     sampler and trainer round alike."""
 
-    def __init__(self, linears, adapter, own):
+    def take(self, linears, adapter, own):
         self.parts = [len(linear.weight) for linear in linears] if len(linears) > 1 else None
         self.weight, self.bias = linears[0].weight, linears[0].bias
         if self.parts:
@@ -157,12 +158,15 @@ def few_rows_linear(x, W, added=None):
     """x W^T + added (a bias or an update) with one rounding, as in AdaptedLinear. On a CPU in float32 the product of 8
     to 32 rows with a W of over half a million numbers is up to a third faster the other way round, (W x^T)^T."""
     flat = x.flatten(0, -2)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and 8 <= len(flat) <= 32 and W.numel() > 500_000:
+    if x.device.type == "cpu" and x.dtype == torch.float32 and W.numel() > 500_000 and 8 <= len(flat) <= 32:
         y = W @ flat.T if added is None else torch.addmm(added.reshape(-1, len(W)).T, W, flat.T)
         return y.T.reshape(*x.shape[:-1], len(W))
     if added is None or added.dim() == 1:
         return F.linear(x, W, added)
     return torch.addmm(added.flatten(0, -2), flat, W.T).view_as(added)
+
+
+PRODUCTS = WeakKeyDictionary()  # of linears and the like; the same each time, as compiled code looks who it is
 
 
 @contextmanager
@@ -172,11 +176,13 @@ def sampling_form(model, own=False, join_below=50_000_000):
     own: every row of a batch has its own R, which stands in adapter.rows at each forward pass."""
     adapter = getattr(model, "adapter", None)
     joined = sum(p.numel() for p in model.model.layers.parameters()) < join_below
-    changed = []  # (object, name of the method that its attribute hides)
+    changed = []  # (object, name of the method that its attribute hides, the Product)
 
     def hide(thing, name, linears):
-        setattr(thing, name, Product(linears, adapter, own))
-        changed.append((thing, name))
+        product = PRODUCTS.setdefault(thing, Product())
+        changed.append((thing, name, product))
+        product.take(linears, adapter, own)
+        setattr(thing, name, product)
 
     try:
         if adapter:
@@ -192,8 +198,9 @@ def sampling_form(model, own=False, join_below=50_000_000):
                 hide(linear, "forward", [linear])
         yield
     finally:
-        for thing, name in changed:
-            delattr(thing, name)
+        for thing, name, product in changed:
+            thing.__dict__.pop(name, None)
+            vars(product).clear()
         if adapter:
             adapter.held, adapter.rows = False, None
 

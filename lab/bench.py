@@ -56,6 +56,7 @@ group = 8  # compare, compare_grpo: rows that share a prompt
 slots = 512  # compare: rows at a time, ours and theirs
 their_rows = 0  # compare_grpo: rows that TRL takes in one forward and backward pass; 0: all; try which is quickest
 limit = 256  # compare, compare_grpo: most tokens a row; their number is geometric with a quarter of it as its mean
+compile = False  # compare, compare_grpo, decode, train: ours through torch.compile
 dtype = "auto"  # where a shape is: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # logprobs, decode, train: auto, cpu, cuda, cuda:1 ...
 
@@ -341,6 +342,8 @@ def bench_decode():
     to read all weights and the rows' keys and values once, or to do the products, whichever is longer."""
     device = model_file.pick_device(SETTINGS.device)
     net = shaped_model(device)
+    if SETTINGS.compile:
+        model_file.compile_model(net)
     bandwidth, rate = device_limits(device, net.head.dtype)
     rows, steps, c = SETTINGS.rows, SETTINGS.tokens, net.config
     numbers = sum(p.numel() for p in net.model.layers.parameters()) + net.head.numel()
@@ -374,6 +377,8 @@ def bench_train():
     4 operations a parameter and token (forward, and backward to the activations alone)."""
     device = model_file.pick_device(SETTINGS.device)
     net = shaped_model(device)
+    if SETTINGS.compile:
+        model_file.compile_model(net)
     _, rate = device_limits(device, net.head.dtype)
     adapter = add_random_adapter(net)
     half = max(1, SETTINGS.context // 2)
@@ -443,14 +448,14 @@ def bench_compare():
     counted = []
 
     @torch.inference_mode()
-    def ours():
+    def ours(prompts=prompts):
         counted.clear()
-        longest = max(len(prompts[i // group]) + n for i, n in enumerate(lengths))
+        longest = max(map(len, prompts)) + limit
         sampler = sample.Sampler(net, NO_TEXT, slots, longest, limit, partial(sample.sample_tokens, temperature=1.0))
         with tinylora.sampling_form(net):
             sampler.run(prompts, group, lambda i, j: lengths[i * group + j],
                         lambda i, j: sample.row_uniforms(0, i, j, limit), lambda i, j, ids, _: counted.append(len(ids)))
-        assert sorted(counted) == sorted(lengths)
+        assert sorted(counted) == sorted(lengths[: len(prompts) * group])
 
     @torch.inference_mode()
     def reference():
@@ -465,6 +470,9 @@ def bench_compare():
                                   pad_token_id=0, eos_token_id=None, stopping_criteria=stop)
             assert out.shape[1] == ends.max()
 
+    if SETTINGS.compile:
+        model_file.compile_model(net)
+        ours(prompts[:1])  # compiles for all sizes
     our_peak, reference_peak = peak_memory(ours), peak_memory(reference)  # the second may reuse what the first freed
     times = [(seconds_of(ours, device, 1), seconds_of(reference, device, 1)) for _ in range(SETTINGS.repeats)]
     seconds, their_seconds = (median_high(column) for column in zip(*times))  # in turn: to share the noise
@@ -540,6 +548,9 @@ def our_grpo_steps(settings, path, prompts, lengths):
     """Steps of grpo.py on the checkpoint at path: seconds of each {total, generate, update}, bytes {beyond, total}."""
     net, group, order = model_file.load_model(path, "float32", "cpu"), settings.group, list(map(tuple, prompts))
     adapter = add_random_adapter(net)
+    if settings.compile:
+        model_file.compile_model(net)
+        sample.generate(net, NO_TEXT, prompts[:1], 2, 2)
     optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-6)
     cfg = configure(vars(grpo), [f"--batch_size={len(prompts)}", f"--group_size={group}", "--objective=dapo",
                                  f"--max_new_tokens={settings.limit}", "--answer_format=any"])
@@ -705,7 +716,8 @@ def main():
     if name in ("tokenize", "grade") and not os.path.isfile(SETTINGS.dataset):
         raise UserError(f"no file at '{SETTINGS.dataset}'")
     result = BENCHES[name]()
-    print(json.dumps({"bench": name, "torch": torch.__version__, "threads": torch.get_num_threads(), **result}))
+    print(json.dumps({"bench": name, "torch": torch.__version__, "threads": torch.get_num_threads(),
+                      "compile": SETTINGS.compile, **result}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""compile_blocks: the same gradient, from few compiled blocks, and none of it in the sampler."""
+"""compile_model: the same gradient from few compiled blocks, the same tokens from one compiled decode step."""
 
 from types import SimpleNamespace
 
@@ -55,20 +55,57 @@ def test_few_blocks_are_compiled_and_give_the_same_gradient(net, tokenizer, meth
         return aot_eager(graph, inputs)
 
     torch._dynamo.reset()
-    model.compile_blocks(net, backend)
+    model.compile_model(net, backend)
     assert torch.allclose(gradients(net, tokenizer, parameters, cfg), plain, rtol=1e-5, atol=1e-6)
     assert 0 < len(compiled) <= most and plain.norm() > 0
-    before = len(compiled)
-    sample.generate(net, tokenizer, [[7, 8, 9], [5] * 20], 3, 6)
-    assert len(compiled) == before  # the sampler brings a cache, and runs the blocks as they are
+
+
+def test_one_decode_step_is_compiled_and_gives_the_same_tokens(net, tokenizer, monkeypatch):
+    """One for every number of rows down to the last, every length, slots that refill, greedy or not, another v."""
+    adapter, compiled = tinylora.add_adapter(net, rank=2, u=3), []
+    monkeypatch.setattr(tokenizer, "stop_ids", set(range(0, 512, 32)))
+
+    def samples():
+        out = []
+        for prompts, n, tokens, temperature, slots, v in (
+                ([[7, 8, 9], [5] * 20], 3, 30, 1.0, 512, 0.0), ([[5]], 2, 9, 1.0, 512, 0.1),
+                ([[6] * 9, [4, 5], [7] * 30], 5, 50, 0.0, 4, 0.1), ([[8, 9]] * 7, 1, 20, 0.5, 3, 0.2)):
+            torch.nn.init.constant_(adapter.v, v)
+            monkeypatch.setattr(sample, "fitting_rows", lambda model, length, rows, slots=slots: min(rows, slots))
+            out += sum(sample.generate(net, tokenizer, prompts, n, tokens, temperature), [])
+        return out
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    plain = samples()
+    torch._dynamo.reset()
+    model.compile_model(net, backend)
+    fused = samples()
+    assert [c.ids for c in fused] == [c.ids for c in plain] and len(compiled) == 1
+    for a, b in zip(fused, plain):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+    assert len({len(c.ids) for c in plain}) > 9
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_the_real_compiler_gives_the_same_tokens(net, tokenizer):
+    tinylora.add_adapter(net, rank=2, u=3)
+    plain = sample.generate(net, tokenizer, [[7, 8, 9], [5] * 20], 3, 30)
+    torch._dynamo.reset()
+    model.compile_model(net)
+    fused = sample.generate(net, tokenizer, [[7, 8, 9], [5] * 20], 3, 30)
+    assert [[c.ids for c in group] for group in fused] == [[c.ids for c in group] for group in plain]
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-@pytest.mark.parametrize("script", [grpo, sft])
-def test_a_run_with_compile_learns_what_one_without_does(checkpoint, problems, tmp_path, script, monkeypatch):
+@pytest.mark.parametrize("script, packing", [(grpo, False), (grpo, True), (sft, False), (sft, True)])
+def test_a_run_with_compile_learns_what_one_without_does(checkpoint, problems, tmp_path, script, packing, monkeypatch):
     calls = []
     monkeypatch.setattr(eval_math, "score", lambda text, *_: {"strict": len(text) % 2 == 0, "lenient": False})
-    monkeypatch.setattr(script, "compile_blocks", lambda net: (calls.append(net), model.compile_blocks(net, "eager")))
+    monkeypatch.setattr(script, "compile_model", lambda net: (calls.append(net), model.compile_model(net, "eager")))
     options = dict(model=checkpoint, dataset=problems, eval_dataset="", max_steps=1, batch_size=3, device="cpu",
                    max_new_tokens=5, rank=2, recompute=True, group_size=4)
     vectors = []
@@ -76,7 +113,7 @@ def test_a_run_with_compile_learns_what_one_without_does(checkpoint, problems, t
         torch._dynamo.reset()
         known = vars(script).keys() & options.keys()
         script.train(configure(vars(script), [f"--{key}={options[key]}" for key in known] + [
-            f"--compile={compile}", "--packing=False", f"--out_dir={tmp_path / str(compile)}"]))
+            f"--compile={compile}", f"--packing={packing}", f"--out_dir={tmp_path / str(compile)}"]))
         vectors.append(load_file(tmp_path / str(compile) / "adapter.safetensors")["v"])
     assert torch.allclose(*vectors, rtol=1e-4, atol=1e-6) and vectors[0].any() and len(calls) == 1
 
@@ -86,6 +123,6 @@ def test_a_compiler_that_fails_is_named(net):
         raise OSError("no compiler here")
 
     torch._dynamo.reset()
-    model.compile_blocks(net, backend)
+    model.compile_model(net, backend)
     with pytest.raises(UserError, match="no compiler here.*--compile=False"):
         net(torch.tensor([[5, 6, 7], [8, 9, 10]]))

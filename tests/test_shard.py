@@ -35,9 +35,15 @@ def count_threads(folder):
     """An environment in which a rank says at its end how many threads of gloo are left: one that is may abort it."""
     (folder / "sitecustomize.py").write_text("""
 import atexit, os
+def names():
+    for thread in os.listdir("/proc/self/task"):
+        try:
+            with open(f"/proc/self/task/{thread}/comm") as file:
+                yield file.read()
+        except OSError:
+            pass  # it ended just now
 def count():
-    names = [open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")]
-    os.write(2, b"gloo threads: %d\\n" % sum("gloo" in name for name in names))
+    os.write(2, b"gloo threads: %d\\n" % sum("gloo" in name for name in names()))
 if "RANK" in os.environ and os.path.isdir("/proc/self/task"):
     atexit.register(count)
 """)
@@ -68,7 +74,7 @@ def experiment(checkpoint, method, directory, shard=1, data_rank=0, data_world=1
     optimizer = torch.optim.Adam(parameters.values(), lr=0.01, eps=0.01)  # eps: no update of the size of noise
     step, history = grpo.load_checkpoint(str(directory / method / "start.safetensors"), parameters, optimizer, identity)
     out = {"logits": net(IDS).detach(), "block_bytes": sum(p.nbytes for p in net.model.layers.parameters()),
-           "cache_shape": tuple(sample.KVCache(net.config, 5, 7, net.head).k.shape),
+           "cache_shape": tuple(sample.KVCache(net.config, 5, 7, net.head).entries[0].shape),
            "kept_bytes": sum(p.untyped_storage().nbytes() for p in net.model.layers.parameters())}
     everything = rows()
     tokens = sum(len(row.ids) for row in everything)
