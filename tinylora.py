@@ -71,13 +71,40 @@ class AdaptedLinear(nn.Linear):
         linear.__dict__.update(index=index, US=US, Vt=Vt, R=None)
 
     def forward(self, x):
-        R = self.R  # [r, r], or [B, r, r] where every row of x [B, T, n] has its own
-        h = F.linear(x, self.Vt.to(x.dtype)).to(R.dtype) @ R.mT  # [..., r], in fp32 so that v is not rounded
-        update = F.linear(h.to(x.dtype), self.US.to(x.dtype))
-        # One addmm, so that W x + update is rounded once: added to an output that is already bf16, an update below
-        # half a unit in its last place would be lost for every token alike.
-        y = torch.addmm(update.flatten(0, -2), x.flatten(0, -2), self.weight.T).view_as(update)
+        y = LowRankUpdate.apply(x, self.weight, self.US, self.Vt, self.R)
         return y if self.bias is None else y + self.bias
+
+
+class LowRankUpdate(torch.autograd.Function):
+    """x (W + US R V^T)^T with W frozen. x [..., n], W [m, n], US [m, r], Vt [r, n], R [r, r], or [B, r, r] where every
+    row of x [B, T, n] has its own (without gradients) -> [..., m].
+
+    Its gradient by hand, as each pass over tokens counts: that of x is one product that adds to another, not a sum of
+    two, and of x nothing is kept but V^T x [..., r], unless V^T is trained.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, US, Vt, R):
+        h = F.linear(x, Vt.to(x.dtype)).to(R.dtype)  # [..., r], in fp32 so that v is not rounded
+        ctx.save_for_backward(weight, US, Vt, R, h, x if ctx.needs_input_grad[3] else None)
+        return sum_of_products(x, weight, (h @ R.mT).to(x.dtype), US.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, dy):
+        weight, US, Vt, R, h, x = ctx.saved_tensors
+        shape, h, dy = dy.shape[:-1], h.flatten(0, -2), dy.flatten(0, -2)
+        d_out = (dy @ US.to(dy.dtype)).to(R.dtype)  # [tokens, r], of R h
+        d_in = (d_out @ R).to(dy.dtype)  # of h
+        dx = dUS = dVt = dR = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight).addmm_(d_in, Vt.to(dy.dtype)).view(*shape, -1)
+        if ctx.needs_input_grad[2]:
+            dUS = (dy.T @ (h @ R.mT).to(dy.dtype)).to(US.dtype)
+        if ctx.needs_input_grad[3]:
+            dVt = (d_in.T @ x.flatten(0, -2)).to(Vt.dtype)
+        if ctx.needs_input_grad[4]:
+            dR = d_out.T @ h
+        return dx, None, dUS, dVt, dR
 
 
 class Adapter(nn.Module):
@@ -149,21 +176,27 @@ class Product:
                 R = self.adapter.R[self.index]  # [k, r, r] or [k, B, r, r]
                 R = (R if R.dim() == 4 else R[:, None]).transpose(0, 1)[:, None]  # [B or 1, 1, k, r, r]
                 h = (R * h.unflatten(-1, (R.shape[2], 1, -1))).sum(-1).flatten(2).to(x.dtype)  # R h of every linear
-            y = few_rows_linear(x, self.weight, F.linear(h, self.up))
+            y = sum_of_products(x, self.weight, h, self.up)
             y = y if self.bias is None else y + self.bias
         return y.split(self.parts, dim=-1) if self.parts else y
 
 
-def few_rows_linear(x, W, added=None):
-    """x W^T + added (a bias or an update) with one rounding, as in AdaptedLinear. On a CPU in float32 the product of 8
-    to 32 rows with a W of over half a million numbers is up to a third faster the other way round, (W x^T)^T."""
+def sum_of_products(x, W, h, U):
+    """x W^T + h U^T: x [..., n], W [m, n], and thin h [..., r], U [m, r]. In 16 bits the sum is rounded once: added to an
+    output that is rounded already, an update below half a unit in its last place would be lost for every token alike."""
+    flat, h = x.flatten(0, -2), h.flatten(0, -2)
+    y = torch.addmm(h @ U.T, flat, W.T) if x.dtype.itemsize == 2 else few_rows_linear(flat, W).addmm_(h, U.T)
+    return y.view(*x.shape[:-1], -1)
+
+
+def few_rows_linear(x, W, bias=None):
+    """F.linear. On a CPU in float32 the product of 8 to 32 rows with a W of over half a million numbers is up to a third
+    faster the other way round, (W x^T)^T."""
     flat = x.flatten(0, -2)
     if x.device.type == "cpu" and x.dtype == torch.float32 and W.numel() > 500_000 and 8 <= len(flat) <= 32:
-        y = W @ flat.T if added is None else torch.addmm(added.reshape(-1, len(W)).T, W, flat.T)
+        y = W @ flat.T if bias is None else torch.addmm(bias[:, None], W, flat.T)
         return y.T.reshape(*x.shape[:-1], len(W))
-    if added is None or added.dim() == 1:
-        return F.linear(x, W, added)
-    return torch.addmm(added.flatten(0, -2), flat, W.T).view_as(added)
+    return F.linear(x, W, bias)
 
 
 PRODUCTS = WeakKeyDictionary()  # of linears and the like; the same each time, as compiled code looks who it is

@@ -15,6 +15,9 @@ import sft
 import tinylora
 from configurator import UserError, configure
 
+# torch.compile itself looks at such gradients, and makes an object of a Function
+TORCHS_OWN = "ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated"
+
 
 def rows_of_many_lengths(batches=8):
     """Micro-batches of 1 to 6 rows, no two of the same length."""
@@ -37,7 +40,7 @@ def gradients(net, tokenizer, parameters, cfg):
     return torch.stack(out)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile itself looks at it
+@pytest.mark.filterwarnings(*TORCHS_OWN)
 @pytest.mark.parametrize("method, most", [("tinylora", 6), ("full", 2)])
 def test_few_blocks_are_compiled_and_give_the_same_gradient(net, tokenizer, method, most):
     """tinylora: one row or more, the first layer or another, and without gradients for the reference of the KL term."""
@@ -100,7 +103,7 @@ def test_the_real_compiler_gives_the_same_tokens(net, tokenizer):
     assert [[c.ids for c in group] for group in fused] == [[c.ids for c in group] for group in plain]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings(*TORCHS_OWN)
 @pytest.mark.parametrize("script, packing", [(grpo, False), (grpo, True), (sft, False), (sft, True)])
 def test_a_run_with_compile_learns_what_one_without_does(checkpoint, problems, tmp_path, script, packing, monkeypatch):
     calls = []

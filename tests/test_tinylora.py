@@ -805,3 +805,13 @@ def test_training_ends_with_a_text_that_is_the_file(checkpoint, problems, tmp_pa
     assert len(text.split(":")[1]) == 2 * 26
     v = load_file(tmp_path / "run/adapter.safetensors")["v"]
     assert v.dtype == torch.bfloat16 and torch.equal(tinylora.load_adapter(net, text).v, v.float()) and v.all()
+
+
+def test_the_gradient_by_hand_is_that_of_finite_differences():
+    """Of x and R, and of both factors where they are trained (LoRA)."""
+    generator = torch.Generator().manual_seed(0)
+    x, W, US, Vt, R = (torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_(i != 1)
+                       for i, shape in enumerate([(2, 3, 5), (7, 5), (7, 2), (2, 5), (2, 2)]))
+    y = tinylora.LowRankUpdate.apply(x, W, US, Vt, R)
+    assert torch.allclose(y, x @ (W + US @ R @ Vt).T)
+    assert torch.autograd.gradcheck(tinylora.LowRankUpdate.apply, (x, W, US, Vt, R))
