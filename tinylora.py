@@ -76,35 +76,32 @@ class AdaptedLinear(nn.Linear):
 
 
 class LowRankUpdate(torch.autograd.Function):
-    """x (W + US R V^T)^T with W frozen. x [..., n], W [m, n], US [m, r], Vt [r, n], R [r, r], or [B, r, r] where every
-    row of x [B, T, n] has its own (without gradients) -> [..., m].
+    """x (W + US R V^T)^T: x [..., n], W [m, n], US [m, r], Vt [r, n], R [r, r] -> [..., m]. Where every row of x
+    [B, T, n] has its own, R is [B, r, r], and has no gradient.
 
-    Its gradient by hand, as each pass over tokens counts: that of x is one product that adds to another, not a sum of
-    two, and of x nothing is kept but V^T x [..., r], unless V^T is trained.
+    The gradient is written by hand, as every pass over the tokens costs: that of x is one product added to another in
+    place, and of x itself nothing is kept but V^T x [..., r], unless W or V^T is trained.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, US, Vt, R):
+    def forward(ctx, x, W, US, Vt, R):
         h = F.linear(x, Vt.to(x.dtype)).to(R.dtype)  # [..., r], in fp32 so that v is not rounded
-        ctx.save_for_backward(weight, US, Vt, R, h, x if ctx.needs_input_grad[3] else None)
-        return sum_of_products(x, weight, (h @ R.mT).to(x.dtype), US.to(x.dtype))
+        ctx.save_for_backward(W, US, Vt, R, h, x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None)
+        return sum_of_products(x, W, (h @ R.mT).to(x.dtype), US.to(x.dtype))
 
     @staticmethod
     def backward(ctx, dy):
-        weight, US, Vt, R, h, x = ctx.saved_tensors
-        shape, h, dy = dy.shape[:-1], h.flatten(0, -2), dy.flatten(0, -2)
+        W, US, Vt, R, h, x = ctx.saved_tensors
+        needs, shape = ctx.needs_input_grad, dy.shape[:-1]
+        h, dy = h.flatten(0, -2), dy.flatten(0, -2)
         d_out = (dy @ US.to(dy.dtype)).to(R.dtype)  # [tokens, r], of R h
         d_in = (d_out @ R).to(dy.dtype)  # of h
-        dx = dUS = dVt = dR = None
-        if ctx.needs_input_grad[0]:
-            dx = (dy @ weight).addmm_(d_in, Vt.to(dy.dtype)).view(*shape, -1)
-        if ctx.needs_input_grad[2]:
-            dUS = (dy.T @ (h @ R.mT).to(dy.dtype)).to(US.dtype)
-        if ctx.needs_input_grad[3]:
-            dVt = (d_in.T @ x.flatten(0, -2)).to(Vt.dtype)
-        if ctx.needs_input_grad[4]:
-            dR = d_out.T @ h
-        return dx, None, dUS, dVt, dR
+        dx = (dy @ W).addmm_(d_in, Vt.to(dy.dtype)).view(*shape, -1) if needs[0] else None
+        dW = dy.T @ x.flatten(0, -2) if needs[1] else None
+        dUS = (dy.T @ (h @ R.mT).to(dy.dtype)).to(US.dtype) if needs[2] else None
+        dVt = (d_in.T @ x.flatten(0, -2)).to(Vt.dtype) if needs[3] else None
+        dR = d_out.T @ h if needs[4] else None
+        return dx, dW, dUS, dVt, dR
 
 
 class Adapter(nn.Module):
@@ -182,16 +179,16 @@ class Product:
 
 
 def sum_of_products(x, W, h, U):
-    """x W^T + h U^T: x [..., n], W [m, n], and thin h [..., r], U [m, r]. In 16 bits the sum is rounded once: added to an
-    output that is rounded already, an update below half a unit in its last place would be lost for every token alike."""
+    """x W^T + h U^T: x [..., n], W [m, n], and thin h [..., r], U [m, r]. In 16 bits the sum is rounded once: added to
+    an output that is rounded already, an update below half a unit in its last place would be lost for every token."""
     flat, h = x.flatten(0, -2), h.flatten(0, -2)
     y = torch.addmm(h @ U.T, flat, W.T) if x.dtype.itemsize == 2 else few_rows_linear(flat, W).addmm_(h, U.T)
     return y.view(*x.shape[:-1], -1)
 
 
 def few_rows_linear(x, W, bias=None):
-    """F.linear. On a CPU in float32 the product of 8 to 32 rows with a W of over half a million numbers is up to a third
-    faster the other way round, (W x^T)^T."""
+    """F.linear. On a CPU in float32 the product of 8 to 32 rows with a W of over half a million numbers is up to a
+    third faster the other way round, (W x^T)^T."""
     flat = x.flatten(0, -2)
     if x.device.type == "cpu" and x.dtype == torch.float32 and W.numel() > 500_000 and 8 <= len(flat) <= 32:
         y = W @ flat.T if bias is None else torch.addmm(bias[:, None], W, flat.T)

@@ -808,10 +808,10 @@ def test_training_ends_with_a_text_that_is_the_file(checkpoint, problems, tmp_pa
 
 
 def test_the_gradient_by_hand_is_that_of_finite_differences():
-    """Of x and R, and of both factors where they are trained (LoRA)."""
+    """Of x and R, of both factors where they are trained (LoRA), and of W for whoever unfreezes it."""
     generator = torch.Generator().manual_seed(0)
-    x, W, US, Vt, R = (torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_(i != 1)
-                       for i, shape in enumerate([(2, 3, 5), (7, 5), (7, 2), (2, 5), (2, 2)]))
+    x, W, US, Vt, R = (torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+                       for shape in [(2, 3, 5), (7, 5), (7, 2), (2, 5), (2, 2)])
     y = tinylora.LowRankUpdate.apply(x, W, US, Vt, R)
     assert torch.allclose(y, x @ (W + US @ R @ Vt).T)
     assert torch.autograd.gradcheck(tinylora.LowRankUpdate.apply, (x, W, US, Vt, R))
