@@ -35,7 +35,7 @@ seed = 1337  # of the sampling
 out_dir = "out/eval"  # every response with its verdict, a .jsonl file a data set; an earlier one is moved aside
 init_from = "scratch"  # or resume: go on with the answers that out_dir holds already
 regrade = ""  # a .jsonl file of responses: grade them anew, without a model
-compile = False  # torch.compile for the decode step: it takes a while at first
+compile = False  # torch.compile for the decode step: for small models on a CPU; on a GPU not measured
 dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
 

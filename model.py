@@ -13,7 +13,7 @@ import shutil
 import unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import tiktoken
 import torch
@@ -216,18 +216,20 @@ def compile_model(model, backend="inductor"):
     """Have torch.compile fuse small operations: those of a decode step (sample.Sampler), and those of a block in
     training, unless something stands where a cache stands (grpo.Packed).
 
-    A compiled block serves all layers and every number and length of rows: these sizes are symbols in it, which wastes
-    nothing on padding to a few lengths. It is compiled anew for a single row, for the first layer (whose input wants
-    no gradient where embeddings are frozen) and without gradients: at most six times.
+    Both serve every number and length of rows: these sizes are symbols in them, which wastes nothing on padding to a
+    few. They are compiled anew for a single row, and the block, which serves all layers, also for the first of them
+    (whose input wants no gradient where embeddings are frozen) and without gradients: at most six times.
     """
+    @cache
     def compiled(function):
         fused = torch.compile(function, backend=backend)
 
         def run(*inputs):
             try:
                 return fused(*inputs)
-            except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, or no Triton
-                reason = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
+            except torch._dynamo.exc.ShortenTraceback as error:  # no C++ compiler, or no Triton
+                cause = getattr(error, "inner_exception", error)
+                reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
                 raise UserError(f"torch.compile failed ({reason}); use --compile=False") from None
 
         return run

@@ -35,7 +35,7 @@ temperature = 1.0  # 0: greedy
 top_k = 0  # sample from the k likeliest tokens only; 0: from all
 top_p = 1.0  # sample from the likeliest tokens of this total probability only; 1: from all
 seed = 0  # of the sampling
-compile = False  # torch.compile for the decode step: it takes a while at first
+compile = False  # torch.compile for the decode step: for small models on a CPU; on a GPU not measured
 dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
 
@@ -74,7 +74,7 @@ class KVCache:
 
     def at(self, positions, starts, columns):
         """Rows 0 .. B-1 store their next token at `positions` [B] and attend to those up to there. starts, columns: the
-        first B and the first few of self.starts and self.columns; all positions are among the columns."""
+        first B and the first few of self.starts and self.columns, which the positions of all rows in use are among."""
         self.positions, self.end = positions, len(columns)
         self.places = (starts + positions[:, None, None]).transpose(0, 1).flatten(1)  # [layers, B * kv_heads]
         mask = self.flat[0].new_zeros(len(positions), 1, 1, self.end)
@@ -99,7 +99,8 @@ class KVCache:
             entries.index_copy_(0, self.places[layer], new.reshape(-1, hd))
         keys, values = (entries[layer, :B, :, : self.end] for entries in self.entries)
         q = q.view(B, keys.shape[1], -1, hd)  # the heads that share a key head become its queries: no copy of k, v
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask).view(B, heads, 1, hd)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask)
+        return y.reshape(B, heads, 1, hd)  # no view: some kernels put the queries before the heads in memory
 
 
 def sample_tokens(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
@@ -185,14 +186,14 @@ class Sampler:
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # memory that all graphs share
 
     def step(self, B, end):
-        """One token for the rows in slots 0 .. B-1, all before `end`. Nothing here waits for the device: it can be
-        captured as a graph. A row that has stopped goes on sampling, into a column that nobody reads, until the host
-        notices."""
+        """One token for the slots 0 .. B-1, whose rows in use stand before `end`. Nothing here waits for the device: it
+        can be captured as a graph. A row that has stopped goes on sampling, into a column that nobody reads, until the
+        host notices."""
         s = self.state
         position, count = s.position[:B], s.count[:B]
         self.use_adapters_of(s.prompt[:B])
         inputs = s.token[:B, None], position, self.cache.starts[:B], self.cache.columns[:end]
-        if self.compiled:  # once for all sizes
+        if self.compiled:  # once for all sizes above 1
             for t in (*inputs, self.cache.columns, *self.cache.flat):
                 torch._dynamo.maybe_mark_dynamic(t, 0)
         logits = self.decode(self.model, self.cache, *inputs)  # [B, V]

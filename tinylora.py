@@ -186,17 +186,21 @@ def sum_of_products(x, W, h, U):
     return y.view(*x.shape[:-1], -1)
 
 
+LARGE = 500_000  # numbers in a weight, see below
+
+
 def few_rows_linear(x, W, bias=None):
-    """F.linear. On a CPU in float32 the product of 8 to 32 rows with a W of over half a million numbers is up to a
-    third faster the other way round, (W x^T)^T."""
-    flat = x.flatten(0, -2)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and W.numel() > 500_000 and 8 <= len(flat) <= 32:
+    """F.linear. On a CPU in float32 the product of 8 to 32 rows with a large W is up to a third faster the other way
+    round, (W x^T)^T; not in compiled code, which serves all sizes."""
+    flat, on_cpu = x.flatten(0, -2), x.device.type == "cpu" and x.dtype == torch.float32
+    if on_cpu and W.numel() > LARGE and not torch.compiler.is_compiling() and 8 <= len(flat) <= 32:
         y = W @ flat.T if bias is None else torch.addmm(bias[:, None], W, flat.T)
         return y.T.reshape(*x.shape[:-1], len(W))
     return F.linear(x, W, bias)
 
 
-PRODUCTS = WeakKeyDictionary()  # of linears and the like; the same each time, as compiled code looks who it is
+# The Product of a linear or of a method: one for good, as compiled code knows it by its identity. Empty if not in use.
+PRODUCTS = WeakKeyDictionary()
 
 
 @contextmanager

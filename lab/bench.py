@@ -363,8 +363,9 @@ def bench_decode():
     print(f"limits: copy {bandwidth / 1e9:.0f} GB/s, matrix product {rate / 1e12:.2f} TFLOP/s\n"
           f"{SETTINGS.shape}, {rows} rows, {SETTINGS.context} tokens behind each: {seconds * 1e3:.2f} ms a step, "
           f"{rows / seconds:.0f} tokens/s, {size / seconds / 1e9:.0f} GB/s, {floor / seconds:.0%} of the limit\n"
-          f"with one adapter {shared / seconds - 1:+.1%}, with one a row {own / seconds - 1:+.1%}; first token after "
-          f"{first * 1e3:.0f} ms; peak {grpo.peak_gb(device):.1f} GB")
+          f"with one adapter {shared / seconds - 1:+.1%}, with one a row {own / seconds - 1:+.1%}"
+          f"{' (not compiled)' if SETTINGS.compile else ''}; first token after {first * 1e3:.0f} ms;"
+          f" peak {grpo.peak_gb(device):.1f} GB")
     return {"shape": SETTINGS.shape, "rows": rows, "context": SETTINGS.context, "dtype": str(net.head.dtype),
             "device": str(device), "ms_a_step": seconds * 1e3, "tokens_per_second": rows / seconds,
             "gb_per_second": size / seconds / 1e9, "copy_gb_per_second": bandwidth / 1e9, "tflops_limit": rate / 1e12,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.backends.debugging import aot_eager
+from torch._inductor.exc import TritonMissing
 
 import eval_math
 import grpo
@@ -66,6 +67,7 @@ def test_few_blocks_are_compiled_and_give_the_same_gradient(net, tokenizer, meth
 def test_one_decode_step_is_compiled_and_gives_the_same_tokens(net, tokenizer, monkeypatch):
     """One for every number of rows down to the last, every length, slots that refill, greedy or not, another v."""
     adapter, compiled = tinylora.add_adapter(net, rank=2, u=3), []
+    monkeypatch.setattr(tinylora, "LARGE", 0)  # then 8 to 32 rows take another way where nothing is compiled
     monkeypatch.setattr(tokenizer, "stop_ids", set(range(0, 512, 32)))
 
     def samples():
@@ -121,11 +123,15 @@ def test_a_run_with_compile_learns_what_one_without_does(checkpoint, problems, t
     assert torch.allclose(*vectors, rtol=1e-4, atol=1e-6) and vectors[0].any() and len(calls) == 1
 
 
-def test_a_compiler_that_fails_is_named(net):
+@pytest.mark.parametrize("error, reason", [(OSError("no compiler here"), "no compiler here"),
+                                           (TritonMissing(None), "Cannot find a working triton")])
+def test_a_compiler_that_fails_is_named(net, tokenizer, error, reason):
     def backend(graph, inputs):
-        raise OSError("no compiler here")
+        raise error
 
     torch._dynamo.reset()
     model.compile_model(net, backend)
-    with pytest.raises(UserError, match="no compiler here.*--compile=False"):
+    with pytest.raises(UserError, match=f"{reason}.*--compile=False"):
         net(torch.tensor([[5, 6, 7], [8, 9, 10]]))
+    with pytest.raises(UserError, match=f"{reason}.*--compile=False"):
+        sample.generate(net, tokenizer, [[5, 6, 7]], 2, 4)

@@ -237,18 +237,31 @@ def test_the_sampling_form_rounds_as_the_trainer_does_in_bfloat16(net, settings)
 def test_a_failure_while_the_sampling_form_is_made_leaves_nothing(net, monkeypatch):
     tinylora.add_adapter(net)
     before = {name: set(vars(module)) for name, module in net.named_modules()}
-    made, real = [], tinylora.Product
+    made, real = [], tinylora.Product.take
 
-    def failing(*arguments):
-        made.append(1)
+    def failing(product, *arguments):
+        real(product, *arguments)
+        made.append(product)
         if len(made) == 5:
             raise torch.OutOfMemoryError("no")
-        return real(*arguments)
 
-    monkeypatch.setattr(tinylora, "Product", failing)
+    monkeypatch.setattr(tinylora.Product, "take", failing)
     with pytest.raises(torch.OutOfMemoryError):
         sample.generate(net, SimpleNamespace(stop_ids={1}, pad_id=0), [[5]], max_new_tokens=2)
     assert {name: set(vars(module)) for name, module in net.named_modules()} == before and not net.adapter.held
+    assert len(made) == 5 and not any(map(vars, made))  # no second copy of the weights
+
+
+def test_attention_may_lie_in_memory_as_a_gpu_lays_it(net, tokenizer, monkeypatch):
+    """The kernels that take a mask put the queries before the heads."""
+    expected = sample.generate(net, tokenizer, [[7, 8, 9], [5] * 9], 3, 9)
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def as_on_a_gpu(*arguments, **options):
+        return kernel(*arguments, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", as_on_a_gpu)
+    assert sample.generate(net, tokenizer, [[7, 8, 9], [5] * 9], 3, 9) == expected
 
 
 def test_the_limit_is_no_larger_than_the_context(net, tokenizer):
