@@ -320,7 +320,9 @@ def completion_logprobs(net, tokenizer, rows, temperature, packing=False):
     mask = torch.tensor([own + [False] * (T - len(own)) for own in trained], device=net.device)  # [B, T]
     places, targets = (torch.tensor([x for line, own in zip(lines, trained) for x, counts in zip(line, own) if counts],
                                     device=net.device) for lines in (before, [row.ids for row in rows]))
-    logp, entropy = token_logprobs(hidden.flatten(0, 1)[places], net.head, targets, temperature)
+    # No index: its gradient adds up what rows share, a prompt's last token, in an order that varies with the threads.
+    hidden = F.embedding(places, hidden.flatten(0, 1))
+    logp, entropy = token_logprobs(hidden, net.head, targets, temperature)
     spread = logp.new_zeros(mask.shape)
     return spread.masked_scatter(mask, logp), spread.masked_scatter(mask, entropy), mask
 

@@ -962,3 +962,24 @@ def test_bad_input_gets_one_line_and_exit_code_2(checkpoint, problems, tmp_path,
     changes, words = REFUSED[name]
     assert_refused(fork_script("grpo.py", *args(checkpoint, problems, tmp_path / "run", **changes)), words)
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_gradient_is_the_same_every_time(net, tokenizer, packing):
+    """To the bit, with threads, where 600 rows share the last token of their prompt."""
+    adapter = tinylora.add_adapter(net, rank=2, u=3)
+    torch.nn.init.constant_(adapter.v, 0.1)
+    random, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    rows = [grpo.Row([5, 6, 7], torch.randint(5, 200, (2,), generator=random).tolist(), [-1.0] * 2, (-1.0) ** i / 3)
+            for i in range(600)]
+    seen = set()
+    try:
+        torch.set_num_threads(4)
+        for _ in range(20):
+            adapter.v.grad = None
+            logp, _, _ = grpo.completion_logprobs(net, tokenizer, rows, 1.0, packing)
+            (logp * torch.linspace(-1, 1, 1200).view(600, 2)).sum().backward()
+            seen.add(adapter.v.grad.numpy().tobytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) == 1
