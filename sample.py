@@ -148,6 +148,12 @@ def decode(model, cache, ids, positions, starts, columns):
     return tinylora.few_rows_linear(hidden, model.head)
 
 
+def mark_sizes(*tensors):
+    """Have compiled code serve all sizes above 1 of their first dimension."""
+    for t in tensors:
+        torch._dynamo.maybe_mark_dynamic(t, 0)
+
+
 class Sampler:
     """Rows in `slots`: a row starts in a slot, with its prompt's keys and values, and decodes until it stops; then the
     next row takes the slot over. So short rows never wait for long ones, and every step is over as many rows as there
@@ -179,6 +185,8 @@ class Sampler:
         self.slots, self.length = slots, length
         self.compiled = model.compile_function and not model.shard and R is None
         self.decode = model.compile_function(decode) if self.compiled else decode
+        if self.compiled:
+            mark_sizes(self.cache.columns, *self.cache.flat)
         self.rows = []  # what occupies slots 0 .. len(rows) - 1: (prompt, sample), or None for a row that has stopped
         self.reached = []  # the position of each, known without asking the device (of stopped rows, too high)
         self.prefilled = {}  # prompt: its keys and values [layers, kv_heads, T - 1, hd], until its last row is placed
@@ -193,9 +201,8 @@ class Sampler:
         position, count = s.position[:B], s.count[:B]
         self.use_adapters_of(s.prompt[:B])
         inputs = s.token[:B, None], position, self.cache.starts[:B], self.cache.columns[:end]
-        if self.compiled:  # once for all sizes above 1
-            for t in (*inputs, self.cache.columns, *self.cache.flat):
-                torch._dynamo.maybe_mark_dynamic(t, 0)
+        if self.compiled:
+            mark_sizes(*inputs)
         logits = self.decode(self.model, self.cache, *inputs)  # [B, V]
         at = count[:, None]
         token, logprob = self.draw(logits, s.uniforms[:B].gather(1, at).squeeze(1))

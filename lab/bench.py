@@ -293,6 +293,8 @@ def shaped_model(device):
     torch.manual_seed(0)
     for name, p in net.named_parameters():
         torch.nn.init.ones_(p) if name.endswith("norm.weight") else torch.nn.init.normal_(p, 0.0, 0.02)
+    if SETTINGS.compile:
+        model_file.compile_model(net)
     return net
 
 
@@ -342,8 +344,6 @@ def bench_decode():
     to read all weights and the rows' keys and values once, or to do the products, whichever is longer."""
     device = model_file.pick_device(SETTINGS.device)
     net = shaped_model(device)
-    if SETTINGS.compile:
-        model_file.compile_model(net)
     bandwidth, rate = device_limits(device, net.head.dtype)
     rows, steps, c = SETTINGS.rows, SETTINGS.tokens, net.config
     numbers = sum(p.numel() for p in net.model.layers.parameters()) + net.head.numel()
@@ -378,8 +378,6 @@ def bench_train():
     4 operations a parameter and token (forward, and backward to the activations alone)."""
     device = model_file.pick_device(SETTINGS.device)
     net = shaped_model(device)
-    if SETTINGS.compile:
-        model_file.compile_model(net)
     _, rate = device_limits(device, net.head.dtype)
     adapter = add_random_adapter(net)
     half = max(1, SETTINGS.context // 2)
@@ -472,8 +470,7 @@ def bench_compare():
             assert out.shape[1] == ends.max()
 
     if SETTINGS.compile:
-        model_file.compile_model(net)
-        ours(prompts[:1])  # compiles for all sizes
+        ours(prompts[:1])  # compiles for all sizes, outside the measurement
     our_peak, reference_peak = peak_memory(ours), peak_memory(reference)  # the second may reuse what the first freed
     times = [(seconds_of(ours, device, 1), seconds_of(reference, device, 1)) for _ in range(SETTINGS.repeats)]
     seconds, their_seconds = (median_high(column) for column in zip(*times))  # in turn: to share the noise
@@ -551,7 +548,7 @@ def our_grpo_steps(settings, path, prompts, lengths):
     adapter = add_random_adapter(net)
     if settings.compile:
         model_file.compile_model(net)
-        sample.generate(net, NO_TEXT, prompts[:1], 2, 2)
+        sample.generate(net, NO_TEXT, prompts[:1], 2, 2)  # compiles for all sizes, outside the measurement
     optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-6)
     cfg = configure(vars(grpo), [f"--batch_size={len(prompts)}", f"--group_size={group}", "--objective=dapo",
                                  f"--max_new_tokens={settings.limit}", "--answer_format=any"])
