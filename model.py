@@ -31,6 +31,11 @@ from configurator import UserError, whole_file
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
     raise UserError(f"torch 2.11 or newer is needed, this is {torch.__version__}: pip install -r requirements.txt")
 
+# MKL settles which code a function runs in its first call. Where two threads make that call together, one of them may
+# get code that is good to 4 digits (pytorch issue 188792), and a run's first step is not the same every time.
+for function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt):
+    function(torch.ones(1))
+
 # ------------------------------------------------------------------------------------------------ the architecture
 
 
