@@ -85,7 +85,7 @@ class LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, US, Vt, R):
-        h = F.linear(x, Vt.to(x.dtype)).to(R.dtype)  # [..., r], in fp32 so that v is not rounded
+        h = thin_product(x, Vt.to(x.dtype)).to(R.dtype)  # [..., r], in fp32 so that v is not rounded
         ctx.save_for_backward(W, US, Vt, R, h, x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None)
         return sum_of_products(x, W, (h @ R.mT).to(x.dtype), US.to(x.dtype))
 
@@ -94,11 +94,11 @@ class LowRankUpdate(torch.autograd.Function):
         W, US, Vt, R, h, x = ctx.saved_tensors
         needs, shape = ctx.needs_input_grad, dy.shape[:-1]
         h, dy = h.flatten(0, -2), dy.flatten(0, -2)
-        d_out = (dy @ US.to(dy.dtype)).to(R.dtype)  # [tokens, r], of R h
+        d_out = thin_product(dy, US.T.to(dy.dtype)).to(R.dtype)  # [tokens, r], of R h
         d_in = (d_out @ R).to(dy.dtype)  # of h
         dx = (dy @ W).addmm_(d_in, Vt.to(dy.dtype)).view(*shape, -1) if needs[0] else None
         dW = dy.T @ x.flatten(0, -2) if needs[1] else None
-        dUS = (dy.T @ (h @ R.mT).to(dy.dtype)).to(US.dtype) if needs[2] else None
+        dUS = ((h @ R.mT).to(dy.dtype).T @ dy).T.to(US.dtype) if needs[2] else None
         dVt = (d_in.T @ x.flatten(0, -2)).to(Vt.dtype) if needs[3] else None
         dR = d_out.T @ h if needs[4] else None
         return dx, dW, dUS, dVt, dR
@@ -190,6 +190,11 @@ def sum_of_products(x, W, h, U):
     flat, h = x.flatten(0, -2), h.flatten(0, -2)
     y = torch.addmm(h @ U.T, flat, W.T) if x.dtype.itemsize == 2 else few_rows_linear(flat, W).addmm_(h, U.T)
     return y.view(*x.shape[:-1], -1)
+
+
+def thin_product(x, V):
+    """x V^T: x [..., n], V [r, n] with few rows -> [..., r]. On a CPU (V x^T)^T is up to six times faster."""
+    return (V.contiguous() @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
 
 
 LARGE = 500_000  # numbers in a weight, see below
