@@ -155,7 +155,7 @@ def policy_loss(logp, old_logp, advantages, weights, mask, objective="grpo", cli
     """Clipped surrogate, summed. logp, old_logp, mask, mismatch [B, T]; advantages, weights [B] -> loss, number of
     clipped tokens. mismatch: a factor of every token, without gradient.
 
-    On policy the ratio is 1 and the value is that of the advantages alone (about 0): it is the gradient that matters.
+    On policy the ratio is 1 and the value is that of the advantages alone: it is the gradient that matters.
     """
     log_ratio = (logp - old_logp) * mask
     if objective == "gspo":  # GSPO (Zheng et al. 2025): one ratio a sequence, the geometric mean of its tokens'

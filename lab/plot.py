@@ -114,7 +114,7 @@ def draw_study(name, rows, path, plt):
 
 PANELS = {  # of a run's log: title and what is drawn
     "reward (T = 1)": lambda line: line.get("reward"),
-    "loss (of sft.py; on policy it is 0)": lambda line: line.get("loss"),
+    "loss (of sft.py; in RL no sign of progress)": lambda line: line.get("loss"),
     "greedy accuracy, held-out": lambda line: line.get("eval", {}).get("strict"),
     "tokens an answer": lambda line: line.get("length"),
     "|v|": lambda line: line.get("v_norm"),
