@@ -675,6 +675,10 @@ def save_model(model, path, tokenizer_from=None, max_shard_bytes=5 * 10**9):
     for name, data in files.items():
         with whole_file(os.path.join(path, name)) as aside, open(aside, "w", encoding="utf-8") as f:
             json.dump(data, f, indent=2)
+    for name in sorted(os.listdir(path), reverse=True):  # an earlier save's weights would be read in place of these
+        earlier = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name)
+        if earlier and name not in {*names, *files}:
+            os.remove(os.path.join(path, name))  # the index first: it names the others
     for name in TOKENIZER_FILES if tokenizer_from else ():
         source = os.path.join(tokenizer_from, name)
         if os.path.exists(source) and os.path.abspath(tokenizer_from) != os.path.abspath(path):

@@ -380,6 +380,16 @@ def test_large_models_are_saved_in_shards_that_transformers_loads(tmp_path):
         assert torch.equal(model.load_model(str(tmp_path / "b"), device="cpu")(ids), net(ids))
 
 
+def test_a_directory_that_is_saved_to_again_holds_the_last_weights_alone(tmp_path):
+    for seed, max_shard_bytes in enumerate((10**9, 20_000, 60_000, 10**9)):  # in one file, in shards, in fewer, in one
+        net = model.load_model(make_checkpoint(tmp_path / f"base{seed}", seed=seed), dtype="float32", device="cpu")
+        model.save_model(net, str(tmp_path / "saved"), max_shard_bytes=max_shard_bytes)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+        for loaded in (model.load_model(str(tmp_path / "saved"), dtype="float32", device="cpu"), theirs):
+            assert all(torch.equal(loaded.state_dict()[name], p) for name, p in net.state_dict().items())
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_a_tied_file_may_hold_an_equal_copy_of_the_embedding_but_no_other(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "copy")
     file = tmp_path / "copy" / "model.safetensors"
