@@ -6,8 +6,8 @@ Morris et al. 2026, section 4; LoRA-XS: Balazy et al. 2024; LoRA as in "LoRA Wit
     lora        W' = W + (alpha / r) B A
 
 U S V^T is the truncated SVD of the frozen W (rank r), the P_i [r, r] are fixed random matrices, and v [u] is all that
-TinyLoRA trains. Modules may share one v (tying), so a model can have as few as one trained number. Nothing is ever
-merged into W while training or sampling: an update this small would be rounded away in bf16. A layer computes
+TinyLoRA trains. Modules may share one v (tying), so a model can have as few as one trained number. W stays as it is,
+and in 16 bits not even a copy of it takes in an update this small: it would be rounded away. A layer computes
 
     y = W x + b + (U S) R (V^T x)
 
@@ -73,6 +73,10 @@ class AdaptedLinear(nn.Linear):
     def forward(self, x):
         y = LowRankUpdate.apply(x, self.weight, self.US, self.Vt, self.R)
         return y if self.bias is None else y + self.bias
+
+    def merged(self):
+        """W + U S R V^T in fp32, which holds so small an update."""
+        return self.weight.float() + self.US.float() @ self.R @ self.Vt.float()
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -147,19 +151,16 @@ class Product:
 
     def take(self, linears, adapter, own, joined):
         self.parts = [len(linear.weight) for linear in linears] if len(linears) > 1 else None
-        weights, self.bias = [linear.weight for linear in linears], linears[0].bias
+        self.weight, self.bias, self.down = linears[0].weight, linears[0].bias, None
         if self.parts and self.bias is not None:
             self.bias = torch.cat([linear.bias for linear in linears])
         adapted = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
-        folded = not own and weights[0].dtype == torch.float32
-        if joined and folded:
-            weights = [linear.weight + linear.US @ adapter.R[linear.index] @ linear.Vt if linear in adapted
-                       else linear.weight for linear in linears]
-            adapted = []
-        self.weight = torch.cat(weights) if joined else weights[0]
+        folded = not own and self.weight.dtype == torch.float32
         if joined and folded:  # lies in memory as [n, m]: few rows are multiplied up to 1.7 times faster so
-            self.weight = self.weight.T.contiguous().T
-        self.down = None
+            weights = [linear.merged() if linear in adapted else linear.weight for linear in linears]
+            self.weight, adapted = torch.cat(weights).T.contiguous().T, []
+        elif self.parts:
+            self.weight = torch.cat([linear.weight for linear in linears])
         self.adapter = None if folded else adapter  # own: every row of a batch has its R
         if adapted:
             self.index = torch.tensor([linear.index for linear in adapted], device=self.weight.device)
@@ -408,7 +409,7 @@ def merge(model):
     adapter = model.adapter
     adapter.refresh()
     for linear in adapter.linears:
-        linear.weight.copy_(linear.weight.float() + linear.US.float() @ linear.R @ linear.Vt.float())
+        linear.weight.copy_(linear.merged())
     return detach(model)
 
 
