@@ -80,8 +80,7 @@ class AdaptedLinear(nn.Linear):
 
 
 class LowRankUpdate(torch.autograd.Function):
-    """x (W + US R V^T)^T: x [..., n], W [m, n], US [m, r], Vt [r, n], R [r, r] -> [..., m]. Where every row of x
-    [B, T, n] has its own, R is [B, r, r], and has no gradient.
+    """x (W + US R V^T)^T: x [..., n], W [m, n], US [m, r], Vt [r, n], R [r, r] -> [..., m].
 
     The gradient is written by hand, as every pass over the tokens costs: that of x is one product added to another in
     place, and of x itself nothing is kept but V^T x [..., r], unless W or V^T is trained.
@@ -89,9 +88,9 @@ class LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, US, Vt, R):
-        h = thin_product(x, Vt.to(x.dtype)).to(R.dtype)  # [..., r], in fp32 so that v is not rounded
+        h = thin_product(x, Vt.to(x.dtype))  # [..., r]
         ctx.save_for_backward(W, US, Vt, R, h, x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None)
-        return sum_of_products(x, W, (h @ R.mT).to(x.dtype), US.to(x.dtype))
+        return sum_of_products(x, W, h, (US.to(R.dtype) @ R).to(x.dtype))
 
     @staticmethod
     def backward(ctx, dy):
@@ -102,9 +101,9 @@ class LowRankUpdate(torch.autograd.Function):
         d_in = (d_out @ R).to(dy.dtype)  # of h
         dx = (dy @ W).addmm_(d_in, Vt.to(dy.dtype)).view(*shape, -1) if needs[0] else None
         dW = dy.T @ x.flatten(0, -2) if needs[1] else None
-        dUS = ((h @ R.mT).to(dy.dtype).T @ dy).T.to(US.dtype) if needs[2] else None
+        dUS = ((h.to(R.dtype) @ R.mT).to(dy.dtype).T @ dy).T.to(US.dtype) if needs[2] else None
         dVt = (d_in.T @ x.flatten(0, -2)).to(Vt.dtype) if needs[3] else None
-        dR = d_out.T @ h if needs[4] else None
+        dR = d_out.T @ h.to(R.dtype) if needs[4] else None
         return dx, dW, dUS, dVt, dR
 
 
@@ -146,8 +145,8 @@ class Adapter(nn.Module):
 
 class Product:
     """Linears of one input as a single product, for sampling, while weights and adapter stand still: the weights side
-    by side, and of the update the two thin factors V^T and U S R, multiplied out. In 16 bits R stays apart, so that
-    sampler and trainer round alike. Where the weights are copied anyway, in float32, the copy takes in the update."""
+    by side, and of the update the two thin factors V^T and U S R, multiplied out unless every row of a batch has its R
+    (own). Where the weights are copied anyway (joined), in float32, the copy takes in the update."""
 
     def take(self, linears, adapter, own, joined):
         self.parts = [len(linear.weight) for linear in linears] if len(linears) > 1 else None
@@ -155,17 +154,17 @@ class Product:
         if self.parts and self.bias is not None:
             self.bias = torch.cat([linear.bias for linear in linears])
         adapted = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
-        folded = not own and self.weight.dtype == torch.float32
-        if joined and folded:  # lies in memory as [n, m]: few rows are multiplied up to 1.7 times faster so
+        self.adapter = adapter if own else None
+        if joined and not own and self.weight.dtype == torch.float32:
+            # Lies in memory as [n, m]: few rows are multiplied up to 1.7 times faster so.
             weights = [linear.merged() if linear in adapted else linear.weight for linear in linears]
             self.weight, adapted = torch.cat(weights).T.contiguous().T, []
         elif self.parts:
             self.weight = torch.cat([linear.weight for linear in linears])
-        self.adapter = None if folded else adapter  # own: every row of a batch has its R
         if adapted:
             self.index = torch.tensor([linear.index for linear in adapted], device=self.weight.device)
             self.down = torch.cat([linear.Vt for linear in adapted]).to(self.weight.dtype)  # [k r, n]
-            ups = [linear.US.float() @ adapter.R[linear.index] if folded else linear.US.float() for linear in adapted]
+            ups = [linear.US.float() if own else linear.US.float() @ linear.R for linear in adapted]
             blocks = iter(torch.block_diag(*ups).split([len(up) for up in ups]))
             none = self.down.new_zeros(1, len(self.down), dtype=torch.float32)
             self.up = torch.cat([next(blocks) if linear in adapted else none.expand(len(linear.weight), -1)
@@ -177,8 +176,7 @@ class Product:
         else:
             h = F.linear(x, self.down)  # [B, T, k r]
             if self.adapter:
-                R = self.adapter.R[self.index]  # [k, r, r] or [k, B, r, r]
-                R = (R if R.dim() == 4 else R[:, None]).transpose(0, 1)[:, None]  # [B or 1, 1, k, r, r]
+                R = self.adapter.R[self.index].transpose(0, 1)[:, None]  # [B, 1, k, r, r]
                 h = (R * h.unflatten(-1, (R.shape[2], 1, -1))).sum(-1).flatten(2).to(x.dtype)  # R h of every linear
             y = sum_of_products(x, self.weight, h, self.up)
             y = y if self.bias is None else y + self.bias
@@ -189,7 +187,7 @@ def sum_of_products(x, W, h, U):
     """x W^T + h U^T: x [..., n], W [m, n], and thin h [..., r], U [m, r]. In 16 bits the sum is rounded once: added to
     an output that is rounded already, an update below half a unit in its last place would be lost for every token."""
     flat, h = x.flatten(0, -2), h.flatten(0, -2)
-    y = torch.addmm(h @ U.T, flat, W.T) if x.dtype.itemsize == 2 else few_rows_linear(flat, W).addmm_(h, U.T)
+    y = (h @ U.T).addmm_(flat, W.T) if x.dtype.itemsize == 2 else few_rows_linear(flat, W).addmm_(h, U.T)
     return y.view(*x.shape[:-1], -1)
 
 
