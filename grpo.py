@@ -193,10 +193,9 @@ def chunk_logprobs(hidden, head, targets, temperature):
     """Log-probs and entropies of a chunk, and the probabilities of all words [chunk, V]."""
     logits = F.linear(hidden, head).to(torch.promote_types(head.dtype, torch.float32))  # fp64 stays what it is
     logprobs = torch.log_softmax(logits.div_(temperature), dim=-1)
-    del logits
     logp = logprobs.gather(1, targets[:, None]).squeeze(1)
     with torch.no_grad():
-        p = logprobs.exp()
+        p = torch.exp(logprobs, out=logits)  # takes the place of what is not needed any more
         entropy = -(p * logprobs if logp.requires_grad else logprobs.mul_(p)).sum(-1)  # in place: one copy less
     return logp, entropy, p
 
