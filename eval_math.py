@@ -35,6 +35,7 @@ seed = 1337  # of the sampling
 out_dir = "out/eval"  # every response with its verdict, a .jsonl file a data set; an earlier one is moved aside
 init_from = "scratch"  # or resume: go on with the answers that out_dir holds already
 regrade = ""  # a .jsonl file of responses: grade them anew, without a model
+shard = 1  # processes of torchrun that hold one copy of the weights between them: for models beyond one GPU
 compile = False  # torch.compile for the decode step: for small models on a CPU; on a GPU not measured
 dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
@@ -966,13 +967,15 @@ def read_responses(path):
 
 
 def write_rows(file, rows):
-    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Append to a binary file, in one piece: processes that write to it at the same time do not cut into each other."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file.write(lines.encode("utf-8", errors="backslashreplace"))  # \ud800
     file.flush()
 
 
 def write_responses(path, settings, groups):
     """The file that read_responses reads: a line of settings, then a line a response. Whole or not at all."""
-    with whole_file(path) as aside, open(aside, "w", encoding="utf-8", errors="backslashreplace") as f:  # \ud800
+    with whole_file(path) as aside, open(aside, "wb") as f:
         write_rows(f, [{"settings": settings}, *(row for rows in groups.values() for row in rows)])
 
 
@@ -999,15 +1002,18 @@ def grade_again(path, answer_format):
 
 
 def identity(net, name, cfg):
-    """Settings without which a response would be another."""
+    """Settings without which a response would be another. Of the ranks of a Shard all call this."""
+    from model import is_chief, whole
+
     keys = ("model", "split", "prompt_template", "system_prompt", "answer_format", "n", "max_new_tokens", "temperature",
             "seed")
     digest = hashlib.sha256()  # of what the adapter says: the same for its file, its folder and its string
     if hasattr(net, "adapter"):
         digest.update(json.dumps(net.adapter.meta, sort_keys=True).encode())
-        for parameter in net.adapter.parameters():
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    return {"dataset": name, "adapter": digest.hexdigest()[:16], "dtype": str(net.head.dtype)} | {
+        numbers = [whole(p) for p in net.adapter.parameters()]
+        for p in numbers if is_chief() else ():
+            digest.update(p.float().numpy().tobytes())
+    return {"dataset": name, "adapter": digest.hexdigest()[:16], "dtype": str(net.dtype)} | {
         key: getattr(cfg, key) for key in keys}
 
 
@@ -1025,31 +1031,33 @@ def earlier_answers(path, settings, problems):
             and all("strict" in row and (row.get("question"), row["answer"]) == asked.get(index) for row in rows)}
 
 
-def ask(net, tokenizer, name, problems, cfg, groups, path):
-    """Put the problems that `groups` {index: rows} does not hold yet, and write the answers to `path` as they come.
-    Returns the summary of all."""
-    began, tokens = time.time(), 0
-    left = [i for i in range(len(problems)) if i not in groups]
-    write_responses(path, identity(net, name, cfg), groups)
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as f:
+def ask(net, tokenizer, name, problems, cfg, left, path, rank, world):
+    """Put the problems whose indices are in `left`, this process its share, and write the answers to `path` as they
+    come. Returns the summary of all that is in `path` then."""
+    from model import is_chief, wait_for_ranks
 
-        def keep(index, rows):
-            nonlocal tokens
-            groups[index] = rows
-            tokens += sum(row["tokens"] for row in rows)
-            write_rows(f, rows)
+    began = time.time()
+    with open(path, "ab") as f:
 
-        if left:
-            evaluate(net, tokenizer, [problems[i] for i in left], cfg, cfg.n, cfg.temperature, left, keep)
-    seconds = time.time() - began
+        def keep(_, rows):
+            if not net.shard or net.shard.rank == 0:
+                write_rows(f, rows)
+
+        mine = left[rank::world]
+        if mine:
+            evaluate(net, tokenizer, [problems[i] for i in mine], cfg, cfg.n, cfg.temperature, mine, keep)
+    wait_for_ranks()
+    seconds, (_, groups) = time.time() - began, read_responses(path)
     summary = summarise([groups[i] for i in range(len(problems))])
-    example = groups[0][0]
-    print(f"--- {name}, for example: {example['question']}\n-> {example['response']}\n"
-          f"({'right' if example['strict'] else 'wrong'}; the answer is {example['answer']})")
-    if summary["truncated"] > 0.05:
-        print(f"warning: {summary['truncated']:.0%} of the answers to {name} were cut off, and are wrong by strict; "
-              f"raise max_new_tokens (now {cfg.max_new_tokens})")
-    return summary | {"tokens_per_second": tokens / seconds if left else None}
+    summary["tokens_per_second"] = sum(row["tokens"] for i in left for row in groups[i]) / seconds if left else None
+    if is_chief():
+        example = groups[0][0]
+        print(f"--- {name}, for example: {example['question']}\n-> {example['response']}\n"
+              f"({'right' if example['strict'] else 'wrong'}; the answer is {example['answer']})")
+        if summary["truncated"] > 0.05:
+            print(f"warning: {summary['truncated']:.0%} of the answers to {name} were cut off, and are wrong by strict;"
+                  f" raise max_new_tokens (now {cfg.max_new_tokens})")
+    return summary
 
 
 def main():
@@ -1066,8 +1074,8 @@ def main():
         raise UserError(f"n={cfg.n} answers are all the same at temperature 0; set --temperature=1, say")
     if cfg.regrade:
         return grade_again(cfg.regrade, cfg.answer_format)
-    from model import compile_model, load_model, load_tokenizer
-    from tinylora import load_adapter
+    from model import compile_model, is_chief, leave_ranks, load_tokenizer, start_ranks, wait_for_ranks
+    from tinylora import load_adapted
 
     names = [name.strip() for name in cfg.dataset.split(",") if name.strip()]
     stems = [re.sub(r"[^\w.@-]+", "_", name).strip("._").removesuffix(".jsonl") for name in names]
@@ -1076,29 +1084,37 @@ def main():
     paths = {name: os.path.join(cfg.out_dir, stem + ".jsonl") for name, stem in zip(names, stems)}
     settings = {name: choose_prompt(cfg, name) for name in names}
     problems = {name: load_problems(name, cfg.split)[: cfg.num_problems or None] for name in names}
-    net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
+    rank, world, device = start_ranks(cfg)
+    net = load_adapted(cfg.model, cfg.adapter, cfg.dtype, device, cfg.shard)
     if cfg.compile:
         compile_model(net)
-    if cfg.adapter:
-        load_adapter(net, cfg.adapter)
-    done = {name: {} for name in names}
-    if cfg.init_from == "resume":
-        done = {name: earlier_answers(paths[name], identity(net, name, settings[name]), problems[name])
-                for name in names}
-    prepare_out_dir(cfg, "settings.py")
-    for name in names:
-        kept = f", {len(done[name])} of them answered already" if done[name] else ""
-        print(f"{name}: {len(problems[name])} problems{kept}; strict reads '{settings[name].answer_format}'; "
-              f"system message {settings[name].system_prompt!r}; user message {settings[name].prompt_template!r}")
+    tokenizer = load_tokenizer(cfg.model)
+    identities = {name: identity(net, name, settings[name]) for name in names}
+    if is_chief():
+        done = {name: earlier_answers(paths[name], identities[name], problems[name])
+                if cfg.init_from == "resume" else {} for name in names}
+        prepare_out_dir(cfg, "settings.py")
+        for name in names:
+            write_responses(paths[name], identities[name], done[name])
+            kept = f", {len(done[name])} of them answered already" if done[name] else ""
+            print(f"{name}: {len(problems[name])} problems{kept}; strict reads '{settings[name].answer_format}'; "
+                  f"system message {settings[name].system_prompt!r}; user message {settings[name].prompt_template!r}")
+    wait_for_ranks()
+    summaries = {}
     try:
-        summaries = {name: ask(net, tokenizer, name, problems[name], settings[name], done[name], paths[name])
-                     for name in names}
+        for name in names:
+            left = sorted({*range(len(problems[name]))} - {*read_responses(paths[name])[1]})
+            wait_for_ranks()  # before any of them writes
+            summaries[name] = ask(net, tokenizer, name, problems[name], settings[name], left, paths[name], rank, world)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the answers so far are in {cfg.out_dir}: go on with --init_from=resume")
+        if is_chief():
+            print(f"\ninterrupted; the answers so far are in {cfg.out_dir}: go on with --init_from=resume")
         raise SystemExit(130) from None
-    with whole_file(os.path.join(cfg.out_dir, "results.json")) as aside, open(aside, "w", encoding="utf-8") as f:
-        json.dump(summaries, f, indent=1)
-    print(*table(summaries), sep="\n")
+    if is_chief():
+        with whole_file(os.path.join(cfg.out_dir, "results.json")) as aside, open(aside, "w", encoding="utf-8") as f:
+            json.dump(summaries, f, indent=1)
+        print(*table(summaries), sep="\n")
+    leave_ranks(net)
 
 
 if __name__ == "__main__":

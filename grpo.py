@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -45,11 +44,13 @@ from model import (
     compile_model,
     free_memory,
     is_chief,
+    leave_ranks,
     load_model,
     load_tokenizer,
     own_part,
     save_model,
     shard_model,
+    start_ranks,
     whole,
     whole_size,
 )
@@ -469,7 +470,6 @@ def bad_method(cfg):
         (cfg.tensorboard and find_spec("tensorboard") is None,
          "tensorboard = True needs tensorboard: pip install tensorboard"),
         (cfg.dtype == "float16", "dtype = float16 has too short a range for gradients: train in bfloat16 or float32"),
-        (cfg.shard < 1, "shard must be at least 1"),
         (cfg.answer_format not in ("hash", "boxed", "any"), "answer_format must be hash, boxed or any"),
         (cfg.init_from not in ("scratch", "resume"), "init_from must be scratch or resume"),
         (min(cfg.eval_interval, cfg.save_interval) < 0, "eval_interval and save_interval must not be negative"),
@@ -508,35 +508,6 @@ def save_trained(net, cfg, best=False):
     else:
         name = "best.safetensors" if best else "adapter.safetensors"
         tinylora.save_adapter(net.adapter, os.path.join(cfg.out_dir, name), cfg.save_dtype)
-
-
-def start_ranks(cfg):
-    """Join the processes of torchrun, if that is what started us. Returns which share of the rows this process works
-    on, of how many (ranks that share the weights work on the same rows), and its device."""
-    if not dist.is_torchelastic_launched():
-        if cfg.shard > 1:
-            raise UserError(f"shard = {cfg.shard} needs as many processes; start it with torchrun --nproc_per_node="
-                            f"{cfg.shard}")
-        return 0, 1, cfg.device
-    world = int(os.environ["WORLD_SIZE"])
-    if world % cfg.shard:
-        raise UserError(f"shard = {cfg.shard} does not divide the number of processes, {world}; give torchrun a "
-                        "multiple of it")
-    on_gpu = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))  # the others wait for evaluations
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device
-    return dist.get_rank() // cfg.shard, world // cfg.shard, device
-
-
-def leave_ranks(net):
-    """End the threads of torch.distributed, the last thing a process does: gloo joins its own only when nobody holds a
-    group any more, and one still busy dropping a tensor while Python shuts down aborts the process."""
-    if dist.is_initialized():
-        if net.shard:
-            if net.model.compiled:
-                dist.barrier()  # compiled code holds its group for good: give the thread time to drop all else
-            net.shard.group = net.shard.peers = None
-        dist.destroy_process_group()
 
 
 def all_reduce(values, net, op="sum"):
@@ -897,16 +868,15 @@ def rollout(net, tokenizer, problems, cfg, step, rank, world):
 
     Returns the batch's rows and sums over all ranks: batch_rows and batch_tokens of the batch, those of sample_groups
     of all that was sampled; and the most rounds of any rank."""
-    label = f"step {step + 1}" if is_chief() else None
     mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[rank::world]
-    groups, counts = sample_groups(net, tokenizer, problems, mine, cfg, label)
+    groups, counts = sample_groups(net, tokenizer, problems, mine, cfg, f"step {step + 1}")
     rounds = 1
     while rounds <= cfg.resample:
         equal = [i for i, group in enumerate(groups) if not any(row.advantage for row in group)]
         if not equal:
             break
         mine = further_positions(step, rounds, cfg, len(problems))[rank::world][: len(equal)]
-        new, more = sample_groups(net, tokenizer, problems, mine, cfg, label)
+        new, more = sample_groups(net, tokenizer, problems, mine, cfg, f"step {step + 1}")
         for i, group in zip(equal, [group for group in new if any(row.advantage for row in group)]):
             groups[i] = group
         counts, rounds = {key: counts[key] + more[key] for key in counts}, rounds + 1

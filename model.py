@@ -13,6 +13,7 @@ import shutil
 import unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cache, partial
 
 import tiktoken
@@ -402,6 +403,42 @@ def whole_size(p):
 def is_chief():
     """Is this the one process that writes and prints?"""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def start_ranks(cfg):
+    """Join the processes of torchrun, if that is what started us. Returns which share of the rows this process works
+    on, of how many (ranks that share the weights work on the same rows), and its device."""
+    if cfg.shard < 1:
+        raise UserError("shard must be at least 1")
+    if not dist.is_torchelastic_launched():
+        if cfg.shard > 1:
+            raise UserError(f"shard = {cfg.shard} needs as many processes; start it with torchrun --nproc_per_node="
+                            f"{cfg.shard}")
+        return 0, 1, cfg.device
+    world = int(os.environ["WORLD_SIZE"])
+    if world % cfg.shard:
+        raise UserError(f"shard = {cfg.shard} does not divide the number of processes, {world}; give torchrun a "
+                        "multiple of it")
+    on_gpu = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))  # the others wait for evaluations
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device
+    return dist.get_rank() // cfg.shard, world // cfg.shard, device
+
+
+def wait_for_ranks():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def leave_ranks(net):
+    """End the threads of torch.distributed, the last thing a process does: gloo joins its own only when nobody holds a
+    group any more, and one still busy dropping a tensor while Python shuts down aborts the process."""
+    if dist.is_initialized():
+        if net.shard:
+            if net.model.compiled:
+                dist.barrier()  # compiled code holds its group for good: give the thread time to drop all else
+            net.shard.group = net.shard.peers = None
+        dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------- checkpoint directories

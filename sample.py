@@ -7,6 +7,8 @@
 """
 
 import math
+import os
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tinylora
-from model import attention, compile_model, free_memory, load_model, load_tokenizer
+from model import attention, compile_model, free_memory, is_chief, leave_ranks, load_tokenizer, start_ranks
 
 model = "toy/base"  # checkpoint directory or hub name
 adapter = ""  # adapter file, the out_dir of a run, or text (hex:...); none if empty. Several: separated by commas
@@ -35,6 +37,7 @@ temperature = 1.0  # 0: greedy
 top_k = 0  # sample from the k likeliest tokens only; 0: from all
 top_p = 1.0  # sample from the likeliest tokens of this total probability only; 1: from all
 seed = 0  # of the sampling
+shard = 1  # processes of torchrun that hold one copy of the weights between them: for models beyond one GPU
 compile = False  # torch.compile for the decode step: for small models on a CPU; on a GPU not measured
 dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
 device = "auto"  # auto, cpu, cuda, cuda:1 ...
@@ -332,7 +335,7 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     prompt_ids: integers that name the prompts for the random numbers (default: their place in the list).
     adapters: one per prompt (files, out_dirs or texts of adapters over the same linears, "" for none): every row of
         the batch runs with its own vector on one set of weights (tinylora.load_adapters says which may be mixed).
-    progress: label of a progress bar, or None.
+    progress: label of a progress bar, or None. Of several ranks one shows it.
     on_done(i, completions) is called when all n rows of prompt i are done, on_token(i, j, id) for every token of row j.
     Returns a list (per prompt) of lists of n Completions. A prompt is prefilled once for its n rows. Raises UserError
     for an empty prompt, one that leaves no room in the model's context, and too little memory for a single row.
@@ -358,7 +361,8 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     length = max(min(len(p) + max_new_tokens, context) for p in prompts)
     draw = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     out = [[None] * n for _ in prompts]
-    bar = tqdm(total=len(prompts) * n, desc=progress, unit="row", leave=False, disable=None if progress else True)
+    bar = tqdm(total=len(prompts) * n, desc=progress, unit="row", leave=False,
+               disable=None if progress and is_chief() else True)
 
     def finished(i, j, ids, logprobs):
         stopped = ids[-1] in tokenizer.stop_ids
@@ -368,9 +372,6 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
         if on_done and None not in out[i]:
             on_done(i, out[i])
 
-    def limits(i, j):
-        return min(max_new_tokens, context - len(prompts[i]))
-
     def uniforms(i, j):
         return row_uniforms(seed, prompt_ids[i], j, max_new_tokens)
 
@@ -378,7 +379,8 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
         slots = fitting_rows(model, length, len(prompts) * n)
         sampler = Sampler(model, tokenizer, slots, length, max_new_tokens, draw, R)
         with bar, tinylora.sampling_form(model, own=R is not None):
-            sampler.run(prompts, n, limits, uniforms, finished, on_token)
+            sampler.run(prompts, n, lambda i, _: min(max_new_tokens, context - len(prompts[i])), uniforms, finished,
+                        on_token)
     finally:
         if R is not None and plain:
             tinylora.detach(model)
@@ -452,8 +454,10 @@ def converse(net, tokenizer, cfg):
 def main():
     cfg = configure(globals())
     adapters = [name.strip() for name in cfg.adapter.split(",")]  # "" is the base model
-    if cfg.prompt == "-" and (len(adapters) > 1 or cfg.n > 1 or cfg.prompt_file):
-        raise UserError("a talk (prompt=-) takes one adapter, n=1 and no prompt_file")
+    if cfg.prompt == "-" and (len(adapters) > 1 or cfg.n > 1 or cfg.prompt_file or cfg.shard > 1):
+        raise UserError("a talk (prompt=-) takes one adapter, n=1, no prompt_file and no shard")
+    if cfg.shard > 1 and len(adapters) > 1:
+        raise UserError("several adapters in one batch need shard = 1: give them one after another")
     texts = [cfg.prompt]
     if cfg.prompt_file:
         try:
@@ -463,11 +467,16 @@ def main():
             raise UserError(f"prompt_file cannot be read: {error}") from None
         if not texts:
             raise UserError(f"prompt_file {cfg.prompt_file} holds no prompt")
-    net, tokenizer = load_model(cfg.model, cfg.dtype, cfg.device), load_tokenizer(cfg.model)
+    _, world, device = start_ranks(cfg)
+    if world > 1:
+        raise UserError(f"sample.py has one set of weights at work: give torchrun as many processes as shard "
+                        f"({cfg.shard})")
+    net = tinylora.load_adapted(cfg.model, adapters[0] if len(adapters) == 1 else "", cfg.dtype, device, cfg.shard)
+    tokenizer = load_tokenizer(cfg.model)
     if cfg.compile:
         compile_model(net)
-    if adapters != [""] and len(adapters) == 1:
-        tinylora.load_adapter(net, cfg.adapter)
+    if not is_chief():
+        sys.stdout = open(os.devnull, "w")  # all ranks have the same to say
     if cfg.prompt == "-":
         return converse(net, tokenizer, cfg)
     asked = [(p, name) for p in range(len(texts)) for name in adapters]
@@ -488,6 +497,7 @@ def main():
             print(f"{'' if single else c.text}{' [cut off]' if c.truncated else ''}\n---")
     tokens = sum(len(c.ids) for completions in answers for c in completions)
     print(f"{tokens} tokens, {tokens / seconds:.1f} a second")
+    leave_ranks(net)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from grpo import (
     completion_logprobs,
     micro_batches,
     peak_gb,
-    start_ranks,
     trained_parameters,
     training_loop,
     update,
@@ -47,6 +46,7 @@ from model import (
     load_model,
     load_tokenizer,
     pick_device,
+    start_ranks,
     whole_size,
 )
 

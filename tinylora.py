@@ -41,7 +41,18 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from model import CUT_BY_ROWS, DTYPES, checkpoint_dir, is_chief, load_model, own_part, read_json, save_model, whole
+from model import (
+    CUT_BY_ROWS,
+    DTYPES,
+    checkpoint_dir,
+    is_chief,
+    load_model,
+    own_part,
+    read_json,
+    save_model,
+    shard_model,
+    whole,
+)
 
 model = "toy/base"  # checkpoint directory or hub name: the base of the adapter
 adapter = ""  # export: adapter file, the out_dir of a run, or text (hex:...)
@@ -694,6 +705,16 @@ def load_adapter(model, where):
         for name, p in adapter.named_parameters():
             p.copy_(own_part(p, tensors[name]))
     return adapter
+
+
+def load_adapted(path, where="", dtype=None, device=None, shard=1):
+    """The model of load_model with the adapter of load_adapter, if one is named; of a shard this rank's part."""
+    net = load_model(path, dtype, device, shard)
+    if where:
+        load_adapter(net, where)
+    if net.shard:
+        shard_model(net)
+    return net
 
 
 def load_adapters(model, adapters):

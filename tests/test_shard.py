@@ -15,6 +15,7 @@ from conftest import ROOT, assert_refused, run_script
 from forks import fork_ranks, fork_script
 from safetensors.torch import load_file
 
+import eval_math
 import grpo
 import model
 import sample
@@ -269,6 +270,38 @@ def test_pretraining_on_two_ranks_learns_what_it_does_on_one(checkpoint, problem
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
     one, two = (model.load_model(str(tmp_path / d / "model"), device="cpu")(IDS) for d in ("one", "two"))
     assert close(two, one, 1e-2)  # Adam makes steps of full size of gradients that are next to 0
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_benchmarks_and_samples_on_two_ranks_are_those_of_one(checkpoint, problems, tmp_path, net, shard):
+    """Shares of the problems, or of the weights; with an adapter that is cut; begun by one process, resumed by two."""
+    adapter = tinylora.add_adapter(net, "lora", rank=2)
+    for p in adapter.parameters():
+        torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(0))
+    tinylora.save_adapter(adapter, str(tmp_path / "adapter.safetensors"))
+    common = [f"--model={checkpoint}", f"--adapter={tmp_path}", "--max_new_tokens=5", "--seed=3"]
+    asked = ["eval_math.py", *common, f"--dataset={problems}", "--num_problems=7", "--n=3", f"--out_dir={tmp_path}/run"]
+    done = fork_script(*asked)
+    assert done.returncode == 0, done.stderr
+    [path] = (tmp_path / "run").glob("*.jsonl")
+    settings, groups = eval_math.read_responses(str(path))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:8]))  # two problems and a third of one
+    first, second = fork_ranks(2, *asked, "--init_from=resume", f"--shard={shard}")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "2 of them answered already" in first.stdout and not second.stdout
+    assert eval_math.read_responses(str(path)) == (settings, groups) and len(groups) == 7
+    assert len(path.read_text().splitlines()) == len(lines)  # nothing twice
+    said = ["sample.py", *common, "--prompt=Tom has 3 apples."]
+    both = fork_ranks(2, *said, f"--shard={shard}")
+    if shard == 1:
+        assert all("as many processes as shard (1)" in rank.stderr and rank.returncode == 2 for rank in both)
+        assert_refused(fork_script(*said[:-1], "--prompt=-", "--shard=2"), "no shard")
+        assert_refused(fork_script("sample.py", "--adapter=,a", "--shard=2"), "several adapters")
+    else:
+        one, first, second = ([line for line in rank.stdout.splitlines() if "; command line)" not in line]
+                              for rank in (fork_script(*said), *both))
+        assert one[:-1] == first[:-1] != [] and second == []  # but for the speed
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for the ranks' processes in /proc")
