@@ -458,6 +458,30 @@ def test_the_first_call_of_what_mkl_computes_is_made_by_one_thread():
     assert {"cos", "sin", "exp", "log", "sqrt"} <= set(called.stdout.split())
 
 
+NEW_PAGES = """
+import resource
+import torch
+import model
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**24).add_(1)  # 64 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+counts = [new_pages() for _ in range(4)]
+model.host_memory = lambda: (2**30, 2**33)
+model.free_memory(torch.device("cpu"))
+print(counts[0], counts[-1], new_pages())
+"""
+
+
+@pytest.mark.skipif(not model.LIBC, reason="looks at what glibc does")
+def test_freed_memory_is_used_again_and_given_back_where_memory_is_short():
+    done = subprocess.run([sys.executable, "-c", NEW_PAGES], capture_output=True, text=True, check=True, cwd=ROOT)
+    first, kept, given_back = map(int, done.stdout.split())
+    assert first > 900 and kept < first / 10 and given_back > first / 2
+
+
 def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
     """torch.cuda.set_device wants the number that torch.device("cuda") lacks."""
     chosen, probe = [], SimpleNamespace(device=torch.device("cuda", 3), item=lambda: 0.0)
