@@ -39,12 +39,6 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
 for function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt):
     function(torch.ones(1))
 
-# glibc hands large blocks back to the system when they are freed, and every new one is taken page by page: a tenth of a
-# training step of the 0.5B shape on a CPU, in 16 bits a third. So it is to keep them; free_memory knows.
-LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-for parameter in (-1, -3) if LIBC else ():  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-    LIBC.mallopt(parameter, 2**31 - 1)
-
 # ------------------------------------------------------------------------------------------------ the architecture
 
 
@@ -452,6 +446,9 @@ def leave_ranks(net):
 # --------------------------------------------------------------------------------------- checkpoint directories
 
 
+LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
 def pick_device(device="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -461,6 +458,10 @@ def pick_device(device="auto"):
         device = probe.device  # with the number that plain "cuda" lacks, and that set_device wants
         if device.type == "cuda":
             torch.cuda.set_device(device)  # CUDA graphs are recorded on the current device
+        for parameter in (-1, -3) if LIBC and device.type == "cpu" else ():  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            # Large blocks that are freed go back to the system, and every new one is taken page by page: a tenth of a
+            # training step of the 0.5B shape, in 16 bits a third. So glibc is to keep them; free_memory knows.
+            LIBC.mallopt(parameter, 2**31 - 1)
     except (RuntimeError, AssertionError):  # NotImplementedError, of meta, is a RuntimeError
         raise UserError(f"device '{device}' is not available here; use --device=auto, cpu or cuda") from None
     return device

@@ -468,9 +468,10 @@ def new_pages():
     torch.zeros(2**24).add_(1)  # 64 MB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+device = model.pick_device("cpu")
 counts = [new_pages() for _ in range(4)]
 model.host_memory = lambda: (2**30, 2**33)
-model.free_memory(torch.device("cpu"))
+model.free_memory(device)
 print(counts[0], counts[-1], new_pages())
 """
 
