@@ -412,7 +412,7 @@ def resident(key):
 def peak_memory(function):
     """Bytes that this process holds at most while it calls function, beyond what it holds before (Linux)."""
     if model_file.LIBC:
-        model_file.LIBC.malloc_trim(0)  # what was used before does not serve this function for free
+        model_file.LIBC.malloc_trim(0)  # what others freed must not count as nothing
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")  # the peak starts anew
     before = resident("VmRSS")
@@ -429,8 +429,10 @@ def in_a_process(function, *arguments):
 def malloc_as_it_comes():
     """Undo what pick_device("cpu") asks of glibc, for code that knows nothing of it: its limits for what it gives back,
     as they settle in a program with large blocks."""
-    for parameter, size in ((-1, 2**26), (-3, 2**25)) if model_file.LIBC else ():  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        model_file.LIBC.mallopt(parameter, size)
+    if model_file.LIBC:
+        model_file.LIBC.mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
+        model_file.LIBC.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+        model_file.LIBC.malloc_trim(0)
 
 
 def bench_compare():
@@ -480,9 +482,10 @@ def bench_compare():
                                   pad_token_id=0, eos_token_id=None, stopping_criteria=stop)
             assert out.shape[1] == ends.max()
 
+    reference_peak = peak_memory(reference)  # first: what ours keeps would serve it for good
     if SETTINGS.compile:
         ours(prompts[:1])  # compiles for all sizes, outside the measurement
-    our_peak, reference_peak = peak_memory(ours), peak_memory(reference)
+    our_peak = peak_memory(ours)
     times = [(seconds_of(ours, device, 1), seconds_of(reference, device, 1)) for _ in range(SETTINGS.repeats)]
     seconds, their_seconds = (median_high(column) for column in zip(*times))  # in turn: to share the noise
     print(f"{SETTINGS.shape}, {rows} completions of {sum(lengths) / rows:.0f} tokens on average: "
