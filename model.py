@@ -458,10 +458,11 @@ def pick_device(device="auto"):
         device = probe.device  # with the number that plain "cuda" lacks, and that set_device wants
         if device.type == "cuda":
             torch.cuda.set_device(device)  # CUDA graphs are recorded on the current device
-        for parameter in (-1, -3) if LIBC and device.type == "cpu" else ():  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            # Large blocks that are freed go back to the system, and every new one is taken page by page: a tenth of a
-            # training step of the 0.5B shape, in 16 bits a third. So glibc is to keep them; free_memory knows.
-            LIBC.mallopt(parameter, 2**31 - 1)
+        if LIBC and device.type == "cpu":
+            # glibc hands freed memory back to the system, and takes it again page by page: a twentieth of the toy's
+            # updates. It is to keep it, but for blocks above 32 MB, which would leave holes; free_memory knows.
+            LIBC.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+            LIBC.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
     except (RuntimeError, AssertionError):  # NotImplementedError, of meta, is a RuntimeError
         raise UserError(f"device '{device}' is not available here; use --device=auto, cpu or cuda") from None
     return device
