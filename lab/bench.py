@@ -452,10 +452,8 @@ def bench_compare():
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**net.config.raw))
     theirs.load_state_dict(dict(net.state_dict()), assign=True, strict=False)
-    theirs.tie_weights()
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
-    theirs.eval()
-    counted = []
+    theirs.eval().tie_weights()
+    theirs.model.rotary_emb, counted = type(theirs.model.rotary_emb)(theirs.config), []
 
     @torch.inference_mode()
     def ours(prompts=prompts):
@@ -491,8 +489,7 @@ def bench_compare():
     seconds, their_seconds = (median_high(column) for column in zip(*times))  # in turn: to share the noise
     print(f"{SETTINGS.shape}, {rows} completions of {sum(lengths) / rows:.0f} tokens on average: "
           f"{sum(lengths) / seconds:.0f} tokens/s, transformers {sum(lengths) / their_seconds:.0f}: "
-          f"{their_seconds / seconds:.1f} times; memory {our_peak / 1e6:.0f} MB, transformers "
-          f"{reference_peak / 1e6:.0f} MB")
+          f"{their_seconds / seconds:.1f} times; memory {our_peak / 1e6:.0f} and {reference_peak / 1e6:.0f} MB")
     return {"shape": SETTINGS.shape, "rows": rows, "group": group, "slots": slots, "limit": limit,
             "tokens_per_second": sum(lengths) / seconds, "theirs": sum(lengths) / their_seconds,
             "ratio": their_seconds / seconds, "peak_mb": our_peak / 1e6, "their_peak_mb": reference_peak / 1e6}
