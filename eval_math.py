@@ -11,6 +11,7 @@ import math
 import os
 import re
 import time
+import unicodedata
 import zlib
 from collections import deque
 from fractions import Fraction
@@ -45,11 +46,14 @@ device = "auto"  # auto, cpu, cuda, cuda:1 ...
 MAX_ANSWER = 1000  # characters; a longer answer is compared as a string only
 MAX_RESPONSE = 100_000  # characters read, from the end: bounds the time that a runaway completion can take
 END_MARKER = re.compile(r"<(?:\|(?:im_end|endoftext|eot_id|end_of_text)\|>|\|im_start\|>user|/s>)")
+PHRASE = (r"[Aa][Nn][Ss][Ww][Ee][Rr](?:[Ss]?[\s*]*+:|\s++[Ii][Ss]\b|[Ss]\s++[Aa][Rr][Ee]\b)[\s*]*+:?[\s*]*+"
+          r"(?:(?:therefore|thus|then|simply|exactly|equal to)\b[\s*:]*+)?+(?:(?:\$\$|\\\[)\s*+)?+")
 STATEMENTS = {"boxed": re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*"),
               "hash": re.compile(r"(?<!#)#{4,}(?!#)(?![ *]*[A-Z][a-z]{2})"),
-              "phrase": re.compile(r"[Aa][Nn][Ss][Ww][Ee][Rr](?:[\s*]*:|\s+[Ii][Ss]\b)[\s*]*:?[\s*]*"
-                                   r"(?:(?:\$\$|\\\[)\s*)?"),
-              "heading": re.compile(r"(?<!#)#{4,}(?=[ *]*[A-Z][a-z]{2})")}  # of markdown, unless nothing else is stated
+              "phrase": re.compile(PHRASE + r"(?!(?:an? )?(?!(?:no|yes|pi)\b|sqrt)[a-z]{2})"),
+              # Read only where nothing else is stated: "this answer is correct", and a heading of markdown.
+              "weak phrase": re.compile(PHRASE),
+              "weak hash": re.compile(r"(?<!#)#{4,}(?=[ *]*[A-Z][a-z]{2})")}
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)")
 
 
@@ -58,11 +62,11 @@ def extract_answer(response: str, fmt: str = "any") -> str | None:
 
     A statement is the last `\boxed{...}` or `\fbox{...}`, the rest of the line after the last `####`, or the rest of
     the sentence after the last "answer is" or "answer:". The one that ends latest wins, so "the answer is \boxed{5}" is
-    the box. A last box that is open (cut off) or empty is no answer, and nothing earlier replaces it. `####` before a
-    capitalised word is a markdown heading ("#### Conclusion") unless nothing else is stated. Text after the
-    first end marker, and a think block, are ignored. `fmt` ('any', 'boxed', 'hash', 'phrase') can admit one kind of
-    statement only. Grade completions alone: a prompt may contain `\boxed{}`. The rules are those of hendrycks/math,
-    GSM8K and lm-eval.
+    the box. A last box that is open (cut off) or empty is no answer, and nothing earlier replaces it. "The answer is
+    correct", or another word, and `####` before a capitalised word, a markdown heading ("#### Conclusion"), are read
+    only if nothing else is stated. Text after the first end marker, and a think block, are ignored. `fmt` ('any',
+    'boxed', 'hash', 'phrase') can admit one kind of statement only. Grade completions alone: a prompt may contain
+    `\boxed{}`. The rules are those of hendrycks/math, GSM8K and lm-eval.
     """
     return _last_statement(_completion(response), fmt)[1]
 
@@ -87,15 +91,15 @@ def _completion(response: str) -> str:
 def _last_statement(text: str, fmt: str = "any") -> tuple[bool, str | None]:
     """(is anything stated, the answer or None)."""
     found = []  # (where the statement ends, its answer)
-    for kind in STATEMENTS if fmt == "any" else [fmt, "heading"] if fmt == "hash" else [fmt]:
-        if kind == "heading" and found:
+    for kind, pattern in STATEMENTS.items():
+        if fmt not in ("any", kind.removeprefix("weak ")) or kind.startswith("weak") and found:
             continue
-        for last in deque(STATEMENTS[kind].finditer(text), maxlen=1):
+        for last in deque(pattern.finditer(text), maxlen=1):
             line = text[last.end():][:2 * MAX_ANSWER].partition("\n")[0]
             if kind == "boxed":
                 found.append(_box(text, last.end()))
             else:
-                found.append((last.end(), _sentence(line) if kind == "phrase" else line))
+                found.append((last.end(), _sentence(line) if kind.endswith("phrase") else line))
     if not found:
         return False, None
     answer = max(found)[1]
@@ -123,7 +127,8 @@ def _sentence(line: str) -> str:
     """Up to the first dot before white space (so not in 3.5) and outside braces and $ $."""
     for dot in re.finditer(r"\.(?=\s|$)", line):
         before = line[:dot.start()]
-        if before.count("{") == before.count("}") and before.count("$") % 2 == before.count(r"\$") % 2:
+        in_math = before.count("$") % 2 != before.count(r"\$") % 2 and "$" in line[dot.end():]  # not behind $18
+        if before.count("{") == before.count("}") and not in_math:
             return before
     return line
 
@@ -161,22 +166,23 @@ FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "lg": cmath.log10, "sec": lam
               "csc": lambda x: 1 / cmath.sin(x), "cot": lambda x: 1 / cmath.tan(x)}
 # What LaTeX and unicode spell in several ways: after normalise() one symbol stands for one meaning.
 COMMANDS = {name: symbol for symbol, names in {
-    "": "! left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits hline phantom rm bf it",
-    " ": ", ; : quad qquad", r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom",
+    "": "! left right big Big bigg Bigg bigl bigr Bigl Bigr middle displaystyle textstyle limits hline phantom rm bf "
+        "it boldsymbol bm large Large", " ": ", ; : quad qquad", " , ": "land wedge", " ; ": "lor vee",
+    r"\frac": "dfrac tfrac cfrac nicefrac sfrac", r"\binom": "dbinom tbinom",
     r"\phi": "varphi", r"\epsilon": "varepsilon", r"\setminus": "backslash",
     "*": "times cdot ast", "/": "div", "≤": "le leq leqslant",
-    "≥": "ge geq geqslant", "<": "lt", ">": "gt", "≠": "ne neq", "∈": "in", "∪": "cup", "∞": "infty", "±": "pm",
+    "≥": "ge geq geqslant", "<": "lt", ">": "gt", "≠": "ne neq", "∈": "in", "∪": "cup bigcup", "∞": "infty", "±": "pm",
     "∓": "mp", "≈": "approx", "π": "pi", "°": "circ degree", "'": "prime", "|": "mid vert lvert rvert", "=": "equiv",
     "(": "langle", ")": "rangle rfloor rceil", "⦃": "lbrace {", "⦄": "rbrace }", "%": "%", "floor(": "lfloor",
     "ceil(": "lceil", "⦃⦄": "emptyset varnothing"}.items() for name in names.split()} | {" ": " "}
 UNICODE = str.maketrans({
-    "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "⁄": "/", "½": r"\frac12 ", "¼": r"\frac14 ",
-    "¾": r"\frac34 ", "⩽": "≤", "⩾": "≥", "′": "'", "’": "'", "，": ",", "：": ":", "（": "(", "）": ")",
-    "º": "°", "~": " ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∅": r"\emptyset ",
+    "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "⁄": "/", "⩽": "≤", "⩾": "≥",
+    "′": "'", "’": "'", "，": ",", "：": ":", "（": "(", "）": ")", "º": "°", "~": " ",
+    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∅": r"\emptyset ",
     "…": r"\ldots ", **dict(zip("αβγδεθλμνρστφχψωΔΩ", (rf"\{name} " for name in (
         "alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi chi psi omega Delta Omega").split()))),
     **dict.fromkeys('"⦃⦄\u00ad\u200b\u200e\u200f\ufeff')})
-SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+SMALL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
 TEXT_MACRO = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|[mh]box|math(?:rm|bf|it|sf|bb|cal)|operatorname)\*?"
                         r" ?\{((?:[^{}]|\^\{-?[0-9]\})*)\}")
 ACCENT = re.compile(r"\\(d?dot|bar|hat|tilde|vec|overline|overrightarrow) ?(?:\{ ?([A-Za-z]+) ?\}|([a-z])(?![a-z]))")
@@ -188,20 +194,25 @@ def normalise(text: str) -> str:
 
     \text{cm} becomes "cm" in quotes, the braces of a set ⦃ ⦄, `and` a comma, `or` a semicolon.
     """
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}", text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m[0].translate(SMALL) + "}", text)
+    text = re.sub("[₀-₉]+", lambda m: "_{" + m[0].translate(SMALL) + "}", text)
+    text = re.sub("[¼½¾⅐-⅞]", lambda m: r"\frac{" + unicodedata.normalize("NFKC", m[0]).replace("⁄", "}{") + "}", text)
     text = re.sub(r"\s+", " ", text.translate(UNICODE))
-    text = text.replace(r"\mathbb{R}", r"(-\infty,\infty)").replace(r"\left.", "").replace(r"\right.", "")
-    text = text.replace("...", r"\ldots ").replace("{:}", ":")
-    text = re.sub(r"(?<=[0-9])(?: ?\{ ?, ?\}|,\\!) ?(?=[0-9]{3})", "", text)                       # 10{,}000
+    text = re.sub(r"\\mathbb ?(?:\{ ?R ?\}|R\b)|\\R\b|ℝ", r"(-\\infty,\\infty)", text)
+    text = text.replace(r"\left.", "").replace(r"\right.", "").replace("...", r"\ldots ").replace("{:}", ":")
+    text = re.sub(r"(?<=[0-9])(?: ?\{ ?, ?\}|, ?\\!) ?(?=[0-9]{3})", "", text)                     # 10{,}000
     text = re.sub(r"√ ?([0-9]+)", r"\\sqrt{\1}", text).replace("√", r"\sqrt ").replace("∛", r"\sqrt[3]")
     text = RECURRING.sub(_recurring, ACCENT.sub(r"\\\1\2\3 ", text))                               # 0.1\overline{6}
     for _ in range(2):                                                                             # macros in macros
         text = TEXT_MACRO.sub(_quote, text)
     text = re.sub(r"\\([A-Za-z]+|.)", lambda m: COMMANDS.get(m[1], m[0]), text)
-    text = re.sub(r"(?<!\\)\$", "", text).replace("**", "^").replace("<=", "≤").replace(">=", "≥").replace("!=", "≠")
+    text = re.sub(r"(?<!\\)\$", "", text.replace("$,$", ", ")).replace("**", "^")
+    text = re.sub(r"(?<![0-9)])!=", "≠", text.replace("<=", "≤").replace(">=", "≥"))                 # but 3!=6
     text = re.sub(r"(?<![A-Za-z])(?:np|math)\.", "", text)                                         # program notation
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π", text)
     text = re.sub(r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"(?<=°) ?([CF])$", r'"\1"', re.sub(r"\(([0-9]+)\)_", r"\1_", text))               # 5°C, (101)_2
     text = re.sub(r"(?<=[\])⦄]) ?U ?(?=[\[(⦃])", "∪", text)
     text = re.sub(r"(?<=[0-9]) ?x ?(?=10\^)", "*", text)                                           # 4.5 x 10^33
     text = re.sub(r"(?<![A-Za-z])and(?![A-Za-z])", ",", text)
@@ -223,7 +234,7 @@ def _quote(macro: re.Match) -> str:
     content = macro[1].replace('"', "").strip(" \\~")
     if content.strip(" ,") in ("and", "or") or not re.search("[A-Za-z]", content):
         return f" {content} "
-    if content in FUNCTIONS:
+    if content in FUNCTIONS and not re.match(r"\\text ?\{ ?sec", macro[0]):  # 5\text{ sec} is a time
         return f"\\{content} "
     if macro[0] in (r"\mathrm{e}", r"\mathrm{i}"):
         return f" {content} "
@@ -249,7 +260,7 @@ def _ungroup(number: re.Match) -> str:
 
 RELATIONS = "=<>≤≥≠∈"
 TURNED = str.maketrans(">≥", "<≤")
-CHOICE = re.compile(r'"?(?:[Oo]ption |[Cc]hoice )?["(]*([A-Za-z])[")]*')
+CHOICE = re.compile(r'"?(?:(?:[Oo]ption|[Cc]hoice)(?: |(?=\()))?["(]*([A-Za-z])[")]*')
 LABELLED_CHOICE = re.compile(r'["(]*([A-J])(?:"?[.:]|"?\) |\)"(?=[0-9\\ ]))(?!.*\([A-J]\))')
 
 
@@ -260,7 +271,7 @@ def _equal(a: str, b: str, depth: int = 0) -> bool:
     if depth > 5:
         return False
     depth += 1
-    list_a, list_b = _members(_conditions_to_union(a)), _members(_conditions_to_union(b))
+    list_a, list_b = (_members(_conditions_to_union(_bare_set(x))) for x in (a, b))
     if len(list_a) != 1 or len(list_b) != 1:
         return _same_multiset(list_a, list_b, depth)
     (a,), (b,) = list_a, list_b
@@ -314,12 +325,17 @@ def _wrapped(text: str, opening: str, closing: str) -> bool:
     return len(text) > 1 and text[0] in opening and text[-1] in closing and min(_depths(text)[:-1]) > 0
 
 
+def _bare_set(text: str) -> str:
+    r"""The set alone of A∪B=⦃1,2⦄ and x∈⦃1,2⦄, and of ⦃x|-2<x<1⦄ the condition."""
+    name, *rest = re.split("[∈=]", text, maxsplit=1)
+    if rest and _wrapped(rest[0], "⦃{", "⦄}") and _is_name(re.sub(r"∪|\\cap", "", name)):
+        text = rest[0]
+    return re.sub(r"^⦃[A-Za-z](?:∈\(-∞,∞\))? ?[|:](.*)⦄$", r"\1", text) if _wrapped(text, "⦃", "⦄") else text
+
+
 def _members(text: str) -> list[str]:
     r"""The answers that a bare list, a set or a \pm holds; one for anything else."""
-    name, member_of, rest = text.partition("∈")
-    text = rest if member_of and _is_name(name) and _wrapped(rest, "⦃", "⦄") else text
-    if _wrapped(text, "⦃{", "⦄}"):
-        text = re.sub(r"^[A-Za-z](?:∈\(-∞,∞\))?[|:]", "", text[1:-1])  # ⦃x|-2<x<1⦄
+    text = text[1:-1] if _wrapped(text, "⦃{", "⦄}") else text
     members = []
     for item in filter(None, _split(text, ",;")):
         exact, _, rounded = item.partition("≈")
@@ -343,6 +359,8 @@ def _is_name(text: str, of_sum: bool = False) -> bool:
     r"""Can this stand before "=" as what was asked for? x, f(3), (x,y), \angle ABC; not 2x + z; m + n if `of_sum`."""
     if len(text) > 30 or not re.search('[A-Za-z"]', text) or text.strip(' "') in NOT_UNITS:
         return False
+    arguments = r"([fghpqE-HPQ]'*(?:\^\{-1\})?|\\(?:sin|cos|tan|log|ln))\([^()]*\)|(?<=_)\{[^{}]*\}"
+    text = re.sub(arguments, r"\1", text)  # P(X>2) is a name, and a_{n+1}
     if "+" in text and not (of_sum and text.replace("+", "").isalpha()):
         return False
     text = re.sub(r"\|([A-Z]+)\|", r"\1", text)
@@ -368,9 +386,7 @@ def _meaning(sides: list[str], signs: str, of_sum: bool = False) -> tuple[str, l
 
 def _conditions_to_union(text: str) -> str:
     r"""Conditions on one name as a set: x < 1 or x > 3; x ≥ 1 and x < 3; x ≠ 2, 5; the reals without ⦃2,5⦄."""
-    if set(RELATIONS).isdisjoint(text) and r"\setminus" not in text:
-        return text
-    if holes := re.fullmatch(r"([A-Za-z])≠(.+)|\(-∞,∞\) ?\\setminus⦃(.+)⦄", text):
+    if holes := re.fullmatch(r"([A-Za-z])≠(.+)|\(-∞,∞\) ?(?:\\setminus|-)⦃(.+)⦄", text):
         points = _split((holes[2] or holes[3]).replace(f"{holes[1]}≠", ""), ",")
         if all(map(_value, points)):
             ends = ["-∞", *sorted(points, key=lambda point: _value(point)[0].real), "∞"]
@@ -431,9 +447,9 @@ def _matrix(text: str) -> list[str]:
 UNITS = {name: names.split()[0] for names in (
     "° degree deg", "% percent percentage pct", "$ dollar usd", "€ euro", "£", "cent", "m meter metre", "mm millimeter",
     "cm centimeter centimetre", "km kilometer kilometre", "/ per", "in inch inche", "ft foot feet", "mi mile",
-    "yd yard", "s second sec", "min minute", "h hour hr", "am", "pm", "g gram gm", "kg kilogram", "mg", "lb pound",
-    "oz ounce", "l liter litre", "ml", "day", "week", "month", "year", "2 square sq", "3 cubic cu"
-    ) for name in names.split()}
+    "yd yard", "s second sec", "min minute", "h hour hr", "am", "pm", "g gram gm", "kg kilogram", "mg milligram",
+    "lb pound", "oz ounce", "l liter litre", "ml milliliter millilitre", "day", "week", "month", "year",
+    "2 square sq", "3 cubic cu") for name in names.split()}
 NOT_UNITS = FUNCTIONS.keys() | set(
     "is are was be not no if but so because since then the this it either neither sqrt pi mod squared cubed factorial "
     "half times more less dozen hundred thousand million billion trillion".split())
@@ -464,7 +480,7 @@ def _plain(text: str) -> str:
 def _split_unit(text: str) -> tuple[str, str]:
     r"""(value, unit) of 5"cm"^2, 5 square cm, \$5, 5°, 5%. In plain text a unit is known, or words after a space."""
     if money := re.match(r"(-?)(\\\$|€|£)", text):
-        return money[1] + text[money.end():], money[2][-1]
+        return money[1] + _split_unit(text[money.end():])[0], money[2][-1]  # \$18 per day
     power = re.search(r"\^\{?[23]\}?$", text)
     quote = text.find('"')
     head = text[:quote] if quote > 0 else re.sub(r"[A-Za-z/. €£]{0,40}$", "", text[:power.start()] if power else text)
@@ -476,7 +492,8 @@ def _split_unit(text: str) -> tuple[str, str]:
         is_unit = len(words[0]) > 1 or words[0] in "€£" or power and words == ["m"] or tail[0] == " " and "/" in tail
     else:
         is_unit = tail.startswith(" ") and max(map(len, words), default=0) > 2
-    if not is_unit or not 0 < len(words) <= 4 or NOT_UNITS & set(words) or not head.rstrip(" *"):
+    known = UNITS.keys() >= set(words)  # sec is a time by itself
+    if not is_unit or not 0 < len(words) <= 4 or NOT_UNITS & set(words) and not known or not head.rstrip(" *"):
         return text, text[-1] if text.endswith(("°", "%")) else ""
     return head.rstrip(" *"), " ".join(sorted(UNITS.get(w, w) for w in words + re.findall("-?[0-9]", tail)))
 
@@ -526,7 +543,9 @@ def _power(base: Number, exponent: Number) -> Number:
         return complex(base) ** complex(exponent)
     p, n = exponent.as_integer_ratio()
     if abs(p) * (base.numerator.bit_length() + base.denominator.bit_length()) > MAX_BITS or n > 1000:
-        raise ValueError("too large")
+        if n == 1 or base < 0:
+            raise ValueError("too large")
+        return complex(base) ** float(exponent)  # names are fractions: a^{mn}
     if n == 1:
         return base ** p
     if base < 0:
@@ -749,7 +768,7 @@ def load_problems(name_or_path: str, split: str = "train", read_row=None) -> lis
 
 def as_problem(place: str, row: dict) -> dict:
     """The row with the strings 'question', 'answer' (the final one: of a worked answer, as in GSM8K's answer column,
-    what it states) and 'solution' (the worked answer where there is one, else the answer)."""
+    the box, or else what it states) and 'solution' (the worked answer where there is one, else the answer)."""
     question = next((row[k] for k in QUESTION_KEYS if isinstance(row.get(k), str)), None)
     answer = next((_text(row[k]) for k in ANSWER_KEYS if isinstance(row.get(k), (str, int, float, list))), None)
     if not question or not answer:
@@ -758,7 +777,8 @@ def as_problem(place: str, row: dict) -> dict:
     if not isinstance(row.get("system") or "", str):
         raise UserError(f"{place}: system must be a text, not {str(row['system'])[:40]!r}")
     solution = row.get("solution") if isinstance(row.get("solution"), str) else answer
-    return row | {"question": question, "answer": extract_answer(answer) or answer.strip(), "solution": solution}
+    final = extract_answer(answer, "boxed") or extract_answer(answer) or answer.strip()
+    return row | {"question": question, "answer": final, "solution": solution}
 
 
 def _text(answer):

@@ -63,6 +63,17 @@ STATED = [  # response, answer
     (r"\boxed{5}" + "\n#### Answer: 6", "6"),
     (r"\boxed{5}" + "\n#### x = 6", "x = 6"),
     ("#### Monday", "Monday"),
+    (r"So \boxed{5}. We can verify that this answer is correct.", "5"),
+    ("#### 5\nThe answer is in simplest form.", "5"),
+    (r"\boxed{5}, and the answer is an integer, as required.", "5"),
+    ("The answer is yes.\n#### Conclusion", "yes"),
+    ("The answer is three.", "three"),
+    ("#### 4\nThe answer is  sqrt(5).", "sqrt(5)"),
+    ("The answer is $18. She makes it every day.", "18"),
+    ("The answer is $1.5 + x$. So $y$ is 2.", "1.5 + x"),
+    ("The answer is therefore 18.", "18"),
+    ("The answer is equal to $18$.", "18"),
+    ("The answers are 3 and 5.", "3 and 5"),
 ]
 UNSTATED = [
     "",
@@ -163,6 +174,17 @@ EQUAL = [  # answer, reference
     (r"\prod_{k=1}^{n} k", r"\prod_{k=1}^n k"),
     (r"\sum_{k=1}^{n} a_k b_k", r"\sum_{k=1}^n b_k a_k"), ("01:03 PM", "1:03 pm"), ("RC", r"C \cdot R"),
     (r"x = a \pm b \mp c", "a+b-c, a-b+c"),
+    (r"A \cap B = \{2, 3\}", r"\{3, 2\}"), ("S = {1, 2}", "{1,2}"), (r"M = \{x | -2 < x < 1\}", "(-2,1)"),
+    (r"\{x \mid x \neq 5\}", r"(-\infty,5)\cup(5,\infty)"), (r"\{x | x \ne 2\}", r"x \ne 2"),
+    (r"\left\{x \,\middle|\, x > 2\right\}", r"(2,\infty)"), (r"\mathbb{R} - \{5\}", r"x \ne 5"),
+    (r"\{x \mid x \le -2 \text{ or } x \ge 2\}", r"(-\infty,-2]\cup[2,\infty)"),
+    (r"x < 1 \lor x > 3", r"(-\infty,1)\cup(3,\infty)"),
+    ("f(-1) = 2", "2"), (r"P(X > 2) = \frac12", "1/2"), ("a_{n+1} = 2", "2"), (r"f^{-1}(\frac12) = 3", "3"),
+    (r"\cos(A+B) = \frac12", "0.5"), ("a^{nm}", "a^{mn}"), (r"a^m \cdot a^n", "a^{m+n}"),
+    (r"5\text{ sec}", r"5\text{ seconds}"), ("5 sec", "5"), (r"\$18 \text{ per day}", "18"),
+    (r"\$3.25\text{ dollars}", r"3.25\text{ dollars}"), ("3!=6", "6"), ("option (B)", "B"), (r"\text{Option (B)}", "B"),
+    ("(11011)_2", "11011₂"), ("2⅓", "7/3"), (r"5^\circ C", r"5^\circ\text{C}"), (r"2\text{ mL}", "2 milliliters"),
+    ("$48$,$384$", "48, 384"), (r"111, \! 111, \! 111", "111111111"),
 ]
 DIFFERENT = [
     ("5", "6"), ("-5", "5"), ("12345679", "12345678"), ("10^{401}", "10^{400}"), ("1e500", "1e400"), ("0.3333", "1/3"),
@@ -199,6 +221,10 @@ DIFFERENT = [
     ("(10^{20}+1)^2", "10^{40}"),
     (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^{-1}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"S = \{2, 3\}", r"\{2, 4\}"), (r"A + B = \{2, 3\}", r"\{2, 3\}"), (r"\{x | x \ne 5\}", "x = 5"),
+    (r"\{x \mid x < 1\}", r"(-\infty,1]"), ("x(x+1) = 5", "5"), ("P(X > 2) = 0.5", "P(X > 3) = 0.6"), ("5 sec x", "5"),
+    (r"5 \sec x", "5"), (r"\$5\text{ million}", "5"), ("x != 6", "6"), ("choices", "S"), ("a^{mn}", "a^{m+n}"),
+    ("11₂", "11₃"), ("2⅓", "2/3"), ("48,384", "48, 384"), (r"5^\circ C", r"5^\circ F"),
 ]
 
 
@@ -209,7 +235,8 @@ SYMBOLS = [  # two spellings of one answer that differ in a symbol or two only
     (r"5\degree", "5°"), (r"\lvert x \rvert", "|x|"), (r"\{x \mid x > 2\}", r"\{x \vert x > 2\}"), (r"x \equiv 3", "3"),
     (r"\langle 1, 2 \rangle", "（1，2）"), (r"\lceil x \rceil + 1", "1 + ⌈x⌉"), (r"\lbrace 1, 2 \rbrace", r"\{1,2\}"),
     (r"\varnothing", "∅"), ("−5 – 3", "-8"), ("1⁄4 + ¼ + ¾", "1.25"), ("f′ + g’", "f' + g'"), ("4：30", "4:30"),
-    ("1, 2, …", r"1, 2, \ldots"),
+    ("1, 2, …", r"1, 2, \ldots"), (r"\nicefrac{1}{2}", r"{1 \over 2}"), (r"\mathbb R", "ℝ"), (r"\R", r"\mathbb{R}"),
+    (r"\boldsymbol{x} + 1", "x + 1"),
     *((symbol, rf"\{name}") for symbol, name in zip("αβγδελμνρστφχψωΔΩ", (
         "alpha beta gamma delta epsilon lambda mu nu rho sigma tau phi chi psi omega Delta Omega").split())),
 ]

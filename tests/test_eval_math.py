@@ -29,7 +29,7 @@ def write(tmp_path, *rows):
 def test_problems_come_from_files_and_folders_in_the_usual_columns(tmp_path):
     rows = [{"question": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": 4}, "\r\n",
             {"question": "3+3?", "answer": "Well, 3+3=<<3+3=6>>6.\n#### 6"},
-            {"problem": "4+4?", "solution": "It is $\\boxed{8}$."}]
+            {"problem": "4+4?", "solution": "It is $\\boxed{8}$. Check: the answer: 9 - 1."}]
     path = write(tmp_path, *rows)
     problems = eval_math.load_problems(path)
     pairs = [(p["question"], p["answer"]) for p in problems]
