@@ -11,7 +11,6 @@ dropped in silence, and every override is printed.
 import ast
 import difflib
 import errno
-import math
 import os
 import re
 import runpy
@@ -89,10 +88,10 @@ def prepare_out_dir(settings, evidence):
         os.makedirs(out_dir, exist_ok=True)
         _lock(out_dir)
         if settings.init_from == "scratch" and os.path.exists(os.path.join(out_dir, evidence)):
-            names = (f"{os.path.normpath(out_dir)}.{n}" for n in count(1))
+            names = (f"{os.path.abspath(out_dir)}.{n}" for n in count(1))
             aside = next(name for name in names if not os.path.exists(name))
             os.rename(out_dir, aside)
-            print(f"moved the earlier run in {out_dir} to {aside}")
+            print(f"moved the earlier run in {out_dir} to {os.path.relpath(aside)}")
             os.makedirs(out_dir)
             _lock(out_dir)
         repeat = SimpleNamespace(**vars(settings) | {"init_from": "scratch"})
@@ -153,6 +152,8 @@ def run(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141 if isinstance(error, BrokenPipeError) else 2) from None
     except Exception as error:
+        if "closed by peer" in str(error) or "reset by peer" in str(error):  # another rank's error is on the screen
+            raise SystemExit(2) from None
         # torch's and Python's, by name: nothing is imported here; torch's CPU allocator raises a bare RuntimeError
         named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
         if not named and "can't allocate memory" not in str(error):
@@ -202,11 +203,11 @@ def _assignments(source):
 
 def _read_config(path):
     if not os.path.isfile(path):
-        hint = f" Did you mean --{path}?" if "=" in path else ""
+        hint = f" Did you mean --{path.lstrip('-')}?" if "=" in path else ""
         raise UserError(f"no config file at '{path}'.{hint}")
     try:
         values = runpy.run_path(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"config file '{path}' failed: {type(error).__name__}: {error}") from None
     return {k: v for k, v in values.items() if not k.startswith("_") and not isinstance(v, ModuleType)}
 
@@ -252,6 +253,6 @@ def _check(name, value, default, where):
         value = float(value)
     if type(value) is not kind:
         raise UserError(f"setting '{name}' in {where} wants {kind.__name__}, got {value!r}")
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"setting '{name}' in {where} wants a finite number, got {value!r}")
+    if kind in (int, float) and not abs(value) < 1e18:  # nor NaN; beyond float32's range and int64's
+        raise UserError(f"setting '{name}' in {where} wants a finite number below 1e18, got {value!r}")
     return value

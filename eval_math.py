@@ -769,9 +769,10 @@ def load_problems(name_or_path: str, split: str = "train", read_row=None) -> lis
 def as_problem(place: str, row: dict) -> dict:
     """The row with the strings 'question', 'answer' (the final one: of a worked answer, as in GSM8K's answer column,
     the box, or else what it states) and 'solution' (the worked answer where there is one, else the answer)."""
-    question = next((row[k] for k in QUESTION_KEYS if isinstance(row.get(k), str)), None)
-    answer = next((_text(row[k]) for k in ANSWER_KEYS if isinstance(row.get(k), (str, int, float, list))), None)
-    if not question or not answer:
+    question = next((row[k] for k in QUESTION_KEYS if isinstance(row.get(k), str)), "")
+    given = (row[k] for k in ANSWER_KEYS if type(row.get(k)) in (str, int, float, list) and row[k] == row[k])  # no NaN
+    answer = next(map(_text, given), "")
+    if not question.strip() or not answer.strip():
         raise UserError(f"{place}: needs a question ({', '.join(QUESTION_KEYS)}) and an answer "
                         f"({', '.join(ANSWER_KEYS)}); it has {', '.join(row) or 'nothing'}")
     if not isinstance(row.get("system") or "", str):
@@ -802,7 +803,7 @@ def _read_jsonl(path, unfinished=False):
         except (ValueError, RecursionError) as error:
             if unfinished and not line.endswith(b"\n"):  # a run was killed here, perhaps inside a character
                 break
-            raise UserError(f"{place}: no JSON: {error}") from None
+            raise UserError(f"{place}: no JSON: {error}; every line must be an object, as in .jsonl files") from None
         if not isinstance(row, dict):
             raise UserError(f"{place}: a row must be a JSON object")
         rows.append((place, row))
@@ -870,6 +871,17 @@ def encode_problems(tokenizer, problems, system_prompt, prompt_template):
         raise UserError("prompt_template must contain {question}")
     return [encode_prompt(tokenizer, prompt_template.replace("{question}", p["question"]),
                           p.get("system") or system_prompt, chat=system_prompt is not None) for p in problems]
+
+
+def checked_prompts(net, tokenizer, problems, cfg, name):
+    """encode_problems, and a prompt that is too long for the model is found now rather than after an hour."""
+    context = net.config.max_position_embeddings
+    prompts = encode_problems(tokenizer, problems, cfg.system_prompt, cfg.prompt_template)
+    for i, prompt in enumerate(prompts):
+        if len(prompt) >= context:
+            raise UserError(f"{name}: problem {i + 1} has a prompt of {len(prompt)} tokens, longer than the model's "
+                            f"context of {context}; leave it out")
+    return prompts
 
 
 # --- scores: one response, one problem, one data set ------------------------------------------------------------------
@@ -1039,16 +1051,30 @@ def identity(net, name, cfg):
 
 def earlier_answers(path, settings, problems):
     """{index: rows} that an interrupted run with the same settings left in `path`: of the problems that are still the
-    same and have all their answers."""
+    same, or not asked now, and have all their answers."""
     if not os.path.exists(path):
         return {}
     before, groups = read_responses(path)
     different = [f"{k} ({before.get(k)!r}, now {v!r})" for k, v in settings.items() if before.get(k) != v]
     if different:
         raise UserError(f"cannot resume: {path} was made with another {', '.join(different)}")
-    asked = {i: (p["question"], p["answer"]) for i, p in enumerate(problems)}
-    return {index: rows for index, rows in groups.items() if len(rows) == settings["n"]
-            and all("strict" in row and (row.get("question"), row["answer"]) == asked.get(index) for row in rows)}
+
+    def stand(index, rows):
+        asked = {(row.get("question"), row["answer"]) for row in rows}
+        now = {(p["question"], p["answer"]) for p in problems[index : index + 1]} or asked
+        return len(rows) == settings["n"] and all("strict" in row for row in rows) and asked == now
+
+    return {index: rows for index, rows in groups.items() if stand(index, rows)}
+
+
+def announce(name, problems, cfg, tokenizer, done):
+    kept, system = len(done.keys() & range(len(problems))), repr(cfg.system_prompt)
+    if kept or cfg.init_from == "resume":
+        kept = f", {kept or 'none'} of them answered already"
+    if tokenizer.template is None:
+        system = "none, as there is no chat template"
+    print(f"{name}: {len(problems)} problems{kept or ''}; strict reads '{cfg.answer_format}'; system message {system}; "
+          f"user message {cfg.prompt_template!r}")
 
 
 def ask(net, tokenizer, name, problems, cfg, left, path, rank, world):
@@ -1104,11 +1130,15 @@ def main():
     paths = {name: os.path.join(cfg.out_dir, stem + ".jsonl") for name, stem in zip(names, stems)}
     settings = {name: choose_prompt(cfg, name) for name in names}
     problems = {name: load_problems(name, cfg.split)[: cfg.num_problems or None] for name in names}
+    if os.path.exists(os.path.join(cfg.out_dir, "log.jsonl")):
+        raise UserError(f"out_dir {cfg.out_dir} holds a training run; choose another")
     rank, world, device = start_ranks(cfg)
     net = load_adapted(cfg.model, cfg.adapter, cfg.dtype, device, cfg.shard)
     if cfg.compile:
         compile_model(net)
     tokenizer = load_tokenizer(cfg.model)
+    for name in names:
+        checked_prompts(net, tokenizer, problems[name], settings[name], name)
     identities = {name: identity(net, name, settings[name]) for name in names}
     if is_chief():
         done = {name: earlier_answers(paths[name], identities[name], problems[name])
@@ -1116,9 +1146,7 @@ def main():
         prepare_out_dir(cfg, "settings.py")
         for name in names:
             write_responses(paths[name], identities[name], done[name])
-            kept = f", {len(done[name])} of them answered already" if done[name] else ""
-            print(f"{name}: {len(problems[name])} problems{kept}; strict reads '{settings[name].answer_format}'; "
-                  f"system message {settings[name].system_prompt!r}; user message {settings[name].prompt_template!r}")
+            announce(name, problems[name], settings[name], tokenizer, done[name])
     wait_for_ranks()
     summaries = {}
     try:

@@ -135,7 +135,8 @@ def group_advantages(rewards, objective="grpo", eps=1e-6):
 
 
 def overlong_penalty(lengths, max_new_tokens, overlong_tokens):
-    """What answers close to the limit pay, 0 to 1 (DAPO, Yu et al. 2025, eq. 13): lengths [P, G] -> [P, G]."""
+    """What answers close to the limit pay, 0 to 1 (DAPO, Yu et al. 2025, eq. 13): lengths [P, G] -> [P, G].
+    max_new_tokens: a number, or one a prompt [P, 1]."""
     if not overlong_tokens:
         return torch.zeros(lengths.shape)
     return ((lengths - (max_new_tokens - overlong_tokens)) / overlong_tokens).clamp(0, 1)
@@ -351,7 +352,7 @@ def micro_batches(rows, max_tokens, packing=False):
 
 def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
     """Add the gradient of the objective over `rows` to what is trained; num_rows and num_tokens are those of the whole
-    global batch. Returns sums over tokens: {clipped, kl, entropy, diff, diff_max, tokens}, and the loss."""
+    global batch. Returns {loss, sums over tokens: clipped, kl, entropy, diff, their number: tokens, diff_max}."""
     sums = dict(loss=0.0, clipped=0.0, kl=0.0, entropy=0.0, diff=0.0, diff_max=0.0, tokens=0)
     clip_low, clip_high = (own or default for own, default in zip((cfg.clip_low, cfg.clip_high), CLIP[cfg.objective]))
     for batch in micro_batches(rows, cfg.micro_batch_tokens, cfg.packing):
@@ -484,6 +485,10 @@ def trained_parameters(net, cfg):
         cfg.lr = tinylora.learning_rate_rule(net.config, cfg.method, cfg.max_steps)
         if is_chief():
             print(f"lr = {cfg.lr:.3g} (learning_rate_rule in tinylora.py)")
+    unread = [key for key in ("rank", "u", "n_tie", "tie", "targets", "alpha")
+              if key not in tinylora.SETTINGS.get(cfg.method, ()) and getattr(cfg, key) != globals()[key]]
+    if unread and is_chief():
+        print(f"method = {cfg.method} does not read {', '.join(unread)}")
     if cfg.method == "full":
         identity = {"method": "full", "base": tinylora.fingerprint(net)}
         if net.shard:
@@ -551,10 +556,10 @@ class Interrupt:
         self.held = True
 
     def release(self):
-        self.held = bool(self.net)
-        if self.net:
-            [self.requested] = all_reduce([self.requested], self.net, "max")
-        if self.requested:
+        self.held, requested = bool(self.net), self.requested
+        if self.net:  # what is asked of this rank meanwhile stands until the next time
+            [requested] = all_reduce([requested], self.net, "max")
+        if requested:
             raise KeyboardInterrupt
 
 
@@ -611,8 +616,8 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(path, parameters, optimizer, identity):
-    """Restore what save_checkpoint wrote, the one before where the last is damaged; returns step and history. Raises
-    UserError where there is none, or one of other settings."""
+    """Restore what save_checkpoint wrote, the one before where the last is damaged; returns step, history and the file
+    that was read. Raises UserError where there is none, or one of other settings."""
     for file in (path, previous(path)):
         try:
             tensors, info = read_checkpoint(file)
@@ -622,8 +627,9 @@ def load_checkpoint(path, parameters, optimizer, identity):
     else:
         raise UserError(f"cannot resume: {os.path.dirname(path)} holds no whole checkpoint; leave out "
                         "init_from to start")
-    different = [key for key in identity if info["identity"].get(key) != identity[key]
-                 and not (key == "base" and tinylora.same_base(info["identity"].get(key, ""), identity[key]))]
+    before = {"script": identity.get("script")} | info["identity"]  # earlier versions did not write it
+    different = [key for key in identity if before.get(key) != identity[key]
+                 and not (key == "base" and tinylora.same_base(before.get(key, ""), identity[key]))]
     if different:
         raise UserError(f"cannot resume: {file} was made with another {', '.join(different)}")
     state, in_order = {}, list(parameters.values())
@@ -635,15 +641,18 @@ def load_checkpoint(path, parameters, optimizer, identity):
             i, _, field = name.partition(".")
             state.setdefault(int(i), {})[field] = own_part(in_order[int(i)], tensor)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return info["step"], info["history"]
+    return info["step"], info["history"], file
 
 
 def open_log(path, step):
     """Open log.jsonl for appending, without the lines of steps that a resumed run is going to repeat."""
     lines = []
     if step and os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        try:
+            with open(path, encoding="utf-8") as f:
+                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} holds a line that no run wrote ({error}); remove it and resume again") from None
     with whole_file(path) as aside, open(aside, "w", encoding="utf-8") as log:  # a run killed here keeps the log it had
         log.writelines(lines)
     return open(path, "a", encoding="utf-8")
@@ -695,10 +704,12 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, wo
             os.path.exists(checkpoint_file) or os.path.exists(previous(checkpoint_file))):
         print(f"{cfg.out_dir} has no checkpoint yet: this starts at step 0")
     elif cfg.init_from == "resume":
-        step, saved = load_checkpoint(checkpoint_file, parameters, optimizer, identity)
+        step, saved, read_from = load_checkpoint(checkpoint_file, parameters, optimizer, identity)
         history |= saved
     if chief:
         prepare_out_dir(cfg, "log.jsonl")
+        if step and read_from != checkpoint_file and os.path.exists(checkpoint_file):
+            os.remove(checkpoint_file)  # damaged: the next to be saved must not put it in the place of the whole one
         for place in (os.path.join(cfg.out_dir, name) for name in ("", "model", "best")):
             for left in glob.glob(".tmp*", root_dir=place):  # safetensors' own, which a killed run may leave
                 os.remove(os.path.join(place, left))
@@ -773,6 +784,10 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, wo
                     print(f"\ninterrupted: {step} steps are saved in {cfg.out_dir}; go on with --init_from=resume")
                 leave_ranks(net)
                 raise SystemExit(interrupt.exit_code) from None
+            except UserError:  # a data stream that broke off, say
+                if not interrupt.held:  # so nothing has changed since the last step
+                    save()
+                raise
     finally:
         if chief:
             log.close()
@@ -808,13 +823,17 @@ def train(cfg):
     net = load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device, cfg.shard)
     tokenizer = load_tokenizer(cfg.model)
     prepare_problems(net, tokenizer, problems, cfg)
+    eval_math.checked_prompts(net, tokenizer, eval_problems[: cfg.eval_size or None], cfg, cfg.eval_dataset)
     began, size = time.time(), sum(p.numel() for p in net.parameters())
     net.model.recompute = cfg.recompute
     if cfg.compile:
         compile_model(net)
     parameters, identity = trained_parameters(net, cfg)
-    longest = max(len(problem["prompt"]) for problem in problems) + cfg.max_new_tokens
-    fitting_rows(net, min(longest, net.config.max_position_embeddings), 1)  # refuses where not even one fits
+    context, longest = net.config.max_position_embeddings, max(len(problem["prompt"]) for problem in problems)
+    fitting_rows(net, min(longest + cfg.max_new_tokens, context), 1)  # refuses where not even one fits
+    if longest + cfg.max_new_tokens > context and is_chief():
+        print(f"warning: behind the longest prompt the model's context of {context} has room for "
+              f"{context - longest} new tokens, not for max_new_tokens = {cfg.max_new_tokens}")
     optimizer = torch.optim.Adam(parameters.values(), lr=cfg.lr)
     if is_chief():
         processes = world * cfg.shard
@@ -826,17 +845,13 @@ def train(cfg):
     def take_step(step, interrupt):
         return training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt)
 
-    training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, world, take_step, eval_problems)
+    training_loop(cfg, net, tokenizer, parameters, optimizer, identity | {"script": "grpo.py"}, rank, world, take_step,
+                  eval_problems)
 
 
 def prepare_problems(net, tokenizer, problems, cfg):
-    """Encode every problem's prompt once, and find one that is too long now rather than after an hour."""
-    context = net.config.max_position_embeddings
-    prompts = eval_math.encode_problems(tokenizer, problems, cfg.system_prompt, cfg.prompt_template)
-    for i, (problem, prompt) in enumerate(zip(problems, prompts)):
-        if len(prompt) >= context:
-            raise UserError(f"{cfg.dataset}: problem {i + 1} has a prompt of {len(prompt)} tokens, longer than the "
-                            f"model's context of {context}")
+    """Encode every problem's prompt once."""
+    for problem, prompt in zip(problems, eval_math.checked_prompts(net, tokenizer, problems, cfg, cfg.dataset)):
         problem["prompt"] = prompt
 
 
@@ -851,7 +866,9 @@ def sample_groups(net, tokenizer, problems, mine, cfg, progress):
               for problem, group in zip(batch, groups)]
     rewards = torch.tensor([[float(s["strict"]) for s in group] for group in scores]).view(-1, cfg.group_size)  # [P, G]
     lengths = torch.tensor([[len(c.ids) for c in group] for group in groups]).view(-1, cfg.group_size)
-    shaped = rewards - overlong_penalty(lengths, cfg.max_new_tokens, cfg.overlong_tokens)
+    context = net.config.max_position_embeddings
+    limits = torch.tensor([[min(cfg.max_new_tokens, context - len(prompt))] for prompt in prompts]).view(-1, 1)
+    shaped = rewards - overlong_penalty(lengths, limits, cfg.overlong_tokens)
     advantages = group_advantages(shaped, cfg.objective)
     rows = [[Row(prompt, c.ids, c.logprobs, advantages[i, j].item()) for j, c in enumerate(group)]
             for i, (prompt, group) in enumerate(zip(prompts, groups))]
@@ -912,7 +929,10 @@ def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, i
               "rounds": n["rounds"], "loss": sums.pop("loss"), "grad_norm": grad_norm,
               "v_norm": total_norm([p.detach() for p in parameters], parameters).item(), "v_max": v_max}
     scored = sums.pop("tokens")  # of the rows that have a gradient; over them go the means of the rest
-    record |= {key: total / scored if scored else None for key, total in sums.items()} | {"diff_max": diff_max}
+    if not cfg.kl_coef:
+        sums["kl"] = None  # not measured: that would take one more forward pass
+    record |= {key: total / scored if scored and total is not None else None for key, total in sums.items()}
+    record["diff_max"] = diff_max
     record["seconds"] = {"generate": t1 - t0, "update": t2 - t1, "tokens_per_second": n["tokens"] / (t1 - t0),
                          "peak_gb": peak_gb(net.device)}
     return record, summary(record, cfg, net.head.dtype)

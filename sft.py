@@ -138,6 +138,8 @@ def as_example(place, row):
         if m["role"] not in ("system", "user", "assistant") or not isinstance(m["content"], str):
             raise UserError(f"{place}: a message needs the role system, user or assistant and a text as its content; "
                             f"one has {m['role']!r} and {str(m['content'])[:40]!r}")
+    if isinstance(row.get("system"), str) and row["system"] and messages and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": row["system"]})
     roles = [m["role"] for m in messages]
     if "assistant" not in roles or "user" not in roles[: roles.index("assistant")]:
         raise UserError(f"{place}: a chat needs a list of messages in which an assistant answers a user; its roles are "
@@ -307,6 +309,7 @@ def train(cfg):
         return record, line + (f" | {cut:.0f} rows cut off" if cut else "")
 
     asked = [e for e in held_out if "messages" not in e]
+    eval_math.checked_prompts(net, tokenizer, asked, cfg, cfg.eval_dataset)
     scored = [e for e in held_out if "messages" in e or e["solution"] != e["answer"]]
     rows, cut = encode_examples(tokenizer, scored[rank::world], cfg, context)
     [cut] = all_reduce([cut], net)
@@ -314,7 +317,8 @@ def train(cfg):
         print(f"{cut:.0f} of {len(scored)} held-out rows are longer than {cfg.max_length or context} tokens, and count "
               "up to there")
     measure = partial(held_out_loss, net, tokenizer, rows, cfg) if scored else None
-    training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, world, take_step, asked, measure)
+    training_loop(cfg, net, tokenizer, parameters, optimizer, identity | {"script": "sft.py"}, rank, world, take_step,
+                  asked, measure)
 
 
 @torch.no_grad()

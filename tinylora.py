@@ -27,7 +27,8 @@ import shutil
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 from configurator import UserError, configure, run, whole_file  # isort: skip (first: it says what is missing)
@@ -282,6 +283,9 @@ def add_adapter(model, method="tinylora", rank=2, u=13, n_tie=0, tie="tiled", se
         raise UserError("this model has an adapter already")
     modules, groups, meta = plan(model, dict(method=method, rank=rank, u=u, n_tie=n_tie, tie=tie, seed=seed,
                                              targets=targets, alpha=float(alpha)))
+    size = u * rank * rank * len(modules)
+    if method == "tinylora" and size > 10**9:
+        raise UserError(f"u = {u} takes P_i of {size:,} numbers in {len(modules)} linears, too many; use fewer")
     meta["base"] = fingerprint(model)
     if method == "lora":
         factors = cut_factors(model, modules, lora_init(modules, rank, seed))
@@ -576,6 +580,8 @@ def write_cache(path, tensors):
         os.replace(f.name, path)
     except OSError as error:
         print(f"the SVD could not be cached and will be made again next time: {error}")
+        with suppress(OSError):
+            os.remove(f"{path}.{os.getpid()}.tmp")
 
 
 def fingerprint(model):
@@ -623,6 +629,13 @@ def adapter_text(adapter, dtype="float32"):
     return f"hex:{numbers}:{FORMAT}:{settings.replace(',', '+').replace(' ', '')}"
 
 
+@lru_cache
+def say(text):
+    """Print it once, of several ranks on one."""
+    if is_chief():
+        print(text)
+
+
 def read_adapter(where):
     """Settings and tensors of an adapter file, the directory of one, or text. Numbers alone, 'hex:3c23d70a', are
     float32 and stand for one vector over all linears with add_adapter's defaults and no check of the base model."""
@@ -630,6 +643,8 @@ def read_adapter(where):
     if where.startswith("hex:"):
         _, numbers, *rest = where.split(":")
         alone = not rest
+        if alone:
+            say(f"an adapter of {len(numbers) // 8} numbers alone: read with rank 2 and seed 0, for any base model")
         form, settings = FORMAT, {"method": "tinylora", "rank": 2, "u": len(numbers) // 8, "n_tie": 0, "tie": "tiled",
                                   "seed": 0, "targets": "all", "base": "", "dtype": "float32"}
         where = f"the adapter '{where[:20]}...'"
@@ -641,6 +656,8 @@ def read_adapter(where):
         except ValueError:
             raise UserError(f"{where} is mistyped or cut off: its numbers or settings cannot be read") from None
     else:
+        if os.path.isfile(os.path.join(where, "model", "config.json")):
+            raise UserError(f"{where} is a run that trained all weights: use --model={where}/model, and no adapter")
         where = os.path.join(where, "adapter.safetensors") if os.path.isdir(where) else where
         try:
             with safe_open(where, framework="pt") as f:
@@ -869,6 +886,8 @@ def main():
     cfg = configure(globals(), sys.argv[1 if command.startswith("-") else 2 :])
     if cfg.to not in ("peft", "peft-tinylora", "hf"):
         raise UserError("to must be peft, peft-tinylora or hf")
+    if command == "import" and cfg.to != "peft":
+        raise UserError("import writes an adapter of this project; --to is for export")
     given, unread = (cfg.adapter, cfg.source) if command == "export" else (cfg.source, cfg.adapter)
     if not given or unread:
         raise UserError("export needs --adapter=..., import --source=..., and neither takes the other")

@@ -73,7 +73,8 @@ def experiment(checkpoint, method, directory, shard=1, data_rank=0, data_world=1
     net, tokenizer = model.load_model(checkpoint, "float32", "cpu", shard), model.load_tokenizer(checkpoint)
     parameters, identity = grpo.trained_parameters(net, cfg)
     optimizer = torch.optim.Adam(parameters.values(), lr=0.01, eps=0.01)  # eps: no update of the size of noise
-    step, history = grpo.load_checkpoint(str(directory / method / "start.safetensors"), parameters, optimizer, identity)
+    file = str(directory / method / "start.safetensors")
+    step, history, _ = grpo.load_checkpoint(file, parameters, optimizer, identity)
     out = {"logits": net(IDS).detach(), "block_bytes": sum(p.nbytes for p in net.model.layers.parameters()),
            "cache_shape": tuple(sample.KVCache(net.config, 5, 7, net.head).entries[0].shape),
            "kept_bytes": sum(p.untyped_storage().nbytes() for p in net.model.layers.parameters())}
