@@ -67,6 +67,9 @@ def test_overrides_apply_from_left_to_right_and_are_printed(script, tmp_path, ca
         ("--loud=maybe", "--loud wants True or False, got 'maybe'"),
         ("config/nowhere.py", "no config file at 'config/nowhere.py'"),
         ("steps=3", "Did you mean --steps=3?"),
+        ("-steps=3", "Did you mean --steps=3?"),
+        ("--rate=1e300", "below 1e18"),
+        ("--steps=99999999999999999999", "below 1e18"),
     ],
 )
 def test_a_wrong_argument_is_refused_with_the_cure(script, argument, words):

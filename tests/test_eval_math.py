@@ -47,6 +47,10 @@ def test_problems_come_from_files_and_folders_in_the_usual_columns(tmp_path):
         ([{"question": "x", "answer": "1"}, {"question": "y", "reply": "1"}], "line 2: needs a question"),
         ([{"question": "x", "answer": "1"}, "{nonsense\n"], "line 2: no JSON"),
         (["[1]\n"], "line 1: a row must be a JSON object"),
+        ([{"question": "x", "answer": "  "}], "line 1: needs a question"),
+        ([{"question": " ", "answer": "1"}], "line 1: needs a question"),
+        ([{"question": "x", "answer": True}], "line 1: needs a question"),
+        (['{"question": "x", "answer": NaN}\n'], "line 1: needs a question"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named_by_file_and_line(tmp_path, rows, words):
@@ -265,6 +269,15 @@ def test_the_script_prints_a_table_and_writes_responses(checkpoint, problems, tm
     assert "5 of them answered already" in done.stdout, done.stderr  # the changed problem is asked anew
     assert_refused(fork_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume", "--seed=5"),
                    "made with another seed (1337, now 5)")
+
+    answers = sorted((broken / files[0]).read_text().splitlines())
+    done = fork_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume", "--num_problems=2")
+    assert "2 of them answered already" in done.stdout, done.stderr
+    assert sorted((broken / files[0]).read_text().splitlines()) == answers  # what is not asked now is kept
+    (broken / "log.jsonl").touch()
+    assert_refused(fork_script("eval_math.py", *arguments, f"--out_dir={broken}"), "holds a training run")
+    assert_refused(fork_script("eval_math.py", f"--model={checkpoint}", f"--dataset={problems}",
+                               "--prompt_template=" + "{question}" * 40), "problems.jsonl: problem 1 has a prompt of")
 
     first = (whole / files[0]).read_bytes()
     done = fork_script("eval_math.py", *arguments, f"--out_dir={whole}")

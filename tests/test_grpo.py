@@ -33,6 +33,7 @@ import eval_math
 import grpo
 import model
 import sample
+import sft
 import tinylora
 from configurator import UserError, configure
 
@@ -519,6 +520,8 @@ def test_a_run_writes_log_adapter_and_checkpoint_and_repeats_itself(checkpoint, 
     steps = [line for line in log_of(tmp_path / "a") if "reward" in line]
     assert [line["step"] for line in steps] == [1, 2, 3] and all(line["diff_max"] < 1e-4 for line in steps)
     assert all(0 <= line["kl"] < 1 for line in steps) and steps[-1]["kl"] > 0
+    run(*args(checkpoint, problems, tmp_path / "c", max_steps=1))
+    assert log_of(tmp_path / "c")[1]["kl"] is None  # not 0: it was not measured
     v = load_file(tmp_path / "a" / "adapter.safetensors")["v"]
     assert v.shape == (14, 1) and v.abs().sum() > 0
     assert torch.equal(v, load_file(tmp_path / "b" / "adapter.safetensors")["v"])
@@ -706,7 +709,7 @@ def test_only_what_safetensors_left_in_a_runs_own_folders_is_removed(checkpoint,
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(checkpoint, problems, tmp_path, lucky, capsys,
-                                                                    damage):
+                                                                    monkeypatch, damage):
     options = dict(max_steps=3, save_interval=1, eval_dataset="")
     run(*args(checkpoint, problems, tmp_path / "run", **options))
     path = tmp_path / "run" / "checkpoint.safetensors"
@@ -714,6 +717,13 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(checkpoint, 
     path.unlink()
     if damage != "gone":
         path.write_bytes(data[:-9] if damage == "cut" else data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    save = grpo.save_checkpoint
+
+    def saving(path, *arguments):
+        save(path, *arguments)
+        grpo.read_checkpoint(grpo.previous(path))  # the damaged file has not taken its place
+
+    monkeypatch.setattr(grpo, "save_checkpoint", saving)
     run(*args(checkpoint, problems, tmp_path / "run", init_from="resume", **options))
     assert "checkpoint.safetensors cannot be used" in capsys.readouterr().out
     assert torch.equal(load_file(tmp_path / "run" / "adapter.safetensors")["v"], v)
@@ -727,6 +737,22 @@ def test_answers_near_the_limit_pay():
     lengths = torch.tensor([[10, 60, 70, 79, 80]])
     assert grpo.overlong_penalty(lengths, 80, 20).tolist() == [[0, 0, 0.5, pytest.approx(0.95), 1]]
     assert not grpo.overlong_penalty(lengths, 80, 0).any()
+
+
+def test_where_the_context_ends_an_answer_its_end_is_the_limit(net, tokenizer, checkpoint, problems, tmp_path, capsys):
+    context = net.config.max_position_embeddings
+    options = dict(prompt_template="{question} " + "x " * 200, max_new_tokens=context, overlong_tokens=context // 8,
+                   group_size=2, batch_size=2, max_steps=1, eval_dataset="")
+    run(*args(checkpoint, problems, tmp_path / "run", **options))
+    assert f"behind the longest prompt the model's context of {context} has room for" in capsys.readouterr().out
+    cfg = configure(vars(grpo), args(checkpoint, problems, tmp_path / "none", **options, objective="dr_grpo"))
+    rows = eval_math.load_problems(problems)[:1]
+    grpo.prepare_problems(net, tokenizer, rows, cfg)
+    room = context - len(rows[0]["prompt"])
+    [group], counts = grpo.sample_groups(net, tokenizer, rows, [(0, 0), (1, 0)][:1], cfg, None)
+    paid = grpo.overlong_penalty(torch.tensor([[len(row.ids) for row in group]]), room, cfg.overlong_tokens)[0]
+    expected = (paid.mean() - paid).tolist()
+    assert room < cfg.max_new_tokens and [row.advantage for row in group] == pytest.approx(expected, abs=1e-6)
 
 
 def test_truncated_importance_sampling_weights_tokens_by_the_mismatch():
@@ -882,6 +908,36 @@ def test_a_checkpoint_of_another_adapter_is_refused(checkpoint, problems, tmp_pa
         options = dict(eval_dataset="", init_from="resume") | changes
         with pytest.raises(UserError, match=f"made with another .*{next(iter(changes))}"):
             run(*args(checkpoint, problems, tmp_path / "run", **options))
+    mine = [a for a in args(checkpoint, problems, tmp_path / "run", eval_dataset="", init_from="resume")
+            if a[2:].partition("=")[0] in vars(sft)]
+    with pytest.raises(UserError, match="made with another script"):
+        sft.train(configure(vars(sft), mine))
+
+
+def test_a_log_line_that_no_run_wrote_is_named(checkpoint, problems, tmp_path):
+    options = dict(max_steps=1, eval_dataset="", init_from="resume")
+    run(*args(checkpoint, problems, tmp_path / "run", max_steps=1, eval_dataset=""))
+    for line in ("junk", "[1]", "{}"):
+        with open(tmp_path / "run" / "log.jsonl", "a") as f:
+            f.write(line + "\n")
+        with pytest.raises(UserError, match=r"log.jsonl holds a line that no run wrote"):
+            run(*args(checkpoint, problems, tmp_path / "run", **options))
+
+
+def test_a_signal_during_a_reduction_is_heard_at_the_next(monkeypatch):
+    """Ranks that share weights ask one another at every release; one that is told to stop meanwhile does so next."""
+    interrupt = grpo.Interrupt(SimpleNamespace(shard=True))
+
+    def reduction(values, *_):
+        interrupt.handle(signal.SIGTERM, None)  # after this rank has said that nothing was asked of it
+        return values
+
+    with interrupt:
+        monkeypatch.setattr(grpo, "all_reduce", reduction)
+        interrupt.release()
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.release()
+    assert interrupt.exit_code == 143
 
 
 def test_a_gradient_that_is_not_finite_is_never_saved(checkpoint, problems, tmp_path, lucky, monkeypatch):
@@ -954,6 +1010,9 @@ REFUSED = {
         dict(prompt_template="{question}" * 40),
         "longer than the model's context of 512",
     ),
+    "more P than memory": (dict(u=10**9, n_tie=0), "too many; use fewer"),
+    "number beyond float32": (dict(tis_cap="1e300"), "wants a finite number below 1e18"),
+    "number beyond int64": (dict(batch_size=10**20), "wants a finite number below 1e18"),
 }
 
 

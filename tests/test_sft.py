@@ -181,6 +181,15 @@ def test_an_end_of_turn_that_sampling_does_not_know_is_pointed_out(checkpoint, c
     assert capsys.readouterr().out.count("eos_token_id") == 1
 
 
+def test_a_system_message_beside_the_chat_is_its_first():
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    messages = sft.as_example("here", {"conversations": turns, "system": "Be brief."})["messages"]
+    assert messages[0] == {"role": "system", "content": "Be brief."} and len(messages) == 3
+    own = [{"from": "system", "value": "Sing."}, *turns]
+    assert sft.as_example("here", {"conversations": own, "system": "Be brief."})["messages"][0]["content"] == "Sing."
+    assert len(sft.as_example("here", {"conversations": turns, "system": None})["messages"]) == 2
+
+
 @pytest.mark.parametrize("row, words", [
     ({"messages": "Hello"}, "its roles are none"),
     ({"messages": [{"role": "user", "content": "?"}]}, "an assistant answers a user"),
@@ -331,6 +340,27 @@ def test_a_stream_that_breaks_off_or_is_empty_says_so(monkeypatch):
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, data=data, **__: data)
         with pytest.raises(UserError, match=words):
             streamed("owner/chats")
+
+
+def test_a_run_whose_stream_breaks_off_has_saved_its_steps(checkpoint, tmp_path, monkeypatch):
+    broken = [True]
+
+    def rows():
+        yield from numbered_chats(8)
+        if broken:
+            raise ConnectionError("the hub is gone")
+        yield from numbered_chats(20)[8:]
+
+    data = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    options = dict(max_steps=6, batch_size=2, shuffle_buffer=1, save_interval=0, eval_dataset="")
+    with pytest.raises(UserError, match="broke off after [78] rows"):
+        run(*args(checkpoint, "owner/chats", tmp_path / "run", **options))
+    _, info = grpo.read_checkpoint(str(tmp_path / "run" / "checkpoint.safetensors"))
+    assert 3 <= info["step"] == log_of(tmp_path / "run")[-1]["step"] <= 4
+    broken.clear()
+    run(*args(checkpoint, "owner/chats", tmp_path / "run", **options, init_from="resume"))
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 STREAMING_SCRIPT = """

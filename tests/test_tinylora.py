@@ -1,6 +1,7 @@
 """tinylora.py: the update is the paper's, tied as the paper says, and a file of v alone brings it back."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -331,6 +332,14 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, cap
     monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "file"))
     assert len(tinylora.svd_factors(WEIGHTS, 2)) == 2
     assert "could not be cached" in capsys.readouterr().out
+    monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "full"))
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tinylora.os, "replace", full)
+    assert len(tinylora.svd_factors(WEIGHTS, 2)) == 2
+    assert "No space left" in capsys.readouterr().out and not list((tmp_path / "full").iterdir())
 
 
 def test_a_toy_leaves_no_cache(net, cache_dir):
@@ -386,8 +395,10 @@ def test_a_text_brings_the_adapter_back(net, checkpoint, settings):
     assert torch.equal(tinylora.load_adapter(other, half).v, adapter.v.bfloat16().float())
 
 
-def test_numbers_alone_are_one_vector_with_the_defaults(net):
+def test_numbers_alone_are_one_vector_with_the_defaults(net, capsys):
+    tinylora.say.cache_clear()
     adapter = tinylora.load_adapter(net, "hex:3c23d70abf800000")
+    assert "2 numbers alone: read with rank 2 and seed 0, for any base model" in capsys.readouterr().out
     assert adapter.v.tolist() == [[np.float32(0.01), -1.0]]
     assert adapter.meta | {"base": ""} == dict(method="tinylora", rank=2, u=2, n_tie=0, tie="tiled", seed=0,
                                                targets="all", base="")
@@ -629,18 +640,21 @@ def test_a_merged_export_loads_in_transformers_and_is_rounded_once(net, checkpoi
 
 def test_the_command_line_refuses_in_one_line(checkpoint, tmp_path, monkeypatch):
     base = [f"--model={checkpoint}", f"--out_dir={tmp_path}/x", "--device=cpu"]
+    shutil.copytree(checkpoint, tmp_path / "full" / "model")  # as a run of grpo.py with method = full leaves it
     for arguments, words in [
         ([], "say what to do"), (["export", *base], "export needs --adapter"),
         (["import", *base, "--adapter=hex:3c23d70a"], "import --source"),
         (["export", *base, "--adapter=hex:3c23d70a", "--to=gguf"], "to must be"),
+        (["import", *base, "--source=somewhere", "--to=hf"], "--to is for export"),
         (["export", f"--model={checkpoint}", "--adapter=hex:3c23d70a"], "out_dir must name"),
+        (["export", *base, f"--adapter={tmp_path}/full", "--to=hf"], "trained all weights: use --model=.*full/model,"),
         (["export", *base, "--adapter=nowhere"], "no adapter can be read"),
     ]:
         monkeypatch.setattr(sys, "argv", ["tinylora.py", *arguments])
         with pytest.raises(UserError, match=words):
             tinylora.main()
     assert_refused(fork_script("tinylora.py", *arguments), words)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "full"]
 
 
 # -------------------------------------------------------------------------------------- many at once, and training
