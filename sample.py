@@ -342,10 +342,7 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     """
     prompts = [tokenizer.bos_ids + tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
     context = model.config.max_position_embeddings
-    if n < 1 or max_new_tokens < 1 or min(temperature, top_k, seed) < 0 or not 0 < top_p <= 1:
-        raise UserError("n and max_new_tokens must be at least 1; temperature, top_k and seed 0 or more; top_p in (0, "
-                        f"1]; got n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, "
-                        f"seed={seed}, top_p={top_p}")
+    check_sampling(n, max_new_tokens, temperature, top_k, top_p, seed)
     for i, p in enumerate(prompts):
         if not 0 < len(p) < context:
             raise UserError(f"prompt {i} has {len(p)} tokens; the model's context holds 1 to {context - 1} of them")
@@ -385,6 +382,13 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
         if R is not None and plain:
             tinylora.detach(model)
     return out
+
+
+def check_sampling(n, max_new_tokens, temperature, top_k, top_p, seed):
+    if n < 1 or max_new_tokens < 1 or min(temperature, top_k, seed) < 0 or not 0 < top_p <= 1:
+        raise UserError("n and max_new_tokens must be at least 1; temperature, top_k and seed 0 or more; top_p in (0, "
+                        f"1]; got n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, "
+                        f"seed={seed}, top_p={top_p}")
 
 
 def fitting_rows(model, length, rows):
@@ -456,6 +460,9 @@ def main():
     adapters = [name.strip() for name in cfg.adapter.split(",")]  # "" is the base model
     if cfg.prompt == "-" and (len(adapters) > 1 or cfg.n > 1 or cfg.prompt_file or cfg.shard > 1):
         raise UserError("a talk (prompt=-) takes one adapter, n=1, no prompt_file and no shard")
+    if not cfg.chat and (cfg.prompt == "-" or cfg.system_prompt):
+        raise UserError("a talk (prompt=-) and a system_prompt need the chat template: leave out --chat=False")
+    check_sampling(cfg.n, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed)
     if cfg.shard > 1 and len(adapters) > 1:
         raise UserError("several adapters in one batch need shard = 1: give them one after another")
     texts = [cfg.prompt]
@@ -473,6 +480,8 @@ def main():
                         f"({cfg.shard})")
     net = tinylora.load_adapted(cfg.model, adapters[0] if len(adapters) == 1 else "", cfg.dtype, device, cfg.shard)
     tokenizer = load_tokenizer(cfg.model)
+    if cfg.system_prompt and tokenizer.template is None:
+        raise UserError(f"{cfg.model} has no chat template, where a system_prompt could stand")
     if cfg.compile:
         compile_model(net)
     if not is_chief():

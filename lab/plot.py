@@ -148,15 +148,21 @@ def read_log(directory):
     path = directory if directory.endswith(".jsonl") else os.path.join(directory, "log.jsonl")
     try:
         with open(path, encoding="utf-8") as f:
-            return [json.loads(line) for line in f]
-    except (OSError, ValueError) as error:
+            lines = [json.loads(line) for line in f]
+        if not any(line["step"] for line in lines):
+            raise ValueError("it has no steps")
+        return lines
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"no log of a run at '{path}', and no study with a figure is called '{directory}' "
                         f"({', '.join(FIGURES)}): {error}") from None
 
 
 def save(figure, path):
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    try:
+        figure.savefig(path, dpi=110)
+    except ValueError as error:  # an ending that stands for no format
+        raise UserError(f"{path}: {error}") from None
     print(f"wrote {path}")
 
 

@@ -248,7 +248,10 @@ def read_results(path):
     if not os.path.exists(path):
         return {}
     with open(path, encoding="utf-8", newline="") as f:
-        return {row["command"]: row for row in csv.DictReader(f)}
+        table = csv.DictReader(f)
+        if tuple(table.fieldnames or ()) != COLUMNS:
+            raise UserError(f"{path} is no table of runs: its columns are not {', '.join(COLUMNS)}")
+        return {row["command"]: row for row in table}
 
 
 def write_results(path, rows):

@@ -100,6 +100,15 @@ def test_curves_of_runs(checkpoint, problems, tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     with pytest.raises(UserError, match="no log of a run"):
         plot.read_log(str(tmp_path / "nothing"))
+    for text in ("", "[1]\n", '{"question": "?"}\n'):
+        (tmp_path / "other.jsonl").write_text(text)
+        with pytest.raises(UserError, match="no log of a run"):
+            plot.read_log(str(tmp_path / "other.jsonl"))
+    with pytest.raises(UserError, match="no table of runs"):
+        study.read_results(str(tmp_path / "other.jsonl"))
+    monkeypatch.setattr("sys.argv", ["plot", f"{tmp_path}/rl", f"--out={tmp_path}/curves.xyz"])
+    with pytest.raises(UserError, match="curves.xyz"):
+        plot.main()
 
 
 class Here:

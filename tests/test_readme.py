@@ -106,7 +106,7 @@ def commands_everywhere():
         words = shlex.split(text, comments=True)
         script = next((word for word in words if word in SCRIPTS), None)
         if script:
-            yield script, {re.match(r"--(\w+)", word)[1] for word in words if word.startswith("--")}
+            yield script, {re.match(r"--(\w+)", word)[1] for word in words if word.startswith("--") and word != "--"}
 
 
 def test_every_setting_in_a_command_is_the_scripts_own():

@@ -311,6 +311,8 @@ def test_the_script_prints_completions_and_refuses_a_missing_model(checkpoint, t
     assert_refused(fork_script("sample.py", "--model=nowhere"), "no model directory at 'nowhere'")
     assert_refused(fork_script("sample.py", f"--model={checkpoint}", "--prompt_file=nowhere"), "prompt_file cannot be")
     assert_refused(fork_script("sample.py", "--prompt=-", "--n=2"), "a talk")
+    assert_refused(fork_script("sample.py", "--prompt=-", "--chat=False"), "need the chat template")
+    assert_refused(fork_script("sample.py", "--top_p=2", "--model=nowhere"), "top_p in (0, 1]")  # before it is loaded
     prompts.write_text("\n")
     assert_refused(fork_script("sample.py", f"--model={checkpoint}", f"--prompt_file={prompts}"), "holds no prompt")
     assert_refused(fork_script("sample.py", "--adapter=hex:00"), "mistyped or cut off")

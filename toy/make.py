@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
+from configurator import UserError, run  # noqa: E402
 from model import WORDS, load_model, save_model  # noqa: E402
 
 SEED = 1337
@@ -204,27 +206,30 @@ def write_json(path, name, data):
 
 
 def main():
-    base = os.path.join(HERE, "base")
-    os.makedirs(base, exist_ok=True)
-    rng = random.Random(SEED)
-    train, test = make_problems(rng)
-    write_jsonl(os.path.join(HERE, "train.jsonl"), train)
-    write_jsonl(os.path.join(HERE, "test.jsonl"), test)
-    writing = random.Random(SEED)
-    os.makedirs(os.path.join(HERE, "human"), exist_ok=True)
-    for split, problems in (("train", train), ("test", test)):
-        rows = [problem | {"solution": human_solution(problem, writing)} for problem in problems]
-        write_jsonl(os.path.join(HERE, "human", f"{split}.jsonl"), rows)
-    write_config(base, write_tokenizer(base, tokenizer_texts(train)))
-    held_out = {p["question"] for p in test}
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        return print(__doc__.strip())
+    if sys.argv[1:]:
+        raise UserError("toy/make.py takes no arguments: edit the numbers on top of it")
     with tempfile.TemporaryDirectory() as work:
+        base, human = (os.path.join(work, "toy", name) for name in ("base", "human"))
+        os.makedirs(base)
+        os.makedirs(human)
+        rng, writing = random.Random(SEED), random.Random(SEED)
+        train, test = make_problems(rng)
+        for split, problems in (("train", train), ("test", test)):
+            write_jsonl(os.path.join(work, "toy", f"{split}.jsonl"), problems)
+            rows = [problem | {"solution": human_solution(problem, writing)} for problem in problems]
+            write_jsonl(os.path.join(human, f"{split}.jsonl"), rows)
+        write_config(base, write_tokenizer(base, tokenizer_texts(train)))
+        held_out = {p["question"] for p in test}
         documents = [d for d in (make_document(rng) for _ in range(num_documents)) if d["question"] not in held_out]
         write_jsonl(os.path.join(work, "documents.jsonl"), documents)
         out_dir = os.path.join(work, "toy_pretrain")
         subprocess.run([sys.executable, "sft.py", "config/toy_pretrain.py", f"--dataset={work}/documents.jsonl",
                         f"--out_dir={out_dir}"], cwd=ROOT, check=True)
         save_model(load_model(os.path.join(out_dir, "model"), dtype="bfloat16", device="cpu"), base)
+        shutil.copytree(os.path.join(work, "toy"), HERE, dirs_exist_ok=True)  # at the end: nothing is left half-made
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
