@@ -436,8 +436,8 @@ def epoch_order(seed, epoch, num_problems):
 
 def check_settings(cfg):
     """Refuse what cannot work before anything is loaded."""
-    bad = [
-        *bad_method(cfg),
+    refuse([
+        *shared_rules(cfg),
         (cfg.method == "full" and cfg.kl_coef > 0, "kl_coef must be 0 with method = full: the reference policy would "
          "be a second copy of the weights"),
         (cfg.group_size < 2, "group_size must be at least 2: the advantage is relative to the group's mean"),
@@ -451,13 +451,17 @@ def check_settings(cfg):
          < 0, "lr, clip_low, clip_high, kl_coef, grad_clip, seed, eval_size and resample must not be negative"),
         (not 0 <= cfg.overlong_tokens < cfg.max_new_tokens or cfg.tis_cap < 0, "overlong_tokens must be 0 or more and "
          "below max_new_tokens, tis_cap 0 or more"),
-    ]
-    for is_bad, message in bad:
-        if is_bad:
+    ])
+
+
+def refuse(rules):
+    """UserError with the message of the first of the (is_broken, message) that is."""
+    for is_broken, message in rules:
+        if is_broken:
             raise UserError(message)
 
 
-def bad_method(cfg):
+def shared_rules(cfg):
     """What check_settings refuses of the settings that grpo.py and sft.py share."""
     methods = [*tinylora.SETTINGS, "full"]
     return [

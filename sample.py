@@ -173,17 +173,17 @@ class Sampler:
         device = model.device
         self.cache = KVCache(model.config, slots, length, model.head)
         self.stops = torch.tensor(sorted(tokenizer.stop_ids), device=device, dtype=torch.long)
-        whole = dict(dtype=torch.long, device=device)
+        integers = dict(dtype=torch.long, device=device)
         columns = max_new_tokens + 1  # the last is where a row that has stopped writes, see step
         self.state = SimpleNamespace(  # a line a slot
-            prompt=torch.zeros(slots, **whole),  # which of the prompts it answers
-            token=torch.zeros(slots, **whole),  # the next input
-            position=torch.zeros(slots, **whole),  # where it stands
-            count=torch.zeros(slots, **whole),  # tokens sampled so far
-            limit=torch.zeros(slots, **whole),  # at most so many
+            prompt=torch.zeros(slots, **integers),  # which of the prompts it answers
+            token=torch.zeros(slots, **integers),  # the next input
+            position=torch.zeros(slots, **integers),  # where it stands
+            count=torch.zeros(slots, **integers),  # tokens sampled so far
+            limit=torch.zeros(slots, **integers),  # at most so many
             done=torch.ones(slots, dtype=torch.bool, device=device),
             uniforms=torch.zeros(slots, columns, device=device),
-            ids=torch.zeros(slots, columns, **whole),
+            ids=torch.zeros(slots, columns, **integers),
             logprobs=torch.zeros(slots, columns, device=device))
         self.slots, self.length = slots, length
         self.compiled = model.compile_function and not model.shard and R is None
@@ -261,20 +261,24 @@ class Sampler:
             s.prompt[at], s.token[at], s.position[at], s.count[at], s.limit[at] = columns.to(device).T
             s.done[at] = False
             s.uniforms[at, :-1] = torch.from_numpy(np.stack([uniforms(i, j) for _, i, j in new])).to(device)
-        size = len(self.rows) - len(free) + len(new)  # of the rows that are left; those beyond move into the gaps
-        to = [slot for slot in free[len(new) :] if slot < size]
-        source = [slot for slot in range(size, len(self.rows)) if self.rows[slot]]
-        for gap, slot in zip(to, source):
+        self.close_gaps(free[len(new) :])
+        return len(self.rows)
+
+    def close_gaps(self, free):
+        """Move the last rows in use into the slots that are free."""
+        size = len(self.rows) - len(free)
+        gaps = [slot for slot in free if slot < size]
+        last = [slot for slot in range(size, len(self.rows)) if self.rows[slot]]
+        for gap, slot in zip(gaps, last):
             self.rows[gap], self.reached[gap] = self.rows[slot], self.reached[slot]
             for entries in self.cache.entries:
                 entries[:, gap, :, : self.reached[slot]] = entries[:, slot, :, : self.reached[slot]]
-        if to:
-            moves = torch.tensor([to, source], device=self.model.device)
+        if gaps:
+            to, source = torch.tensor([gaps, last], device=self.model.device)
             for lines in vars(self.state).values():
-                lines[moves[0]] = lines[moves[1]]
-            self.state.done[moves[1]] = True
+                lines.index_copy_(0, to, lines[source])
+            self.state.done[source] = True
         del self.rows[size:], self.reached[size:]
-        return len(self.rows)
 
     def prefill(self, waiting, prompts, n, max_tokens=8192):
         """Run the next prompts that wait, without their last tokens, as many as the slots may soon need."""

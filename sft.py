@@ -26,11 +26,12 @@ import eval_math
 from grpo import (
     Row,
     all_reduce,
-    bad_method,
     batch_positions,
     completion_logprobs,
     micro_batches,
     peak_gb,
+    refuse,
+    shared_rules,
     trained_parameters,
     training_loop,
     update,
@@ -100,8 +101,8 @@ ROLES = {"human": "user", "gpt": "assistant"}  # what `conversations` call the r
 
 
 def check_settings(cfg):
-    bad = [
-        *bad_method(cfg),
+    refuse([
+        *shared_rules(cfg),
         (cfg.random_init and cfg.method != "full", "random_init goes with method = full"),
         (min(cfg.lr, cfg.weight_decay, cfg.grad_clip, cfg.warmup_steps, cfg.seed, cfg.eval_size, cfg.max_length) < 0
          or not 0 <= cfg.beta2 < 1, "lr, weight_decay, grad_clip, warmup_steps, seed, eval_size and max_length must "
@@ -110,10 +111,7 @@ def check_settings(cfg):
         (cfg.eval_dataset in STREAMED, f"eval_dataset: {cfg.eval_dataset} has no rows held out; give a .jsonl file"),
         (min(cfg.batch_size, cfg.max_new_tokens, cfg.micro_batch_tokens, cfg.shuffle_buffer) < 1 or cfg.max_steps < 0,
          "batch_size, max_new_tokens, micro_batch_tokens and shuffle_buffer must be at least 1, max_steps at least 0"),
-    ]
-    for is_bad, message in bad:
-        if is_bad:
-            raise UserError(message)
+    ])
 
 
 def learning_rate(step, cfg):
