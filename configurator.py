@@ -152,8 +152,8 @@ def run(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141 if isinstance(error, BrokenPipeError) else 2) from None
     except Exception as error:
-        if "closed by peer" in str(error) or "reset by peer" in str(error):  # another rank's error is on the screen
-            raise SystemExit(2) from None
+        if "RANK" in os.environ and re.search("(closed|reset) by peer", str(error)):
+            raise SystemExit(2) from None  # torchrun's other processes have ended: theirs is the line to read
         # torch's and Python's, by name: nothing is imported here; torch's CPU allocator raises a bare RuntimeError
         named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
         if not named and "can't allocate memory" not in str(error):

@@ -477,6 +477,9 @@ def shared_rules(cfg):
         (cfg.dtype == "float16", "dtype = float16 has too short a range for gradients: train in bfloat16 or float32"),
         (cfg.answer_format not in ("hash", "boxed", "any"), "answer_format must be hash, boxed or any"),
         (cfg.init_from not in ("scratch", "resume"), "init_from must be scratch or resume"),
+        (cfg.init_from == "resume" and not os.path.isdir(cfg.out_dir), f"cannot resume: {cfg.out_dir} holds no whole "
+         "checkpoint; leave out init_from to start"),
+        (os.path.isfile(cfg.out_dir), f"out_dir '{cfg.out_dir}' cannot be written: File exists; name another"),
         (min(cfg.eval_interval, cfg.save_interval) < 0, "eval_interval and save_interval must not be negative"),
         (cfg.seed >= 2**32 - 1, "seed must be below 4294967295"),
     ]
@@ -702,8 +705,8 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, wo
     chief = is_chief()
     eval_problems = eval_problems[: cfg.eval_size or None]
     checkpoint_file = os.path.join(cfg.out_dir, "checkpoint.safetensors")
-    step, history = 0, {"seconds": 0.0, "base": None, "accuracy": None, "evaluated": None, "best": None,
-                        "base_loss": None, "loss": None}
+    step, read_from = 0, ""
+    history = dict.fromkeys(("base", "accuracy", "evaluated", "best", "base_loss", "loss")) | {"seconds": 0.0}
     if cfg.init_from == "resume" and os.path.exists(os.path.join(cfg.out_dir, "settings.py")) and not (
             os.path.exists(checkpoint_file) or os.path.exists(previous(checkpoint_file))):
         print(f"{cfg.out_dir} has no checkpoint yet: this starts at step 0")
@@ -712,7 +715,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, wo
         history |= saved
     if chief:
         prepare_out_dir(cfg, "log.jsonl")
-        if step and read_from != checkpoint_file and os.path.exists(checkpoint_file):
+        if read_from == previous(checkpoint_file) and os.path.exists(checkpoint_file):
             os.remove(checkpoint_file)  # damaged: the next to be saved must not put it in the place of the whole one
         for place in (os.path.join(cfg.out_dir, name) for name in ("", "model", "best")):
             for left in glob.glob(".tmp*", root_dir=place):  # safetensors' own, which a killed run may leave
@@ -798,12 +801,18 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, wo
             close_reports()
     if chief and "v" in parameters and numbers <= 1000:
         print(f"the same in a message: --adapter={tinylora.adapter_text(net.adapter, cfg.save_dtype)}")
-    name, cost = os.path.basename(os.path.normpath(cfg.out_dir)), f"{numbers} numbers in {time.time() - began:.0f} s"
-    if chief and None not in (history["base"], history["accuracy"]):
-        print(f"{name}: greedy accuracy {history['base']:.3f} -> {history['accuracy']:.3f} with {cost}")
-    elif chief and None not in (history["base_loss"], history["loss"]):
-        print(f"{name}: held-out loss {history['base_loss']:.4f} -> {history['loss']:.4f} with {cost}")
+    if chief:
+        print_result(cfg, history, f"{numbers} numbers in {time.time() - began:.0f} s")
     leave_ranks(net)
+
+
+def print_result(cfg, history, cost):
+    """The last line of a run: what it began and ended with, if that was measured."""
+    name = os.path.basename(os.path.normpath(cfg.out_dir))
+    if None not in (history["base"], history["accuracy"]):
+        print(f"{name}: greedy accuracy {history['base']:.3f} -> {history['accuracy']:.3f} with {cost}")
+    elif None not in (history["base_loss"], history["loss"]):
+        print(f"{name}: held-out loss {history['base_loss']:.4f} -> {history['loss']:.4f} with {cost}")
 
 
 def print_evaluation(step, result):
