@@ -702,6 +702,8 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, wo
     if need > free_memory(net.device):
         raise UserError(f"gradient and Adam's two moments of {numbers:,} numbers take {need / 1e9:.1f} GB, "
                         f"{free_memory(net.device) / 1e9:.1f} GB are free; use tinylora, a lower rank or fewer targets")
+    if cfg.system_prompt and tokenizer.template is None:
+        raise UserError(f"{cfg.model} has no chat template, where a system_prompt could stand")
     chief = is_chief()
     eval_problems = eval_problems[: cfg.eval_size or None]
     checkpoint_file = os.path.join(cfg.out_dir, "checkpoint.safetensors")
