@@ -253,6 +253,6 @@ def _check(name, value, default, where):
         value = float(value)
     if type(value) is not kind:
         raise UserError(f"setting '{name}' in {where} wants {kind.__name__}, got {value!r}")
-    if kind in (int, float) and not abs(value) < 1e18:  # nor NaN; beyond float32's range and int64's
+    if kind in (int, float) and not abs(value) < 1e18:  # nor is NaN; float32 and int64 hold it
         raise UserError(f"setting '{name}' in {where} wants a finite number below 1e18, got {value!r}")
     return value

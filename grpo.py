@@ -794,7 +794,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, wo
                 leave_ranks(net)
                 raise SystemExit(interrupt.exit_code) from None
             except UserError:  # a data stream that broke off, say
-                if not interrupt.held:  # so nothing has changed since the last step
+                if step and not interrupt.held:  # so nothing has changed since the last step
                     save()
                 raise
     finally:
