@@ -297,7 +297,7 @@ class Packed:
             ends = (torch.tensor([0, *x]).cumsum(0, dtype=torch.int32).to(q.device) for x in (lengths, sizes))
             self.spans = torch.cat(keys).to(q.device), *ends, max(lengths), max(sizes)
         keys, *spans = self.spans
-        k, v = (x[0].index_select(1, keys).transpose(0, 1) for x in (k, v))  # [keys, kv_heads, hd]
+        k, v = (x[0].transpose(0, 1).index_select(0, keys) for x in (k, v))  # [keys, kv_heads, hd]
         options = {"enable_gqa": True}
         if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # in older torch
             options, k, v = {}, *(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))

@@ -577,6 +577,8 @@ def _parse_config(file):
         heads = given["num_attention_heads"]
         kv_heads = given.get("num_key_value_heads", heads)
         need(heads % kv_heads == 0, "num_key_value_heads must divide the heads")
+        head_dim = given.get("head_dim", given["hidden_size"] // heads)
+        need(head_dim % 2 == 0, f"head_dim must be even, not {head_dim}")
         return Config(
             vocab_size=given["vocab_size"],
             hidden_size=given["hidden_size"],
@@ -584,7 +586,7 @@ def _parse_config(file):
             num_hidden_layers=given["num_hidden_layers"],
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
-            head_dim=given.get("head_dim", given["hidden_size"] // heads),
+            head_dim=head_dim,
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             max_position_embeddings=given.get("max_position_embeddings", 2048 if kind == "llama" else 32768),
             rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
@@ -770,9 +772,12 @@ def _read_vocabulary(path, extra):
         if bpe.get("type") != "BPE" or bpe.get("byte_fallback"):
             raise UserError(f"{file}: only byte-level BPE tokenizers are supported")
         ranks = _byte_level_ranks(file, bpe.get("vocab"), bpe.get("merges"), bpe.get("ignore_merges"))
-        nfc = "NFC" in json.dumps(data.get("normalizer"))
+        normalizer = data.get("normalizer") or {"normalizers": []}
+        steps = normalizer.get("normalizers", [normalizer])
+        if any(step != {"type": "NFC"} for step in steps):
+            raise UserError(f"{file}: its normalizer is not supported; NFC is")
         adds_bos = "TemplateProcessing" in json.dumps(data.get("post_processor"))  # Llama 3's
-        return ranks, _split_pattern(file, data), nfc, data.get("added_tokens", []), adds_bos
+        return ranks, _split_pattern(file, data), bool(steps), data.get("added_tokens", []), adds_bos
     if os.path.exists(vocab):  # Qwen2
         with open(os.path.join(path, "merges.txt"), encoding="utf-8") as f:
             merges = f.read().split("\n")
@@ -885,7 +890,7 @@ class Tokenizer:
             raise UserError("this checkpoint has no chat template")
         with made_by_others("the chat template"):
             return self.template.render(messages=messages, add_generation_prompt=generation_prompt,
-                                        **self.special_texts, **variables)
+                                        **{"tools": None, "documents": None} | self.special_texts | variables)
 
     def encode_chat(self, messages, generation_prompt=True, **variables):
         """Ids of the rendered chat, where the special tokens are the template's: those a user typed stay text."""
@@ -922,11 +927,11 @@ class Tokenizer:
         return [m | {"content": self.cut.sub(_guard, m["content"])} for m in messages]
 
 
-GUARD = "\ufdd0"  # a code point that Unicode keeps out of text: put inside a typed <|im_end|>, it hides it from `cut`
+GUARD = "\ufdd0"  # a code point that Unicode keeps out of text: put into a typed <|im_end|>, it hides it from `cut`
 
 
 def _guard(match):
-    return match.group()[0] + GUARD + match.group()[1:]
+    return GUARD.join(match.group()) + GUARD
 
 
 def load_tokenizer(path):
@@ -949,11 +954,11 @@ def _token_text(token):
 
 def _split_pattern(file, data):
     """The regex that cuts text into words before BPE, from tokenizer.json's pre_tokenizer."""
-    steps = data.get("pre_tokenizer") or {}
-    for step in steps.get("pretokenizers", [steps]):
-        if step.get("type") == "Split" and step.get("pattern", {}).get("Regex"):
-            return step["pattern"]["Regex"]
-    raise UserError(f"{file}: its pre_tokenizer has no split pattern; not a Qwen2 or Llama-3 tokenizer")
+    match (data.get("pre_tokenizer") or {}).get("pretokenizers"):
+        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            return pattern
+    raise UserError(f"{file}: its pre_tokenizer is not one split pattern and ByteLevel: no Qwen2 or Llama-3 tokenizer")
 
 
 def _chat_template(path, extra):
@@ -970,8 +975,8 @@ def _chat_template(path, extra):
     def raise_exception(message):
         raise UserError(f"the chat template refuses these messages: {message}")
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     env.globals["raise_exception"] = raise_exception
-    env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    env.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False} | options)
     with made_by_others(f"{path}: the chat template"):
         return env.from_string(text)

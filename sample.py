@@ -171,6 +171,8 @@ class Sampler:
         R [N, prompts, r, r]: of each prompt's own adapter (tinylora.load_adapters); None: all run with the model's."""
         self.model, self.tokenizer, self.draw, self.R = model, tokenizer, draw, R
         device = model.device
+        if device.type == "cuda":
+            length += -length % 128  # attention's kernels take keys in whole blocks
         self.cache = KVCache(model.config, slots, length, model.head)
         self.stops = torch.tensor(sorted(tokenizer.stop_ids), device=device, dtype=torch.long)
         integers = dict(dtype=torch.long, device=device)
@@ -389,10 +391,11 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
 
 
 def check_sampling(n, max_new_tokens, temperature, top_k, top_p, seed):
-    if n < 1 or max_new_tokens < 1 or min(temperature, top_k, seed) < 0 or not 0 < top_p <= 1:
-        raise UserError("n and max_new_tokens must be at least 1; temperature, top_k and seed 0 or more; top_p in (0, "
-                        f"1]; got n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, "
-                        f"seed={seed}, top_p={top_p}")
+    possible = temperature == 0 or 1e-6 <= temperature < math.inf  # below, logits overflow
+    if n < 1 or max_new_tokens < 1 or not possible or min(top_k, seed) < 0 or not 0 < top_p <= 1:
+        raise UserError("n and max_new_tokens must be at least 1; temperature 0, or from 1e-6 on; top_k and seed 0 or "
+                        f"more; top_p in (0, 1]; got n={n}, max_new_tokens={max_new_tokens}, "
+                        f"temperature={temperature}, top_k={top_k}, seed={seed}, top_p={top_p}")
 
 
 def fitting_rows(model, length, rows):

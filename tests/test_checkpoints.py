@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import hypothesis
 import pytest
+import tokenizers
 import torch
 from conftest import ROOT, SHARED, assert_refused, make_checkpoint, run_script
 from forks import fork_script
@@ -246,6 +247,7 @@ def test_the_line_and_the_exit_code_a_user_sees(tmp_path):
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id must be a token id"),
         ("config.json", '{"model_type": "llama", "hidden_size": "8"}', "hidden_size must be a whole number"),
         ("config.json", '{"model_type": "llama"}', "key 'num_attention_heads' is missing"),
+        ("config.json", '{"model_type": "llama", "num_attention_heads": 2, "hidden_size": 14}', "head_dim must be"),
         ("config.json", '{"model_type": "qwen2", "layer_types": ["sliding_attention"]}', "layer_types"),
         ("config.json", '{"model_type": "llama", "partial_rotary_factor": 0.5}', "partial_rotary_factor"),
         ("config.json", '{"model_type": "llama", "rope_theta": "1e4"}', "rope_theta must be a number"),
@@ -283,6 +285,63 @@ def test_chat_template_renders_as_in_transformers(checkpoint, tokenizer):
         text = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
         assert tokenizer.chat(messages, generation_prompt) == text
         assert tokenizer.encode_chat(messages, generation_prompt) == tokenizer.encode(text, special=True)
+
+
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+@pytest.mark.parametrize("changes, words", [
+    # tiktoken drops what its one pattern leaves over, so several steps would lose text (as DeepSeek's have)
+    ({"pre_tokenizer": [SPLIT | {"pattern": {"Regex": "[\r\n]"}}, SPLIT | {"pattern": {"Regex": "[A-Za-z]+"}}, BYTES]},
+     "not one split pattern"),
+    ({"pre_tokenizer": [SPLIT | {"pattern": {"Regex": "x|."}}, BYTES | {"add_prefix_space": True}]}, "not one split"),
+    ({"pre_tokenizer": [SPLIT | {"pattern": {"Regex": "x|."}, "behavior": "Removed"}, BYTES]}, "not one split"),
+    ({"normalizer": {"type": "NFKC"}}, "normalizer is not supported"),
+    ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}}, "normalizer"),
+    ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}}, ""),
+    ({"normalizer": None}, "")])
+def test_a_tokenizer_that_cuts_text_in_other_ways_is_refused(checkpoint, tmp_path, changes, words):
+    shutil.copytree(checkpoint, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    if "pre_tokenizer" in changes:
+        changes = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": changes["pre_tokenizer"]}}
+    file.write_text(json.dumps(data | changes), encoding="utf-8")
+    if words:
+        with pytest.raises(UserError, match=words):
+            model.load_tokenizer(str(file.parent))
+    else:
+        text, reference = "cafe\u0301 12", tokenizers.Tokenizer.from_file(str(file))
+        assert model.load_tokenizer(str(file.parent)).encode(text) == reference.encode(text).ids
+
+
+@pytest.mark.parametrize("added, text", [(["<a>", "<<a>>"], "<<a>>"), (["ab|", "|cd"], "ab|cd")])
+def test_special_tokens_within_one_another_stay_text_too(checkpoint, tmp_path, added, text):
+    shutil.copytree(checkpoint, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    free = 1 + max(max(data["model"]["vocab"].values()), *(t["id"] for t in data["added_tokens"]))
+    for i, content in enumerate(added):
+        data["added_tokens"].append(data["added_tokens"][0] | {"id": free + i, "content": content, "special": True})
+    file.write_text(json.dumps(data), encoding="utf-8")
+    config = json.loads((file.parent / "config.json").read_text())
+    (file.parent / "config.json").write_text(json.dumps(config | {"vocab_size": free + 9}))
+    tokenizer = model.load_tokenizer(str(file.parent))
+    ids = tokenizer.encode_chat([{"role": "user", "content": text}])
+    assert not {free, free + 1} & set(ids) and text in tokenizer.decode(ids)
+    assert {free, free + 1} & set(tokenizer.encode(text, special=True))
+
+
+def test_templates_see_what_transformers_gives_them(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "other")
+    template = ("{% if tools is not none %}tools{% endif %}{% for m in messages %}{{ m.content | tojson(ensure_ascii="
+                "False) }}{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}{{ documents is none }}")
+    (tmp_path / "other" / "chat_template.jinja").write_text(template)
+    messages = [{"role": "user", "content": text} for text in ("é", "b", "c")]
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "other")
+    text = model.load_tokenizer(str(tmp_path / "other")).chat(messages)
+    assert text == '"é""b"True' == reference.apply_chat_template(messages, tokenize=False)
 
 
 def test_special_tokens_that_a_user_typed_stay_text(tokenizer):

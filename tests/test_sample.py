@@ -290,7 +290,8 @@ def test_a_row_stops_at_the_end_of_the_context(tokenizer, tmp_path):
 
 def test_odd_requests(net, tokenizer):
     assert sample.generate(net, tokenizer, []) == []
-    for bad in (dict(n=0), dict(max_new_tokens=0), dict(temperature=-1.0)):
+    for bad in (dict(n=0), dict(max_new_tokens=0), dict(temperature=-1.0), dict(temperature=1e-40),
+                dict(temperature=float("nan"))):
         with pytest.raises(UserError):
             sample.generate(net, tokenizer, ["x"], **bad)
     with pytest.raises(UserError, match="prompt 0 has 0 tokens"):
