@@ -46,11 +46,13 @@ device = "auto"  # auto, cpu, cuda, cuda:1 ...
 MAX_ANSWER = 1000  # characters; a longer answer is compared as a string only
 MAX_RESPONSE = 100_000  # characters read, from the end: bounds the time that a runaway completion can take
 END_MARKER = re.compile(r"<(?:\|(?:im_end|endoftext|eot_id|end_of_text)\|>|\|im_start\|>user|/s>)")
-PHRASE = (r"[Aa][Nn][Ss][Ww][Ee][Rr](?:[Ss]?[\s*]*+:|\s++[Ii][Ss]\b|[Ss]\s++[Aa][Rr][Ee]\b)[\s*]*+:?[\s*]*+"
-          r"(?:(?:therefore|thus|then|simply|exactly|equal to)\b[\s*:]*+)?+(?:(?:\$\$|\\\[)\s*+)?+")
+PHRASE = (r"[Aa][Nn][Ss][Ww][Ee][Rr](?:[Ss]?[\s*]*+:|\s++[Ii][Ss]\b|[Ss]\s++[Aa][Rr][Ee]\b)[\s*]*+:?+[\s*]*+"
+          r"(?:(?:therefore|thus|then|now|simply|exactly|equal to|actually|indeed|in fact|instead|just|still)\b"
+          r"[\s*:]*+)?+(?:(?:\$\$|\\\[)\s*+)?+")
+REMARK = r"(?:correct|consistent|reasonable|valid|unique|verified|confirmed|an integer|in [a-z ]{0,30}(?:form|terms))\b"
 STATEMENTS = {"boxed": re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*"),
               "hash": re.compile(r"(?<!#)#{4,}(?!#)(?![ *]*[A-Z][a-z]{2})"),
-              "phrase": re.compile(PHRASE + r"(?!(?:an? )?(?!(?:no|yes|pi)\b|sqrt)[a-z]{2})"),
+              "phrase": re.compile(PHRASE + f"(?!{REMARK})"),
               # Read only where nothing else is stated: "this answer is correct", and a heading of markdown.
               "weak phrase": re.compile(PHRASE),
               "weak hash": re.compile(r"(?<!#)#{4,}(?=[ *]*[A-Z][a-z]{2})")}
@@ -63,8 +65,8 @@ def extract_answer(response: str, fmt: str = "any") -> str | None:
     A statement is the last `\boxed{...}` or `\fbox{...}`, the rest of the line after the last `####`, or the rest of
     the sentence after the last "answer is" or "answer:". The one that ends latest wins, so "the answer is \boxed{5}" is
     the box. A last box that is open (cut off) or empty is no answer, and nothing earlier replaces it. "The answer is
-    correct", or another word, and `####` before a capitalised word, a markdown heading ("#### Conclusion"), are read
-    only if nothing else is stated. Text after the first end marker, and a think block, are ignored. `fmt` ('any',
+    correct" (REMARK), and `####` before a capitalised word, a markdown heading ("#### Conclusion"), are read only if
+    nothing else is stated. Text after the first end marker, and a think block, are ignored. `fmt` ('any',
     'boxed', 'hash', 'phrase') can admit one kind of statement only. Grade completions alone: a prompt may contain
     `\boxed{}`. The rules are those of hendrycks/math, GSM8K and lm-eval.
     """
@@ -127,7 +129,8 @@ def _sentence(line: str) -> str:
     """Up to the first dot before white space (so not in 3.5) and outside braces and $ $."""
     for dot in re.finditer(r"\.(?=\s|$)", line):
         before = line[:dot.start()]
-        in_math = before.count("$") % 2 != before.count(r"\$") % 2 and "$" in line[dot.end():]  # not behind $18
+        in_math = before.count("$") % 2 != before.count(r"\$") % 2
+        in_math &= "$" in line[dot.end():] and not re.match(r"\s+[A-Z][a-z]", line[dot.end():])  # $18. She has $5 left
         if before.count("{") == before.count("}") and not in_math:
             return before
     return line
@@ -167,7 +170,7 @@ FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "lg": cmath.log10, "sec": lam
 # What LaTeX and unicode spell in several ways: after normalise() one symbol stands for one meaning.
 COMMANDS = {name: symbol for symbol, names in {
     "": "! left right big Big bigg Bigg bigl bigr Bigl Bigr middle displaystyle textstyle limits hline phantom rm bf "
-        "it boldsymbol bm large Large", " ": ", ; : quad qquad", " , ": "land wedge", " ; ": "lor vee",
+        "it boldsymbol bm large Large ( ) [ ]", " ": ", ; : quad qquad", "∧": "land wedge", "∨": "lor vee",
     r"\frac": "dfrac tfrac cfrac nicefrac sfrac", r"\binom": "dbinom tbinom",
     r"\phi": "varphi", r"\epsilon": "varepsilon", r"\setminus": "backslash",
     "*": "times cdot ast", "/": "div", "≤": "le leq leqslant",
@@ -206,13 +209,16 @@ def normalise(text: str) -> str:
     for _ in range(2):                                                                             # macros in macros
         text = TEXT_MACRO.sub(_quote, text)
     text = re.sub(r"\\([A-Za-z]+|.)", lambda m: COMMANDS.get(m[1], m[0]), text)
-    text = re.sub(r"(?<!\\)\$", "", text.replace("$,$", ", ")).replace("**", "^")
-    text = re.sub(r"(?<![0-9)])!=", "≠", text.replace("<=", "≤").replace(">=", "≥"))                 # but 3!=6
+    text = re.sub(r"(?<!\\)\$", "", text.replace("$,$", ", "))
+    text = re.sub(r"(?<![\w)}])\*\*|\*\*(?![\w({\\+-])", "", text).replace("**", "^")              # **18** but 2**3
+    text = re.sub(r"(?<!^[0-9])(?<!^[0-9]{2})!=", "≠", text.replace("<=", "≤").replace(">=", "≥"))   # but 3!=6
     text = re.sub(r"(?<![A-Za-z])(?:np|math)\.", "", text)                                         # program notation
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π", text)
     text = re.sub(r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", text)
     text = re.sub(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}", text)
     text = re.sub(r"(?<=°) ?([CF])$", r'"\1"', re.sub(r"\(([0-9]+)\)_", r"\1_", text))               # 5°C, (101)_2
+    if not set(RELATIONS).isdisjoint(text):
+        text = text.replace("∧", ",").replace("∨", ";")
     text = re.sub(r"(?<=[\])⦄]) ?U ?(?=[\[(⦃])", "∪", text)
     text = re.sub(r"(?<=[0-9]) ?x ?(?=10\^)", "*", text)                                           # 4.5 x 10^33
     text = re.sub(r"(?<![A-Za-z])and(?![A-Za-z])", ",", text)
@@ -234,7 +240,8 @@ def _quote(macro: re.Match) -> str:
     content = macro[1].replace('"', "").strip(" \\~")
     if content.strip(" ,") in ("and", "or") or not re.search("[A-Za-z]", content):
         return f" {content} "
-    if content in FUNCTIONS and not re.match(r"\\text ?\{ ?sec", macro[0]):  # 5\text{ sec} is a time
+    is_time = content == "sec" and not macro.string[macro.end():].strip(" .$")  # 5\text{ sec}
+    if content in FUNCTIONS and not is_time:
         return f"\\{content} "
     if macro[0] in (r"\mathrm{e}", r"\mathrm{i}"):
         return f" {content} "
@@ -261,7 +268,8 @@ def _ungroup(number: re.Match) -> str:
 RELATIONS = "=<>≤≥≠∈"
 TURNED = str.maketrans(">≥", "<≤")
 CHOICE = re.compile(r'"?(?:(?:[Oo]ption|[Cc]hoice)(?: |(?=\()))?["(]*([A-Za-z])[")]*')
-LABELLED_CHOICE = re.compile(r'["(]*([A-J])(?:"?[.:]|"?\) |\)"(?=[0-9\\ ]))(?!.*\([A-J]\))')
+LABELLED_CHOICE = re.compile(r'"?(?:(?:[Oo]ption|[Cc]hoice) )?["(]*([A-J])(?:"?[.:]|"?\) |\)"(?=[0-9\\ ]))'
+                             r'(?!.*\([A-J]\))')
 
 
 def _equal(a: str, b: str, depth: int = 0) -> bool:
@@ -359,8 +367,8 @@ def _is_name(text: str, of_sum: bool = False) -> bool:
     r"""Can this stand before "=" as what was asked for? x, f(3), (x,y), \angle ABC; not 2x + z; m + n if `of_sum`."""
     if len(text) > 30 or not re.search('[A-Za-z"]', text) or text.strip(' "') in NOT_UNITS:
         return False
-    arguments = r"([fghpqE-HPQ]'*(?:\^\{-1\})?|\\(?:sin|cos|tan|log|ln))\([^()]*\)|(?<=_)\{[^{}]*\}"
-    text = re.sub(arguments, r"\1", text)  # P(X>2) is a name, and a_{n+1}
+    arguments = r"([fghpqE-HPQ]'*(?:\^\{-1\})?|\\(?:sin|cos|tan|log|ln))\((?![a-z][-+])[^()]*\)|(?<=_)\{[^{}]*\}"
+    text = re.sub(arguments, r"\1", text)  # P(X>2) is a name, and a_{n+1}, but f(x+1) another function
     if "+" in text and not (of_sum and text.replace("+", "").isalpha()):
         return False
     text = re.sub(r"\|([A-Z]+)\|", r"\1", text)
@@ -423,7 +431,7 @@ def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b
         return same
     difference = _value("({})-({})".format(*sides_a))
     ratio = _value("(({})-({}))/(({})-({}))".format(*sides_a, *sides_b))  # constant for 2x = 4 and x - 2 = 0
-    return bool(ratio) and not _same_number(*difference) and _same_number(*ratio) and (
+    return bool(difference and ratio) and not _same_number(*difference) and _same_number(*ratio) and (
         signs_a == "=" or signs_a in "<≤" and ratio[0].real > 0)
 
 
@@ -452,7 +460,7 @@ UNITS = {name: names.split()[0] for names in (
     "2 square sq", "3 cubic cu") for name in names.split()}
 NOT_UNITS = FUNCTIONS.keys() | set(
     "is are was be not no if but so because since then the this it either neither sqrt pi mod squared cubed factorial "
-    "half times more less dozen hundred thousand million billion trillion".split())
+    "half times more less dozen hundred thousand million billion trillion lakh crore".split())
 
 
 def _same_atom(a: str, b: str) -> bool:
@@ -480,7 +488,8 @@ def _plain(text: str) -> str:
 def _split_unit(text: str) -> tuple[str, str]:
     r"""(value, unit) of 5"cm"^2, 5 square cm, \$5, 5°, 5%. In plain text a unit is known, or words after a space."""
     if money := re.match(r"(-?)(\\\$|€|£)", text):
-        return money[1] + _split_unit(text[money.end():])[0], money[2][-1]  # \$18 per day
+        value, unit = _split_unit(text[money.end():])  # \$18 per day, not \$5k
+        return money[1] + (text[money.end():] if unit == "k" else value), money[2][-1]
     power = re.search(r"\^\{?[23]\}?$", text)
     quote = text.find('"')
     head = text[:quote] if quote > 0 else re.sub(r"[A-Za-z/. €£]{0,40}$", "", text[:power.start()] if power else text)

@@ -576,9 +576,8 @@ def _parse_config(file):
     try:
         heads = given["num_attention_heads"]
         kv_heads = given.get("num_key_value_heads", heads)
-        need(heads % kv_heads == 0, "num_key_value_heads must divide the heads")
         head_dim = given.get("head_dim", given["hidden_size"] // heads)
-        need(head_dim % 2 == 0, f"head_dim must be even, not {head_dim}")
+        need(heads % kv_heads == head_dim % 2 == 0, "num_key_value_heads must divide the heads, and head_dim be even")
         return Config(
             vocab_size=given["vocab_size"],
             hidden_size=given["hidden_size"],

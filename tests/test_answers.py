@@ -74,6 +74,14 @@ STATED = [  # response, answer
     ("The answer is therefore 18.", "18"),
     ("The answer is equal to $18$.", "18"),
     ("The answers are 3 and 5.", "3 and 5"),
+    (r"\boxed{5}. Wait, the answer is actually 6.", "6"),
+    (r"\boxed{5}. Wait, the answer is not 5 but 6.", "not 5 but 6"),
+    ("Answer: A. On checking, the answer is option B.", "option B"),
+    ("The answer is 0. But on reflection, the answer is undefined.", "undefined"),
+    ("Final Answer: The final answer is ellipse. I hope it is correct.", "ellipse"),
+    ("The answer is: three", "three"),
+    ("The answer is 5. The answer is: correct.", "5"),
+    ("The answer is $18. She makes $5 a day.", "18"),
 ]
 UNSTATED = [
     "",
@@ -184,7 +192,9 @@ EQUAL = [  # answer, reference
     (r"5\text{ sec}", r"5\text{ seconds}"), ("5 sec", "5"), (r"\$18 \text{ per day}", "18"),
     (r"\$3.25\text{ dollars}", r"3.25\text{ dollars}"), ("3!=6", "6"), ("option (B)", "B"), (r"\text{Option (B)}", "B"),
     ("(11011)_2", "11011₂"), ("2⅓", "7/3"), (r"5^\circ C", r"5^\circ\text{C}"), (r"2\text{ mL}", "2 milliliters"),
-    ("$48$,$384$", "48, 384"), (r"111, \! 111, \! 111", "111111111"),
+    (r"\text{sec}^2 x", r"\sec^2 x"), (r"\(18\) cm", "18"), (r"\(3\) and \(5\)", "3,5"), ("**18** apples", "18"),
+    ("**(B)** 12", "B"), ("2**10", "1024"), ("a_1!=0", r"a_1 \ne 0"), (r"\text{Option B: } 12", "B"),
+    (r"x \ge 1 \land x < 3", "[1,3)"), ("$48$,$384$", "48, 384"), (r"111, \! 111, \! 111", "111111111"),
 ]
 DIFFERENT = [
     ("5", "6"), ("-5", "5"), ("12345679", "12345678"), ("10^{401}", "10^{400}"), ("1e500", "1e400"), ("0.3333", "1/3"),
@@ -224,6 +234,8 @@ DIFFERENT = [
     (r"S = \{2, 3\}", r"\{2, 4\}"), (r"A + B = \{2, 3\}", r"\{2, 3\}"), (r"\{x | x \ne 5\}", "x = 5"),
     (r"\{x \mid x < 1\}", r"(-\infty,1]"), ("x(x+1) = 5", "5"), ("P(X > 2) = 0.5", "P(X > 3) = 0.6"), ("5 sec x", "5"),
     (r"5 \sec x", "5"), (r"\$5\text{ million}", "5"), ("x != 6", "6"), ("choices", "S"), ("a^{mn}", "a^{m+n}"),
+    (r"p \land q", r"p \lor q"), ("f(x+1) = x^2", "x^2"), (r"\ln(x+1) = 2", "2"), (r"\$5\text{k}", "5"),
+    (r"\$5 \text{ lakh}", "5"), (r"x=\text{A,C}", r"y=\text{A,C}"),
     ("11₂", "11₃"), ("2⅓", "2/3"), ("48,384", "48, 384"), (r"5^\circ C", r"5^\circ F"),
 ]
 

@@ -247,7 +247,7 @@ def test_the_line_and_the_exit_code_a_user_sees(tmp_path):
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id must be a token id"),
         ("config.json", '{"model_type": "llama", "hidden_size": "8"}', "hidden_size must be a whole number"),
         ("config.json", '{"model_type": "llama"}', "key 'num_attention_heads' is missing"),
-        ("config.json", '{"model_type": "llama", "num_attention_heads": 2, "hidden_size": 14}', "head_dim must be"),
+        ("config.json", '{"model_type": "llama", "num_attention_heads": 2, "hidden_size": 14}', "and head_dim be"),
         ("config.json", '{"model_type": "qwen2", "layer_types": ["sliding_attention"]}', "layer_types"),
         ("config.json", '{"model_type": "llama", "partial_rotary_factor": 0.5}', "partial_rotary_factor"),
         ("config.json", '{"model_type": "llama", "rope_theta": "1e4"}', "rope_theta must be a number"),
