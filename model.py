@@ -574,8 +574,7 @@ def _parse_config(file):
              f"{key} must be a whole number from 1 to {most}, not {raw.get(key)!r}")
     given = {key: value for key, value in raw.items() if value is not None}
     try:
-        heads = given["num_attention_heads"]
-        kv_heads = given.get("num_key_value_heads", heads)
+        kv_heads = given.get("num_key_value_heads", heads := given["num_attention_heads"])
         head_dim = given.get("head_dim", given["hidden_size"] // heads)
         need(heads % kv_heads == head_dim % 2 == 0, "num_key_value_heads must divide the heads, and head_dim be even")
         return Config(
