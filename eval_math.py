@@ -488,8 +488,9 @@ def _plain(text: str) -> str:
 def _split_unit(text: str) -> tuple[str, str]:
     r"""(value, unit) of 5"cm"^2, 5 square cm, \$5, 5°, 5%. In plain text a unit is known, or words after a space."""
     if money := re.match(r"(-?)(\\\$|€|£)", text):
-        value, unit = _split_unit(text[money.end():])  # \$18 per day, not \$5k
-        return money[1] + (text[money.end():] if unit == "k" else value), money[2][-1]
+        value, unit = _split_unit(text[money.end():])  # \$18 per day
+        value, unit = (text[money.end():], "") if unit == "k" else (value, unit)
+        return money[1] + value, " ".join(sorted({money[2][-1], *unit.split()}))
     power = re.search(r"\^\{?[23]\}?$", text)
     quote = text.find('"')
     head = text[:quote] if quote > 0 else re.sub(r"[A-Za-z/. €£]{0,40}$", "", text[:power.start()] if power else text)

@@ -190,6 +190,7 @@ EQUAL = [  # answer, reference
     ("f(-1) = 2", "2"), (r"P(X > 2) = \frac12", "1/2"), ("a_{n+1} = 2", "2"), (r"f^{-1}(\frac12) = 3", "3"),
     (r"\cos(A+B) = \frac12", "0.5"), ("a^{nm}", "a^{mn}"), (r"a^m \cdot a^n", "a^{m+n}"),
     (r"5\text{ sec}", r"5\text{ seconds}"), ("5 sec", "5"), (r"\$18 \text{ per day}", "18"),
+    (r"\$18 \text{ per day}", "18 dollars per day"),
     (r"\$3.25\text{ dollars}", r"3.25\text{ dollars}"), ("3!=6", "6"), ("option (B)", "B"), (r"\text{Option (B)}", "B"),
     ("(11011)_2", "11011₂"), ("2⅓", "7/3"), (r"5^\circ C", r"5^\circ\text{C}"), (r"2\text{ mL}", "2 milliliters"),
     (r"\text{sec}^2 x", r"\sec^2 x"), (r"\(18\) cm", "18"), (r"\(3\) and \(5\)", "3,5"), ("**18** apples", "18"),
@@ -235,7 +236,7 @@ DIFFERENT = [
     (r"\{x \mid x < 1\}", r"(-\infty,1]"), ("x(x+1) = 5", "5"), ("P(X > 2) = 0.5", "P(X > 3) = 0.6"), ("5 sec x", "5"),
     (r"5 \sec x", "5"), (r"\$5\text{ million}", "5"), ("x != 6", "6"), ("choices", "S"), ("a^{mn}", "a^{m+n}"),
     (r"p \land q", r"p \lor q"), ("f(x+1) = x^2", "x^2"), (r"\ln(x+1) = 2", "2"), (r"\$5\text{k}", "5"),
-    (r"\$5 \text{ lakh}", "5"), (r"x=\text{A,C}", r"y=\text{A,C}"),
+    (r"\$18 \text{ per day}", r"\$18\text{ per week}"), (r"\$5 \text{ lakh}", "5"), (r"x=\text{A,C}", r"y=\text{A,C}"),
     ("11₂", "11₃"), ("2⅓", "2/3"), ("48,384", "48, 384"), (r"5^\circ C", r"5^\circ F"),
 ]
 
