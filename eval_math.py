@@ -1078,12 +1078,10 @@ def earlier_answers(path, settings, problems):
 
 
 def announce(name, problems, cfg, tokenizer, done):
-    kept, system = len(done.keys() & range(len(problems))), repr(cfg.system_prompt)
-    if kept or cfg.init_from == "resume":
-        kept = f", {kept or 'none'} of them answered already"
-    if tokenizer.template is None:
-        system = "none, as there is no chat template"
-    print(f"{name}: {len(problems)} problems{kept or ''}; strict reads '{cfg.answer_format}'; system message {system}; "
+    kept = len(done.keys() & range(len(problems)))
+    already = f", {kept or 'none'} of them answered already" if cfg.init_from == "resume" else ""
+    system = "none, as there is no chat template" if tokenizer.template is None else repr(cfg.system_prompt)
+    print(f"{name}: {len(problems)} problems{already}; strict reads '{cfg.answer_format}'; system message {system}; "
           f"user message {cfg.prompt_template!r}")
 
 

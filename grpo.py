@@ -54,7 +54,7 @@ from model import (
     whole,
     whole_size,
 )
-from sample import fitting_rows, generate
+from sample import check_template, fitting_rows, generate
 
 # what to train: the defaults train the embedded toy; the paper's values are in config/
 model = "toy/base"  # checkpoint directory or hub name
@@ -702,8 +702,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, wo
     if need > free_memory(net.device):
         raise UserError(f"gradient and Adam's two moments of {numbers:,} numbers take {need / 1e9:.1f} GB, "
                         f"{free_memory(net.device) / 1e9:.1f} GB are free; use tinylora, a lower rank or fewer targets")
-    if cfg.system_prompt and tokenizer.template is None:
-        raise UserError(f"{cfg.model} has no chat template, where a system_prompt could stand")
+    check_template(cfg, tokenizer)
     chief = is_chief()
     eval_problems = eval_problems[: cfg.eval_size or None]
     checkpoint_file = os.path.join(cfg.out_dir, "checkpoint.safetensors")

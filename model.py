@@ -407,6 +407,13 @@ def is_chief():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+@cache
+def say(text):
+    """Print it once, of several ranks on one."""
+    if is_chief():
+        print(text)
+
+
 def start_ranks(cfg):
     """Join the processes of torchrun, if that is what started us. Returns which share of the rows this process works
     on, of how many (ranks that share the weights work on the same rows), and its device."""

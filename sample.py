@@ -398,6 +398,11 @@ def check_sampling(n, max_new_tokens, temperature, top_k, top_p, seed):
                         f"temperature={temperature}, top_k={top_k}, seed={seed}, top_p={top_p}")
 
 
+def check_template(cfg, tokenizer):
+    if cfg.system_prompt and tokenizer.template is None:
+        raise UserError(f"{cfg.model} has no chat template, where a system_prompt could stand")
+
+
 def fitting_rows(model, length, rows):
     """How many of `rows` rows of `length` tokens to sample at a time: what 60 % of the free memory holds, at most 512.
     UserError where not even one fits."""
@@ -487,8 +492,7 @@ def main():
                         f"({cfg.shard})")
     net = tinylora.load_adapted(cfg.model, adapters[0] if len(adapters) == 1 else "", cfg.dtype, device, cfg.shard)
     tokenizer = load_tokenizer(cfg.model)
-    if cfg.system_prompt and tokenizer.template is None:
-        raise UserError(f"{cfg.model} has no chat template, where a system_prompt could stand")
+    check_template(cfg, tokenizer)
     if cfg.compile:
         compile_model(net)
     if not is_chief():

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import time
-from functools import lru_cache, partial
+from functools import partial
 
 from configurator import UserError, configure, run  # isort: skip (first: it says what is missing)
 
@@ -47,6 +47,7 @@ from model import (
     load_model,
     load_tokenizer,
     pick_device,
+    say,
     start_ranks,
     whole_size,
 )
@@ -156,16 +157,9 @@ def encode_example(tokenizer, example, cfg):
         messages = [{"role": "system", "content": cfg.system_prompt}, *messages]
     ids, trained = tokenizer.encode_turns(messages)
     if ids[-1] not in tokenizer.stop_ids:
-        warn(f"the chat template ends a turn with {tokenizer.decode(ids[-1:])!r}, where sampling does not stop: add "
-             f"its id, {ids[-1]}, to eos_token_id in generation_config.json")
+        say(f"warning: the chat template ends a turn with {tokenizer.decode(ids[-1:])!r}, where sampling does not "
+            f"stop: add its id, {ids[-1]}, to eos_token_id in generation_config.json")
     return ids, trained
-
-
-@lru_cache
-def warn(text):
-    """Say it once, and from one process."""
-    if is_chief():
-        print(f"warning: {text}")
 
 
 def encode_examples(tokenizer, examples, cfg, context):

@@ -28,7 +28,6 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 from configurator import UserError, configure, run, whole_file  # isort: skip (first: it says what is missing)
@@ -51,6 +50,7 @@ from model import (
     own_part,
     read_json,
     save_model,
+    say,
     shard_model,
     whole,
 )
@@ -627,13 +627,6 @@ def adapter_text(adapter, dtype="float32"):
     numbers = raw.reshape(-1, DTYPES[dtype].itemsize)[:, ::-1].tobytes().hex()
     settings = ":".join(f"{key}={value}" for key, value in (adapter.meta | {"dtype": dtype}).items())
     return f"hex:{numbers}:{FORMAT}:{settings.replace(',', '+').replace(' ', '')}"
-
-
-@lru_cache
-def say(text):
-    """Print it once, of several ranks on one."""
-    if is_chief():
-        print(text)
 
 
 def read_adapter(where):
