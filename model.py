@@ -414,9 +414,9 @@ def say(text):
         print(text)
 
 
-def start_ranks(cfg):
+def start_ranks(cfg, one_share=False):
     """Join the processes of torchrun, if that is what started us. Returns which share of the rows this process works
-    on, of how many (ranks that share the weights work on the same rows), and its device."""
+    on, of how many (ranks that share the weights work on the same rows; one_share: all must), and its device."""
     if cfg.shard < 1:
         raise UserError("shard must be at least 1")
     if not dist.is_torchelastic_launched():
@@ -428,6 +428,9 @@ def start_ranks(cfg):
     if world % cfg.shard:
         raise UserError(f"shard = {cfg.shard} does not divide the number of processes, {world}; give torchrun a "
                         "multiple of it")
+    if one_share and world > cfg.shard:
+        raise UserError(f"this script has one set of weights at work: give torchrun as many processes as shard "
+                        f"({cfg.shard})")
     on_gpu = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))  # the others wait for evaluations
     device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device
@@ -465,6 +468,9 @@ def pick_device(device="auto"):
         device = probe.device  # with the number that plain "cuda" lacks, and that set_device wants
         if device.type == "cuda":
             torch.cuda.set_device(device)  # CUDA graphs are recorded on the current device
+            # Torch's first choice on Hopper and Blackwell from 2.11 on. It was seen to be wrong with fewer than 8 key
+            # heads, to give NaN with masks (pytorch issues 193893, 196678), and to plan anew, 0.4 s, for every shape.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if LIBC and device.type == "cpu":
             # glibc hands freed memory back to the system, and takes it again page by page: a twentieth of the toy's
             # updates. It is to keep it, but for blocks above 32 MB, which would leave holes; free_memory knows.

@@ -486,10 +486,7 @@ def main():
             raise UserError(f"prompt_file cannot be read: {error}") from None
         if not texts:
             raise UserError(f"prompt_file {cfg.prompt_file} holds no prompt")
-    _, world, device = start_ranks(cfg)
-    if world > 1:
-        raise UserError(f"sample.py has one set of weights at work: give torchrun as many processes as shard "
-                        f"({cfg.shard})")
+    _, _, device = start_ranks(cfg, one_share=True)
     net = tinylora.load_adapted(cfg.model, adapters[0] if len(adapters) == 1 else "", cfg.dtype, device, cfg.shard)
     tokenizer = load_tokenizer(cfg.model)
     check_template(cfg, tokenizer)

@@ -3,7 +3,7 @@
     python -m lab.bench load                                   # a random checkpoint against reading its bytes
     python -m lab.bench tokenize --model=DIR --dataset=FILE    # our tokenizer against transformers' batch call
     python -m lab.bench grade --dataset=FILE                   # our answer checker against math-verify
-    python -m lab.bench svd                                    # top 2 singular triplets against the full SVD; the cache
+    python -m lab.bench svd --shape=qwen0.5b                   # top 2 singular triplets against the full SVD; the cache
     python -m lab.bench adapters                               # decoding: no adapter, one for all rows, one a row
     python -m lab.bench compare --shape=toy                    # generate, ours against transformers'
     python -m lab.bench compare_grpo --shape=toy --rows=128 --limit=64    # a GRPO step, ours against TRL's and PEFT's
@@ -45,12 +45,12 @@ import tinylora
 
 model = "toy/base"  # tokenize, adapters: checkpoint directory; adapters takes "" for random weights of the 0.5B shape
 dataset = "toy/train.jsonl"  # tokenize, grade: problems; grade also takes responses as eval_math.py writes them
-layers = 32  # load, svd, adapters: of the Qwen2.5-0.5B shape (it has 24); 32 make about 2 GB in float32
+layers = 32  # load, adapters: of the Qwen2.5-0.5B shape (it has 24); 32 make about 2 GB in float32
 size = 3584  # svd: side of the matrix; logprobs: tokens
 rows = 512  # adapters, compare, compare_grpo, decode, train: in all
 tokens = 32  # adapters: decoded a row; decode: twice as many, so that a row stands at context + tokens on average
 repeats = 5  # of a measurement; the median counts
-shape = "toy"  # compare, compare_grpo, logprobs, decode, train: a name in SHAPES
+shape = "toy"  # compare, compare_grpo, logprobs, decode, train, svd: a name in SHAPES
 context = 512  # decode, train: tokens before the decoded ones; tokens in a trained row
 group = 8  # compare, compare_grpo: rows that share a prompt
 slots = 512  # compare: rows at a time, ours and theirs
@@ -58,7 +58,7 @@ their_rows = 0  # compare_grpo: rows that TRL takes in one forward and backward 
 limit = 256  # compare, compare_grpo: most tokens a row; their number is geometric with a quarter of it as its mean
 compile = False  # compare, compare_grpo, decode, train: ours through torch.compile
 dtype = "auto"  # where a shape is: auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
-device = "auto"  # logprobs, decode, train: auto, cpu, cuda, cuda:1 ...
+device = "auto"  # logprobs, decode, train, svd: auto, cpu, cuda, cuda:1 ...
 
 SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads, tied; as published
     "toy": (512, 128, 384, 3, 4, 2, True),
@@ -211,16 +211,19 @@ def trained_like(m, n, spikes=32):
 
 def bench_svd():
     """The top 2 singular triplets of one matrix, trained-like and Gaussian, against the full SVD in float32; then those
-    of all linears of a trained-like model, without and with the cache. `ratio` is the full SVD's time over ours for the
-    trained-like matrix; a Gaussian one, whose values crowd at the edge, takes more rounds. Errors are differences from
-    the full SVD, its own included."""
+    of all linears of a trained-like model of --shape, without and with the cache. `ratio` is the full SVD's time over
+    ours for the trained-like matrix; a Gaussian one, whose values crowd at the edge, takes more rounds. Errors are
+    differences from the full SVD, its own included."""
+    device = model_file.pick_device(SETTINGS.device)
     torch.manual_seed(0)
     n, out = SETTINGS.size, {}
     for name, W in (("trained_like", trained_like(n, n)), ("gaussian", torch.randn(n, n))):
-        seconds = median_seconds(lambda W=W: tinylora.top_svd(W, 2))
+        W = W.to(device)
+        seconds = median_seconds(lambda W=W: tinylora.top_svd(W, 2), device)
         U, S, Vt = tinylora.top_svd(W, 2)
         began = time.perf_counter()
         U0, S0, Vt0 = torch.linalg.svd(W)
+        wait(device)
         full = time.perf_counter() - began
         error = ((S - S0[:2]) / S0[:2]).abs().max().item()
         angle = (U - U0[:, :2] @ (U0[:, :2].T @ U)).norm(dim=0).max().item()
@@ -228,17 +231,20 @@ def bench_svd():
               f"of the values {error:.1e}, of the subspace {angle:.1e}")
         out |= {name: {"seconds": seconds, "full_seconds": full, "ratio": full / seconds, "value_error": error,
                        "subspace_error": angle}}
-    shapes = [(896, 896), (128, 896), (128, 896), (896, 896), (4864, 896), (4864, 896), (896, 4864)]
-    weights = {f"{i}.{j}": trained_like(*shape) for i in range(SETTINGS.layers) for j, shape in enumerate(shapes)}
+    weights = {name: linear.weight for name, linear in tinylora.adapted_linears(shaped_model(device)).items()}
+    with torch.device(device):
+        for W in weights.values():
+            W.copy_(trained_like(*W.shape))
     starts = []
-    with tempfile.TemporaryDirectory() as path:
+    with tempfile.TemporaryDirectory() as path, mock.patch.object(tinylora, "CACHE_FROM", 0):
         os.environ["TINYLORA_CACHE"] = path
         for _ in range(1 + SETTINGS.repeats):
             began = time.perf_counter()
             tinylora.svd_factors(weights, 2)
+            wait(device)
             starts.append(time.perf_counter() - began)
     first, second = starts[0], median_high(starts[1:])
-    print(f"{len(weights)} linears of the 0.5B shape: {first:.2f} s, from the cache {second:.2f} s")
+    print(f"{len(weights)} linears of {SETTINGS.shape}: {first:.2f} s, from the cache {second:.2f} s")
     return {**out, "linears": len(weights), "first_seconds": first, "cached_seconds": second,
             "cache_ratio": first / second, "ratio": out["trained_like"]["ratio"]}
 

@@ -13,7 +13,7 @@ SMALL = {
     "load": ["--layers=1", "--repeats=1"],
     "tokenize": ["--repeats=1"],
     "grade": ["--repeats=1", "--dataset={problems}"],
-    "svd": ["--size=64", "--layers=1", "--repeats=1"],
+    "svd": ["--size=64", "--repeats=1"],
     "adapters": ["--rows=4", "--tokens=3", "--repeats=1"],
     "compare": ["--rows=16", "--group=4", "--slots=8", "--limit=8", "--repeats=1"],
     "compare_grpo": ["--rows=8", "--group=4", "--limit=8", "--their_rows=4", "--repeats=1"],

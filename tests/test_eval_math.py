@@ -245,7 +245,7 @@ def test_the_script_prints_a_table_and_writes_responses(checkpoint, problems, tm
     copy = tmp_path / "other.jsonl"
     copy.write_text(Path(problems).read_text())
     arguments = [f"--model={checkpoint}", f"--dataset={problems},{copy}", "--num_problems=6", "--n=4",
-                 "--max_new_tokens=4"]
+                 "--max_new_tokens=4", "--device=cpu"]
     done = fork_script("eval_math.py", *arguments, f"--out_dir={whole}")
     assert re.search(r"pass@2 +pass@4 +maj@4 +cut off", done.stdout), done.stderr
     results = json.loads((whole / "results.json").read_text())

@@ -280,7 +280,7 @@ def test_benchmarks_and_samples_on_two_ranks_are_those_of_one(checkpoint, proble
     for p in adapter.parameters():
         torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(0))
     tinylora.save_adapter(adapter, str(tmp_path / "adapter.safetensors"))
-    common = [f"--model={checkpoint}", f"--adapter={tmp_path}", "--max_new_tokens=5", "--seed=3"]
+    common = [f"--model={checkpoint}", f"--adapter={tmp_path}", "--max_new_tokens=5", "--seed=3", "--device=cpu"]
     asked = ["eval_math.py", *common, f"--dataset={problems}", "--num_problems=7", "--n=3", f"--out_dir={tmp_path}/run"]
     done = fork_script(*asked)
     assert done.returncode == 0, done.stderr
