@@ -16,8 +16,7 @@ import re
 import runpy
 import sys
 from contextlib import contextmanager, suppress
-from functools import lru_cache
-from itertools import count, takewhile
+from itertools import count
 from types import ModuleType, SimpleNamespace
 
 # The scripts import this file before any package, so that what stops a newcomer first is one line, too.
@@ -182,23 +181,18 @@ def _settings_block(script_globals):
     with open(script_globals["__file__"], encoding="utf-8") as f:
         source = f.read()
     settings, first, last = {}, None, None
-    for name, start, end in _assignments(source):
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            break
+        name = node.targets[0].id if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) else ""
         value = script_globals.get(name)
         if name.islower() and not name.startswith("_") and isinstance(value, (bool, int, float, str)):
             settings[name] = value
-            first, last = first or start, end
+            first, last = first or node.lineno, node.end_lineno
     lines = source.splitlines()
-    while first and lines[first - 2].startswith("#"):  # the heading comment above the first setting
+    while lines[first - 2].startswith("#"):  # the heading comment above the first setting
         first -= 1
-    return settings, "\n".join(lines[first - 1 : last]) if first else ""
-
-
-@lru_cache
-def _assignments(source):
-    """(name, first line, last line) of what a script assigns above its first function."""
-    head = takewhile(lambda node: not isinstance(node, (ast.FunctionDef, ast.ClassDef)), ast.parse(source).body)
-    return [(node.targets[0].id, node.lineno, node.end_lineno) for node in head
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
+    return settings, "\n".join(lines[first - 1 : last])
 
 
 def _read_config(path):
