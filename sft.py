@@ -23,19 +23,7 @@ from configurator import UserError, configure, run  # isort: skip (first: it say
 import torch
 
 import eval_math
-from grpo import (
-    Row,
-    all_reduce,
-    batch_positions,
-    completion_logprobs,
-    micro_batches,
-    peak_gb,
-    refuse,
-    shared_rules,
-    trained_parameters,
-    training_loop,
-    update,
-)
+import grpo
 from model import (
     Shard,
     Transformer,
@@ -102,8 +90,8 @@ ROLES = {"human": "user", "gpt": "assistant"}  # what `conversations` call the r
 
 
 def check_settings(cfg):
-    refuse([
-        *shared_rules(cfg),
+    grpo.refuse([
+        *grpo.shared_rules(cfg),
         (cfg.random_init and cfg.method != "full", "random_init goes with method = full"),
         (min(cfg.lr, cfg.weight_decay, cfg.grad_clip, cfg.warmup_steps, cfg.seed, cfg.eval_size, cfg.max_length) < 0
          or not 0 <= cfg.beta2 < 1, "lr, weight_decay, grad_clip, warmup_steps, seed, eval_size and max_length must "
@@ -171,8 +159,8 @@ def encode_examples(tokenizer, examples, cfg, context):
         start = trained.index(True)
         cut += len(ids) > limit
         if start < limit:
-            rows.append(Row(ids[:start], ids[start:limit], sampler_logprobs=[], advantage=1.0,
-                            trained=trained[start:limit]))
+            rows.append(grpo.Row(ids[:start], ids[start:limit], sampler_logprobs=[], advantage=1.0,
+                                 trained=trained[start:limit]))
     return rows, cut
 
 
@@ -225,7 +213,7 @@ def batches(cfg, rank, world):
     examples = eval_math.load_problems(cfg.dataset, "train", as_example)
 
     def batch(step):
-        positions = batch_positions(step, cfg.batch_size, len(examples), cfg.seed)
+        positions = grpo.batch_positions(step, cfg.batch_size, len(examples), cfg.seed)
         return [examples[index] for _, index in positions[rank::world]]
 
     return batch, len(examples)
@@ -267,10 +255,8 @@ def train(cfg):
         raise UserError(f"max_length must be at most the model's context of {context}, or 0")
     if cfg.compile:
         compile_model(net)
-    parameters, identity = trained_parameters(net, cfg)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay
-    )
+    parameters, identity = grpo.trained_parameters(net, cfg)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
     if is_chief():
         print(f"{cfg.model}: training {sum(map(whole_size, parameters.values()))} numbers ({cfg.method}) on "
               f"{num_examples or 'a stream of'} rows; {net.head.dtype} on {net.device}, {world * cfg.shard} "
@@ -280,23 +266,23 @@ def train(cfg):
         t0 = time.time()
         rows, cut = encode_examples(tokenizer, batch(step), cfg, context)
         interrupt.hold()
-        num_tokens, cut = all_reduce([sum(sum(row.trained) for row in rows), cut], net)
+        num_tokens, cut = grpo.all_reduce([sum(sum(row.trained) for row in rows), cut], net)
         if not num_tokens:
             raise UserError(f"step {step + 1} has no token to train on: all its rows are cut off before the first; "
                             "raise max_length")
         optimizer.param_groups[0]["lr"] = rate = learning_rate(step, cfg)
         optimizer.zero_grad(set_to_none=False)
         loss_sum = 0.0
-        for part in micro_batches(rows, cfg.micro_batch_tokens, cfg.packing):
-            logp, _, _ = completion_logprobs(net, tokenizer, part, 1.0, cfg.packing)
+        for part in grpo.micro_batches(rows, cfg.micro_batch_tokens, cfg.packing):
+            logp, _, _ = grpo.completion_logprobs(net, tokenizer, part, 1.0, cfg.packing)
             loss = -logp.sum() / num_tokens  # logp is 0 where nothing is trained; num_tokens is the global batch's
             loss.backward()
             loss_sum += loss.item()
-        grad_norm = update(optimizer, parameters.values(), cfg.grad_clip)
-        [loss_sum] = all_reduce([loss_sum], net)
+        grad_norm = grpo.update(optimizer, parameters.values(), cfg.grad_clip)
+        [loss_sum] = grpo.all_reduce([loss_sum], net)
         seconds = time.time() - t0
         record = {"loss": loss_sum, "grad_norm": grad_norm, "lr": rate, "tokens": num_tokens,
-                  "cut_off": cut, "seconds": {"step": seconds, "peak_gb": peak_gb(net.device)}}
+                  "cut_off": cut, "seconds": {"step": seconds, "peak_gb": grpo.peak_gb(net.device)}}
         line = f"loss {loss_sum:.4f} | grad {grad_norm:.3f} | lr {rate:.2e} | {seconds:.2f} s"
         return record, line + (f" | {cut:.0f} rows cut off" if cut else "")
 
@@ -304,24 +290,24 @@ def train(cfg):
     eval_math.checked_prompts(net, tokenizer, asked, cfg, cfg.eval_dataset)
     scored = [e for e in held_out if "messages" in e or e["solution"] != e["answer"]]
     rows, cut = encode_examples(tokenizer, scored[rank::world], cfg, context)
-    [cut] = all_reduce([cut], net)
+    [cut] = grpo.all_reduce([cut], net)
     if cut and is_chief():
         print(f"{cut:.0f} of {len(scored)} held-out rows are longer than {cfg.max_length or context} tokens, and count "
               "up to there")
     measure = partial(held_out_loss, net, tokenizer, rows, cfg) if scored else None
-    training_loop(cfg, net, tokenizer, parameters, optimizer, identity | {"script": "sft.py"}, rank, world, take_step,
-                  asked, measure)
+    grpo.training_loop(cfg, net, tokenizer, parameters, optimizer, identity | {"script": "sft.py"}, rank, world,
+                       take_step, asked, measure)
 
 
 @torch.no_grad()
 def held_out_loss(net, tokenizer, rows, cfg):
     """Mean loss per trained token over the rows of all ranks, of which `rows` are this one's."""
     total, count = 0.0, 0
-    for part in micro_batches(rows, cfg.micro_batch_tokens, cfg.packing):
-        logp, _, mask = completion_logprobs(net, tokenizer, part, 1.0, cfg.packing)
+    for part in grpo.micro_batches(rows, cfg.micro_batch_tokens, cfg.packing):
+        logp, _, mask = grpo.completion_logprobs(net, tokenizer, part, 1.0, cfg.packing)
         total -= logp.double().sum().item()
         count += int(mask.sum())
-    total, count = all_reduce([total, count], net)
+    total, count = grpo.all_reduce([total, count], net)
     if not count:
         raise UserError(f"{cfg.eval_dataset}: all rows are cut off before the first token to score; raise max_length")
     return total / count
