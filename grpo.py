@@ -34,6 +34,7 @@ import torch.distributed.nn.functional  # torch does that later anyway, and then
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import eval_math
@@ -367,11 +368,11 @@ def accumulate_gradient(net, tokenizer, rows, cfg, num_rows, num_tokens):
         for row, row_logp in zip(batch, logp.detach()):
             if row.old_logprobs is None:
                 row.old_logprobs = row_logp[: len(row.ids)]
-        old_logp = pad([row.old_logprobs for row in batch], logp)
+        old_logp = pad_sequence([row.old_logprobs for row in batch], batch_first=True)  # [B, T], padded with 0
         advantages = torch.tensor([row.advantage for row in batch], device=logp.device)
         lengths = [len(row.ids) for row in batch]
         weights = token_weights(lengths, cfg.objective, cfg.max_new_tokens, num_rows, num_tokens).to(logp.device)
-        sampler_logp = pad([torch.tensor(row.sampler_logprobs) for row in batch], logp)
+        sampler_logp = pad_sequence([torch.tensor(row.sampler_logprobs) for row in batch], batch_first=True).to(logp)
         check_finite(logp, mask, batch, cfg)
         mismatch = (old_logp - sampler_logp).exp().clamp(max=cfg.tis_cap) if cfg.tis_cap else 1  # Yao et al. 2025
         loss, clipped = policy_loss(logp, old_logp, advantages, weights, mask, cfg.objective, clip_low, clip_high,
@@ -401,14 +402,6 @@ def check_finite(logp, mask, batch, cfg):
             json.dump(vars(row) | {"old_logprobs": None, "trainer_logprobs": logp[int(bad[0])].tolist()}, f)
         raise UserError(f"a log-prob is not finite; its row is in {path}, and this pass changed nothing. Lower lr, or "
                         "use --dtype=float32")
-
-
-def pad(rows, like):
-    """Tensors of several lengths -> one [B, T] of zeros and them, in the shape and on the device of `like`."""
-    out = torch.zeros_like(like)
-    for line, row in zip(out, rows):
-        line[: len(row)] = row
-    return out
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
