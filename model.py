@@ -935,14 +935,11 @@ class Tokenizer:
         return ids[:last], trained[:last]
 
     def _guarded(self, messages):
-        return [m | {"content": self.cut.sub(_guard, m["content"])} for m in messages]
+        return [m | {"content": self.cut.sub(lambda match: GUARD.join(match[0]) + GUARD, m["content"])}
+                for m in messages]
 
 
 GUARD = "\ufdd0"  # a code point that Unicode keeps out of text: put into a typed <|im_end|>, it hides it from `cut`
-
-
-def _guard(match):
-    return GUARD.join(match.group()) + GUARD
 
 
 def load_tokenizer(path):
