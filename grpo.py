@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 
 from configurator import UserError, configure, prepare_out_dir, run, whole_file  # isort: skip (first: it says what is missing)
@@ -688,7 +688,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, wo
     """The loop of grpo.py and sft.py: resume, evaluate, take steps, log, save, and give way to Ctrl-C.
 
     parameters, identity: of trained_parameters. rank, world: of start_ranks.
-    take_step(step, interrupt) changes them; it returns a dict of metrics for the log and a line for the screen.
+    take_step(step, interrupt=...) changes them; it returns a dict of metrics for the log and a line for the screen.
     eval_problems: what an evaluation asks, eval_size of them. held_out(): the loss on held-out rows, over all ranks.
     """
     numbers, need = sum(map(whole_size, parameters.values())), 12 * sum(p.numel() for p in parameters.values())
@@ -765,7 +765,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, wo
                 elif cfg.eval_interval and step % cfg.eval_interval == 0 and history["evaluated"] != step:
                     evaluate()  # what an interruption cut short
                 while step < cfg.max_steps:
-                    record, line = take_step(step, interrupt)
+                    record, line = take_step(step, interrupt=interrupt)
                     step += 1
                     write({"step": step, **record})
                     if chief:
@@ -849,9 +849,7 @@ def train(cfg):
               f"{sum(map(whole_size, parameters.values()))} numbers{shape}, made ready in {time.time() - began:.1f} "
               f"s; {len(problems)} problems; {net.head.dtype} on {net.device}, {processes} process(es)")
 
-    def take_step(step, interrupt):
-        return training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt)
-
+    take_step = partial(training_step, net, tokenizer, optimizer, problems, cfg, rank=rank, world=world)
     training_loop(cfg, net, tokenizer, parameters, optimizer, identity | {"script": "grpo.py"}, rank, world, take_step,
                   eval_problems)
 
