@@ -537,12 +537,10 @@ def svd_factors(weights, rank, shard=None):
 
 
 def cache_path(weights, rank, shard=None):
-    def checksum(W):
-        return weight_checksum(W.to(shard.device) if shard else W)
-
     key = hashlib.sha256(f"svd-1 {rank}".encode())
     with ThreadPoolExecutor(4) as pool:
-        for (name, W), sums in zip(weights.items(), pool.map(checksum, weights.values())):
+        checksums = pool.map(lambda W: weight_checksum(W.to(shard.device) if shard else W), weights.values())
+        for (name, W), sums in zip(weights.items(), checksums):
             key.update(f"{name} {W.dtype} {list(W.shape)}".encode() + sums)
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinylora")
     return os.path.join(os.environ.get("TINYLORA_CACHE") or default, key.hexdigest()[:40] + ".svd")
