@@ -185,7 +185,6 @@ UNICODE = str.maketrans({
     "…": r"\ldots ", **dict(zip("αβγδεθλμνρστφχψωΔΩ", (rf"\{name} " for name in (
         "alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi chi psi omega Delta Omega").split()))),
     **dict.fromkeys('"⦃⦄\u00ad\u200b\u200e\u200f\ufeff')})
-SMALL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
 TEXT_MACRO = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|[mh]box|math(?:rm|bf|it|sf|bb|cal)|operatorname)\*?"
                         r" ?\{((?:[^{}]|\^\{-?[0-9]\})*)\}")
 ACCENT = re.compile(r"\\(d?dot|bar|hat|tilde|vec|overline|overrightarrow) ?(?:\{ ?([A-Za-z]+) ?\}|([a-z])(?![a-z]))")
@@ -197,8 +196,8 @@ def normalise(text: str) -> str:
 
     \text{cm} becomes "cm" in quotes, the braces of a set ⦃ ⦄, `and` a comma, `or` a semicolon.
     """
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m[0].translate(SMALL) + "}", text)
-    text = re.sub("[₀-₉]+", lambda m: "_{" + m[0].translate(SMALL) + "}", text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
+    text = re.sub("[₀-₉]+", lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
     text = re.sub("[¼½¾⅐-⅞]", lambda m: r"\frac{" + unicodedata.normalize("NFKC", m[0]).replace("⁄", "}{") + "}", text)
     text = re.sub(r"\s+", " ", text.translate(UNICODE))
     text = re.sub(r"\\mathbb ?(?:\{ ?R ?\}|R\b)|\\R\b|ℝ", r"(-\\infty,\\infty)", text)
