@@ -50,6 +50,7 @@ from model import (
     load_tokenizer,
     own_part,
     save_model,
+    say,
     shard_model,
     start_ranks,
     whole,
@@ -483,12 +484,11 @@ def trained_parameters(net, cfg):
     adapter, and cuts the weights where ranks share them; with lr = 0, puts the rule's in its place."""
     if cfg.lr == 0:
         cfg.lr = tinylora.learning_rate_rule(net.config, cfg.method, cfg.max_steps)
-        if is_chief():
-            print(f"lr = {cfg.lr:.3g} (learning_rate_rule in tinylora.py)")
+        say(f"lr = {cfg.lr:.3g} (learning_rate_rule in tinylora.py)")
     unread = [key for key in ("rank", "u", "n_tie", "tie", "targets", "alpha")
               if key not in tinylora.SETTINGS.get(cfg.method, ()) and getattr(cfg, key) != globals()[key]]
-    if unread and is_chief():
-        print(f"method = {cfg.method} does not read {', '.join(unread)}")
+    if unread:
+        say(f"method = {cfg.method} does not read {', '.join(unread)}")
     if cfg.method == "full":
         identity = {"method": "full", "base": tinylora.fingerprint(net)}
         if net.shard:
@@ -747,8 +747,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, wo
         interrupt.hold()  # history, log and the best adapter change together
         history.update(accuracy=result.get("strict"), loss=result.get("loss"), evaluated=step)
         write({"step": step, "eval": {k: v for k, v in result.items() if k != "rows"}})
-        if chief:
-            print_evaluation(step, result)
+        say_evaluation(step, result)
         score = result["strict"] if eval_problems else -result["loss"]
         if history["best"] is None or score > history["best"]:
             history["best"] = score
@@ -768,8 +767,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, wo
                     record, line = take_step(step, interrupt=interrupt)
                     step += 1
                     write({"step": step, **record})
-                    if chief:
-                        print(f"step {step:4d} | {line}")
+                    say(f"step {step:4d} | {line}")
                     interrupt.release()
                     if cfg.eval_interval and step % cfg.eval_interval == 0:
                         evaluate()
@@ -781,8 +779,7 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, wo
             except KeyboardInterrupt:
                 interrupt.hold()  # an impatient second Ctrl-C does not cut the saving short
                 save()
-                if chief:
-                    print(f"\ninterrupted: {step} steps are saved in {cfg.out_dir}; go on with --init_from=resume")
+                say(f"\ninterrupted: {step} steps are saved in {cfg.out_dir}; go on with --init_from=resume")
                 leave_ranks(net)
                 raise SystemExit(interrupt.exit_code) from None
             except UserError:  # a data stream that broke off, say
@@ -793,33 +790,32 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, wo
         if chief:
             log.close()
             close_reports()
-    if chief and "v" in parameters and numbers <= 1000:
-        print(f"the same in a message: --adapter={tinylora.adapter_text(net.adapter, cfg.save_dtype)}")
-    if chief:
-        print_result(cfg, history, f"{numbers} numbers in {time.time() - began:.0f} s")
+    if "v" in parameters and numbers <= 1000:
+        say(f"the same in a message: --adapter={tinylora.adapter_text(net.adapter, cfg.save_dtype)}")
+    say_result(cfg, history, f"{numbers} numbers in {time.time() - began:.0f} s")
     leave_ranks(net)
 
 
-def print_result(cfg, history, cost):
+def say_result(cfg, history, cost):
     """The last line of a run: what it began and ended with, if that was measured."""
     name = os.path.basename(os.path.normpath(cfg.out_dir))
     if None not in (history["base"], history["accuracy"]):
-        print(f"{name}: greedy accuracy {history['base']:.3f} -> {history['accuracy']:.3f} with {cost}")
+        say(f"{name}: greedy accuracy {history['base']:.3f} -> {history['accuracy']:.3f} with {cost}")
     elif None not in (history["base_loss"], history["loss"]):
-        print(f"{name}: held-out loss {history['base_loss']:.4f} -> {history['loss']:.4f} with {cost}")
+        say(f"{name}: held-out loss {history['base_loss']:.4f} -> {history['loss']:.4f} with {cost}")
 
 
-def print_evaluation(step, result):
+def say_evaluation(step, result):
     if "loss" in result:
-        print(f"--- step {step}: held-out loss {result['loss']:.4f}")
+        say(f"--- step {step}: held-out loss {result['loss']:.4f}")
     if "rows" not in result:
         return
     rows = result["rows"]
     example = rows[step % len(rows)]
-    print(f"--- step {step}: greedy accuracy {result['strict']:.3f} +- {result['stderr']:.3f} on {len(rows)} problems "
-          f"(by the last number {result['lenient']:.3f}), {result['length']:.0f} tokens an answer, "
-          f"{result['truncated']:.1%} cut off. For example:\n    {example['question']}\n    -> {example['response']} "
-          f"(right: {example['answer']})")
+    say(f"--- step {step}: greedy accuracy {result['strict']:.3f} +- {result['stderr']:.3f} on {len(rows)} problems "
+        f"(by the last number {result['lenient']:.3f}), {result['length']:.0f} tokens an answer, "
+        f"{result['truncated']:.1%} cut off. For example:\n    {example['question']}\n    -> {example['response']} "
+        f"(right: {example['answer']})")
 
 
 def train(cfg):
@@ -838,16 +834,14 @@ def train(cfg):
     parameters, identity = trained_parameters(net, cfg)
     context, longest = net.config.max_position_embeddings, max(len(problem["prompt"]) for problem in problems)
     fitting_rows(net, min(longest + cfg.max_new_tokens, context), 1)  # refuses where not even one fits
-    if longest + cfg.max_new_tokens > context and is_chief():
-        print(f"warning: behind the longest prompt the model's context of {context} has room for "
-              f"{context - longest} new tokens, not for max_new_tokens = {cfg.max_new_tokens}")
+    if longest + cfg.max_new_tokens > context:
+        say(f"warning: behind the longest prompt the model's context of {context} has room for {context - longest} new "
+            f"tokens, not for max_new_tokens = {cfg.max_new_tokens}")
     optimizer = torch.optim.Adam(parameters.values(), lr=cfg.lr)
-    if is_chief():
-        processes = world * cfg.shard
-        shape = f" ({net.adapter.v.shape[0]} groups of u = {net.adapter.v.shape[1]})" if "v" in parameters else ""
-        print(f"{cfg.model}: {size / 1e6:.1f}M parameters; {cfg.method} trains "
-              f"{sum(map(whole_size, parameters.values()))} numbers{shape}, made ready in {time.time() - began:.1f} "
-              f"s; {len(problems)} problems; {net.head.dtype} on {net.device}, {processes} process(es)")
+    shape = f" ({net.adapter.v.shape[0]} groups of u = {net.adapter.v.shape[1]})" if "v" in parameters else ""
+    say(f"{cfg.model}: {size / 1e6:.1f}M parameters; {cfg.method} trains {sum(map(whole_size, parameters.values()))} "
+        f"numbers{shape}, made ready in {time.time() - began:.1f} s; {len(problems)} problems; {net.head.dtype} on "
+        f"{net.device}, {world * cfg.shard} process(es)")
 
     take_step = partial(training_step, net, tokenizer, optimizer, problems, cfg, rank=rank, world=world)
     training_loop(cfg, net, tokenizer, parameters, optimizer, identity | {"script": "grpo.py"}, rank, world, take_step,

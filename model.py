@@ -407,11 +407,13 @@ def is_chief():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-@cache
 def say(text):
-    """Print it once, of several ranks on one."""
+    """Print it, of several ranks on one."""
     if is_chief():
         print(text)
+
+
+say_once = cache(say)
 
 
 def start_ranks(cfg, one_share=False):

@@ -30,12 +30,12 @@ from model import (
     checkpoint_dir,
     compile_model,
     init_weights,
-    is_chief,
     load_config,
     load_model,
     load_tokenizer,
     pick_device,
     say,
+    say_once,
     start_ranks,
     whole_size,
 )
@@ -145,8 +145,8 @@ def encode_example(tokenizer, example, cfg):
         messages = [{"role": "system", "content": cfg.system_prompt}, *messages]
     ids, trained = tokenizer.encode_turns(messages)
     if ids[-1] not in tokenizer.stop_ids:
-        say(f"warning: the chat template ends a turn with {tokenizer.decode(ids[-1:])!r}, where sampling does not "
-            f"stop: add its id, {ids[-1]}, to eos_token_id in generation_config.json")
+        say_once(f"warning: the chat template ends a turn with {tokenizer.decode(ids[-1:])!r}, where sampling does not "
+                 f"stop: add its id, {ids[-1]}, to eos_token_id in generation_config.json")
     return ids, trained
 
 
@@ -257,10 +257,8 @@ def train(cfg):
         compile_model(net)
     parameters, identity = grpo.trained_parameters(net, cfg)
     optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
-    if is_chief():
-        print(f"{cfg.model}: training {sum(map(whole_size, parameters.values()))} numbers ({cfg.method}) on "
-              f"{num_examples or 'a stream of'} rows; {net.head.dtype} on {net.device}, {world * cfg.shard} "
-              "process(es)")
+    say(f"{cfg.model}: training {sum(map(whole_size, parameters.values()))} numbers ({cfg.method}) on "
+        f"{num_examples or 'a stream of'} rows; {net.head.dtype} on {net.device}, {world * cfg.shard} process(es)")
 
     def take_step(step, interrupt):
         t0 = time.time()
@@ -291,9 +289,9 @@ def train(cfg):
     scored = [e for e in held_out if "messages" in e or e["solution"] != e["answer"]]
     rows, cut = encode_examples(tokenizer, scored[rank::world], cfg, context)
     [cut] = grpo.all_reduce([cut], net)
-    if cut and is_chief():
-        print(f"{cut:.0f} of {len(scored)} held-out rows are longer than {cfg.max_length or context} tokens, and count "
-              "up to there")
+    if cut:
+        say(f"{cut:.0f} of {len(scored)} held-out rows are longer than {cfg.max_length or context} tokens, and count "
+            "up to there")
     measure = partial(held_out_loss, net, tokenizer, rows, cfg) if scored else None
     grpo.training_loop(cfg, net, tokenizer, parameters, optimizer, identity | {"script": "sft.py"}, rank, world,
                        take_step, asked, measure)

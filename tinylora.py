@@ -50,7 +50,7 @@ from model import (
     own_part,
     read_json,
     save_model,
-    say,
+    say_once,
     shard_model,
     whole,
 )
@@ -635,7 +635,8 @@ def read_adapter(where):
         _, numbers, *rest = where.split(":")
         alone = not rest
         if alone:
-            say(f"an adapter of {len(numbers) // 8} numbers alone: read with rank 2 and seed 0, for any base model")
+            say_once(f"an adapter of {len(numbers) // 8} numbers alone: read with rank 2 and seed 0, for any base "
+                     "model")
         form, settings = FORMAT, {"method": "tinylora", "rank": 2, "u": len(numbers) // 8, "n_tie": 0, "tie": "tiled",
                                   "seed": 0, "targets": "all", "base": "", "dtype": "float32"}
         where = f"the adapter '{where[:20]}...'"
