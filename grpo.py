@@ -313,17 +313,15 @@ def completion_logprobs(net, tokenizer, rows, temperature, packing=False):
         packed = Packed(rows, net.device)
         hidden, before = net.model(packed.ids, packed.positions, packed), packed.before
     else:
-        full = [row.prompt + row.ids for row in rows]
-        longest = max(map(len, full))
-        ids = torch.tensor([f + [tokenizer.pad_id] * (longest - len(f)) for f in full], device=net.device)
-        hidden = net.model(ids)  # [B, longest, D]
-        before = [range(i * longest + len(row.prompt) - 1, i * longest + len(f) - 1)
-                  for i, (row, f) in enumerate(zip(rows, full))]
-    T = max(len(row.ids) for row in rows)
-    trained = [row.trained or [True] * len(row.ids) for row in rows]
-    mask = torch.tensor([own + [False] * (T - len(own)) for own in trained], device=net.device)  # [B, T]
-    places, targets = (torch.tensor([x for line, own in zip(lines, trained) for x, counts in zip(line, own) if counts],
-                                    device=net.device) for lines in (before, [row.ids for row in rows]))
+        full = [torch.tensor(row.prompt + row.ids) for row in rows]
+        ids = pad_sequence(full, batch_first=True, padding_value=tokenizer.pad_id).to(net.device)  # [B, longest]
+        hidden = net.model(ids)
+        starts = [i * ids.shape[1] + len(row.prompt) - 1 for i, row in enumerate(rows)]
+        before = [range(start, start + len(row.ids)) for start, row in zip(starts, rows)]
+    trained = [torch.tensor(row.trained or [True] * len(row.ids)) for row in rows]
+    mask = pad_sequence(trained, batch_first=True).to(net.device)  # [B, T]
+    places, targets = (torch.cat([torch.tensor(line)[own] for line, own in zip(lines, trained)]).to(net.device)
+                       for lines in (before, [row.ids for row in rows]))
     # No index: its gradient adds up what rows share, a prompt's last token, in an order that varies with the threads.
     hidden = F.embedding(places, hidden.flatten(0, 1))
     logp, entropy = token_logprobs(hidden, net.head, targets, temperature)
