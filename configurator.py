@@ -129,27 +129,20 @@ def run(main):
             setattr(sys, name, open(os.devnull, "w"))
     # A log in a file or a pipe is as fresh as one on the screen, and any terminal can show any text.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    code, line = 2, ""
     try:
-        main()
+        return main()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        code, line = 130, "interrupted"
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        line = f"error: {error}"
     except ModuleNotFoundError as error:
-        print(f"error: {error}: pip install -r requirements.txt, into the Python of {sys.prefix}", file=sys.stderr)
-        raise SystemExit(2) from None
+        line = f"error: {error}: pip install -r requirements.txt, into the Python of {sys.prefix}"
+    except BrokenPipeError:
+        code = 141  # `| head` has what it wanted
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # `| head` has what it wanted
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            hint = "; make room, then go on with --init_from=resume if this was a run" if full else ""
-            print(f"error: {error}{hint}", file=sys.stderr)
-        try:
-            sys.stdout.flush()
-        except OSError:  # what cannot be written would be tried again, and reported, on the way out
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141 if isinstance(error, BrokenPipeError) else 2) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        line = f"error: {error}" + "; make room, then go on with --init_from=resume if this was a run" * full
     except Exception as error:
         if "RANK" in os.environ and re.search("(closed|reset) by peer", str(error)):
             raise SystemExit(2) from None  # torchrun's other processes have ended: theirs is the line to read
@@ -158,8 +151,14 @@ def run(main):
         if not named and "can't allocate memory" not in str(error):
             raise
         reason = (str(error).splitlines() or ["of the host"])[0]
-        print(f"error: out of memory ({reason}); lower the number of rows or tokens at a time", file=sys.stderr)
-        raise SystemExit(2) from None
+        line = f"error: out of memory ({reason}); lower the number of rows or tokens at a time"
+    if line:
+        print(line, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what cannot be written would be tried again, and reported, on the way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(code)
 
 
 def _stopped_early(kind, error, trace):
