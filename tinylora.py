@@ -633,17 +633,15 @@ def read_adapter(where):
     tensors, alone = None, False
     if where.startswith("hex:"):
         _, numbers, *rest = where.split(":")
-        alone = not rest
+        alone, u = not rest, len(numbers) // 8
         if alone:
-            say_once(f"an adapter of {len(numbers) // 8} numbers alone: read with rank 2 and seed 0, for any base "
-                     "model")
-        form, settings = FORMAT, {"method": "tinylora", "rank": 2, "u": len(numbers) // 8, "n_tie": 0, "tie": "tiled",
-                                  "seed": 0, "targets": "all", "base": "", "dtype": "float32"}
+            say_once(f"an adapter of {u} numbers alone: read with rank 2 and seed 0, for any base model")
+            rest = [FORMAT, "method=tinylora", "rank=2", f"u={u}", "n_tie=0", "tie=tiled", "seed=0", "targets=all",
+                    "base=", "dtype=float32"]
         where = f"the adapter '{where[:20]}...'"
         try:
-            if rest:
-                form, pairs = rest[0], [pair.partition("=") for pair in rest[1:]]
-                settings = {key: KINDS.get(key, str)(value.replace("+", ",")) for key, _, value in pairs}
+            form, pairs = rest[0], [pair.partition("=") for pair in rest[1:]]
+            settings = {key: KINDS.get(key, str)(value.replace("+", ",")) for key, _, value in pairs}
             data = bytes.fromhex(numbers)
         except ValueError:
             raise UserError(f"{where} is mistyped or cut off: its numbers or settings cannot be read") from None
