@@ -1087,7 +1087,7 @@ def announce(name, problems, cfg, tokenizer, done):
 def ask(net, tokenizer, name, problems, cfg, left, path, rank, world):
     """Put the problems whose indices are in `left`, this process its share, and write the answers to `path` as they
     come. Returns the summary of all that is in `path` then."""
-    from model import is_chief, wait_for_ranks
+    from model import say, wait_for_ranks
 
     began = time.time()
     with open(path, "ab") as f:
@@ -1103,13 +1103,12 @@ def ask(net, tokenizer, name, problems, cfg, left, path, rank, world):
     seconds, (_, groups) = time.time() - began, read_responses(path)
     summary = summarise([groups[i] for i in range(len(problems))])
     summary["tokens_per_second"] = sum(row["tokens"] for i in left for row in groups[i]) / seconds if left else None
-    if is_chief():
-        example = groups[0][0]
-        print(f"--- {name}, for example: {example['question']}\n-> {example['response']}\n"
-              f"({'right' if example['strict'] else 'wrong'}; the answer is {example['answer']})")
-        if summary["truncated"] > 0.05:
-            print(f"warning: {summary['truncated']:.0%} of the answers to {name} were cut off, and are wrong by strict;"
-                  f" raise max_new_tokens (now {cfg.max_new_tokens})")
+    example = groups[0][0]
+    say(f"--- {name}, for example: {example['question']}\n-> {example['response']}\n"
+        f"({'right' if example['strict'] else 'wrong'}; the answer is {example['answer']})")
+    if summary["truncated"] > 0.05:
+        say(f"warning: {summary['truncated']:.0%} of the answers to {name} were cut off, and are wrong by strict; "
+            f"raise max_new_tokens (now {cfg.max_new_tokens})")
     return summary
 
 
@@ -1127,7 +1126,7 @@ def main():
         raise UserError(f"n={cfg.n} answers are all the same at temperature 0; set --temperature=1, say")
     if cfg.regrade:
         return grade_again(cfg.regrade, cfg.answer_format)
-    from model import compile_model, is_chief, leave_ranks, load_tokenizer, start_ranks, wait_for_ranks
+    from model import compile_model, is_chief, leave_ranks, load_tokenizer, say, start_ranks, wait_for_ranks
     from tinylora import load_adapted
 
     names = [name.strip() for name in cfg.dataset.split(",") if name.strip()]
@@ -1162,8 +1161,7 @@ def main():
             wait_for_ranks()  # before any of them writes
             summaries[name] = ask(net, tokenizer, name, problems[name], settings[name], left, paths[name], rank, world)
     except KeyboardInterrupt:
-        if is_chief():
-            print(f"\ninterrupted; the answers so far are in {cfg.out_dir}: go on with --init_from=resume")
+        say(f"\ninterrupted; the answers so far are in {cfg.out_dir}: go on with --init_from=resume")
         raise SystemExit(130) from None
     if is_chief():
         with whole_file(os.path.join(cfg.out_dir, "results.json")) as aside, open(aside, "w", encoding="utf-8") as f:
