@@ -176,11 +176,9 @@ class Product:
         if adapted:
             self.index = torch.tensor([linear.index for linear in adapted], device=self.weight.device)
             self.down = torch.cat([linear.Vt for linear in adapted]).to(self.weight.dtype)  # [k r, n]
-            ups = [linear.US.float() if own else linear.US.float() @ linear.R for linear in adapted]
-            blocks = iter(torch.block_diag(*ups).split([len(up) for up in ups]))
-            none = self.down.new_zeros(1, len(self.down), dtype=torch.float32)
-            self.up = torch.cat([next(blocks) if linear in adapted else none.expand(len(linear.weight), -1)
-                                 for linear in linears]).to(self.weight.dtype)  # [m, k r]
+            ups = [torch.zeros(len(linear.weight), 0, device=self.weight.device) if linear not in adapted  # rows of 0
+                   else linear.US.float() if own else linear.US.float() @ linear.R for linear in linears]
+            self.up = torch.block_diag(*ups).to(self.weight.dtype)  # [m, k r]
 
     def __call__(self, x):
         if self.down is None:
