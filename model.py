@@ -655,6 +655,15 @@ def load_model(path, dtype=None, device=None, shard=1):
     return model.requires_grad_(False).eval()
 
 
+def random_model(path, seed, device=None, shard=1):
+    """A model in the shape that the config.json of a directory or hub name says, with fresh weights in float32."""
+    model, device = Transformer(load_config(checkpoint_dir(path))), pick_device(device or "auto")
+    init_weights(model, seed)
+    if shard > 1:
+        model.shard = Shard(shard, model.config, device, torch.float32)
+    return model if shard > 1 else model.to(device)
+
+
 def _read_weights(path, model, device, dtype):
     """{name: tensor} of all weight files, each checked against the model's shapes."""
     shapes = {name: p.shape for name, p in model.state_dict().items()}

@@ -24,21 +24,7 @@ import torch
 
 import eval_math
 import grpo
-from model import (
-    Shard,
-    Transformer,
-    checkpoint_dir,
-    compile_model,
-    init_weights,
-    load_config,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    say,
-    say_once,
-    start_ranks,
-    whole_size,
-)
+from model import compile_model, load_model, load_tokenizer, random_model, say, say_once, start_ranks, whole_size
 
 model = "toy/base"  # checkpoint directory or hub name
 dataset = "toy/train.jsonl"  # .jsonl file, folder, name in eval_math.py; streamed: tulu3, openthoughts3, hub names
@@ -230,25 +216,14 @@ def held_out_examples(cfg):
     return [as_example(f"{name}, row {i}", row) for i, row in enumerate(rows)]
 
 
-def build(cfg, device):
-    """The model: loaded, or with fresh weights."""
-    if not cfg.random_init:
-        return load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device, cfg.shard)
-    net = Transformer(load_config(checkpoint_dir(cfg.model)))
-    init_weights(net, cfg.seed)
-    if cfg.shard == 1:
-        return net.to(pick_device(device))
-    net.shard = Shard(cfg.shard, net.config, pick_device(device), torch.float32)
-    return net
-
-
 def train(cfg):
     check_settings(cfg)
     rank, world, device = start_ranks(cfg)
     batch, num_examples = batches(cfg, rank, world)
     held_out = held_out_examples(cfg)
     tokenizer = load_tokenizer(cfg.model)
-    net = build(cfg, device)
+    net = (random_model(cfg.model, cfg.seed, device, cfg.shard) if cfg.random_init else
+           load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device, cfg.shard))
     net.model.recompute = cfg.recompute
     context = net.config.max_position_embeddings
     if cfg.max_length > context:
