@@ -41,7 +41,6 @@ import eval_math
 import tinylora
 from model import (
     attention,
-    checkpoint_dir,
     compile_model,
     free_memory,
     is_chief,
@@ -507,7 +506,7 @@ def save_trained(net, cfg, best=False):
     """Write what a run is for: the adapter, or with method = full the model; the last, or the best evaluated so far."""
     if cfg.method == "full":
         name = "best" if best else "model"
-        save_model(net, os.path.join(cfg.out_dir, name), tokenizer_from=checkpoint_dir(cfg.model))
+        save_model(net, os.path.join(cfg.out_dir, name), tokenizer_from=cfg.model)
     else:
         name = "best.safetensors" if best else "adapter.safetensors"
         tinylora.save_adapter(net.adapter, os.path.join(cfg.out_dir, name), cfg.save_dtype)

@@ -413,7 +413,7 @@ def say(text):
         print(text)
 
 
-say_once = cache(say)
+note = cache(say)  # once, however often it is said
 
 
 def start_ranks(cfg, one_share=False):
@@ -726,7 +726,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 def save_model(model, path, tokenizer_from=None, max_shard_bytes=5 * 10**9):
     """Write a directory that transformers loads: config.json and model.safetensors, in shards above max_shard_bytes.
 
-    tokenizer_from: a checkpoint directory whose tokenizer files are copied along.
+    tokenizer_from: a checkpoint directory or hub name whose tokenizer files are copied along.
     Where the ranks of a Shard hold the weights, all of them must call this; one writes.
     """
     os.makedirs(path, exist_ok=True)
@@ -760,10 +760,10 @@ def save_model(model, path, tokenizer_from=None, max_shard_bytes=5 * 10**9):
         earlier = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name)
         if earlier and name not in {*names, *files}:
             os.remove(os.path.join(path, name))  # the index first: it names the others
-    for name in TOKENIZER_FILES if tokenizer_from else ():
-        source = os.path.join(tokenizer_from, name)
-        if os.path.exists(source) and os.path.abspath(tokenizer_from) != os.path.abspath(path):
-            shutil.copy(source, path)
+    source = checkpoint_dir(tokenizer_from) if tokenizer_from else path
+    for name in TOKENIZER_FILES if os.path.abspath(source) != os.path.abspath(path) else ():
+        if os.path.exists(os.path.join(source, name)):
+            shutil.copy(os.path.join(source, name), path)
 
 
 # ------------------------------------------------------------------------------------------------- the tokenizer

@@ -24,7 +24,7 @@ import torch
 
 import eval_math
 import grpo
-from model import compile_model, load_model, load_tokenizer, random_model, say, say_once, start_ranks, whole_size
+from model import compile_model, load_model, load_tokenizer, note, random_model, say, start_ranks, whole_size
 
 model = "toy/base"  # checkpoint directory or hub name
 dataset = "toy/train.jsonl"  # .jsonl file, folder, name in eval_math.py; streamed: tulu3, openthoughts3, hub names
@@ -131,8 +131,8 @@ def encode_example(tokenizer, example, cfg):
         messages = [{"role": "system", "content": cfg.system_prompt}, *messages]
     ids, trained = tokenizer.encode_turns(messages)
     if ids[-1] not in tokenizer.stop_ids:
-        say_once(f"warning: the chat template ends a turn with {tokenizer.decode(ids[-1:])!r}, where sampling does not "
-                 f"stop: add its id, {ids[-1]}, to eos_token_id in generation_config.json")
+        note(f"warning: the chat template ends a turn with {tokenizer.decode(ids[-1:])!r}, where sampling does not "
+             f"stop: add its id, {ids[-1]}, to eos_token_id in generation_config.json")
     return ids, trained
 
 

@@ -41,19 +41,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from model import (
-    CUT_BY_ROWS,
-    DTYPES,
-    checkpoint_dir,
-    is_chief,
-    load_model,
-    own_part,
-    read_json,
-    save_model,
-    say_once,
-    shard_model,
-    whole,
-)
+from model import CUT_BY_ROWS, DTYPES, is_chief, load_model, note, own_part, read_json, save_model, shard_model, whole
 
 model = "toy/base"  # checkpoint directory or hub name: the base of the adapter
 adapter = ""  # export: adapter file, the out_dir of a run, or text (hex:...)
@@ -633,7 +621,7 @@ def read_adapter(where):
         _, numbers, *rest = where.split(":")
         alone, u = not rest, len(numbers) // 8
         if alone:
-            say_once(f"an adapter of {u} numbers alone: read with rank 2 and seed 0, for any base model")
+            note(f"an adapter of {u} numbers alone: read with rank 2 and seed 0, for any base model")
             rest = [FORMAT, "method=tinylora", "rank=2", f"u={u}", "n_tie=0", "tie=tiled", "seed=0", "targets=all",
                     "base=", "dtype=float32"]
         where = f"the adapter '{where[:20]}...'"
@@ -888,7 +876,7 @@ def main():
             if cfg.to == "hf":
                 own = net.config.raw.get("dtype") or net.config.raw.get("torch_dtype")
                 net = merge(net).to(DTYPES.get(own, torch.float32))  # the one rounding: to the checkpoint's own dtype
-                save_model(net, aside, tokenizer_from=checkpoint_dir(cfg.model))
+                save_model(net, aside, tokenizer_from=cfg.model)
             else:
                 export_peft(net, aside, cfg.model, cfg.to)
     print(f"written to {cfg.out_dir}")

@@ -396,7 +396,7 @@ def test_a_text_brings_the_adapter_back(net, checkpoint, settings):
 
 
 def test_numbers_alone_are_one_vector_with_the_defaults(net, capsys):
-    tinylora.say_once.cache_clear()
+    tinylora.note.cache_clear()
     adapter = tinylora.load_adapter(net, "hex:3c23d70abf800000")
     assert "2 numbers alone: read with rank 2 and seed 0, for any base model" in capsys.readouterr().out
     assert adapter.v.tolist() == [[np.float32(0.01), -1.0]]
