@@ -377,11 +377,12 @@ def _is_name(text: str, of_sum: bool = False) -> bool:
 
 def _meaning(sides: list[str], signs: str, of_sum: bool = False) -> tuple[str, list[str]]:
     """(name, values): ('x', ['5']) for x = 5, ('x', ['[2,∞)']) for x ≥ 2, an unnamed chain's sides for the rest."""
-    left, right = "[" if signs[0] == "≤" else "(", "]" if signs[-1] == "≤" else ")"
+    opening, closing = "[" if signs[0] == "≤" else "(", "]" if signs[-1] == "≤" else ")"
     if set(signs) <= set("<≤") and len(signs) == 2 and _is_name(sides[1]):
-        return sides[1], [f"{left}{sides[0]},{sides[2]}{right}"]
+        return sides[1], [f"{opening}{sides[0]},{sides[2]}{closing}"]
     if signs in ("<", "≤") and any(map(_is_name, sides)):
-        return (sides[0], [f"(-∞,{sides[1]}{right}"]) if _is_name(sides[0]) else (sides[1], [f"{left}{sides[0]},∞)"])
+        return (sides[0], [f"(-∞,{sides[1]}{closing}"]) if _is_name(sides[0]) else (
+            sides[1], [f"{opening}{sides[0]},∞)"])
     if signs == "∈" and _is_name(sides[0]):
         return sides[0], [sides[1]]
     if set(signs) == {"="} and not all(map(_words, sides)):  # LRAC = SRMC is no value of LRAC
@@ -408,7 +409,7 @@ def _conditions_to_union(text: str) -> str:
     sets = [f"⦃{value}⦄" if signs == "=" else value for (value,), (_, signs) in zip(values, parts)]
     if separator == ";":
         return "∪".join(sets)
-    low, high = sorted(sets, key=lambda ray: ray.startswith("(-∞"))[:2]
+    low, high = sorted(sets, key=lambda ray: ray.startswith("(-∞"))[:2]  # [1,∞) and (-∞,3) are [1,3)
     return low[:-2] + high[4:] if len(sets) == 2 and low.endswith(",∞)") and high.startswith("(-∞,") else text
 
 
@@ -1068,12 +1069,12 @@ def earlier_answers(path, settings, problems):
     if different:
         raise UserError(f"cannot resume: {path} was made with another {', '.join(different)}")
 
-    def stand(index, rows):
+    def stands(index, rows):
         asked = {(row.get("question"), row["answer"]) for row in rows}
-        now = {(p["question"], p["answer"]) for p in problems[index : index + 1]} or asked
-        return len(rows) == settings["n"] and all("strict" in row for row in rows) and asked == now
+        same = index >= len(problems) or asked == {(problems[index]["question"], problems[index]["answer"])}
+        return same and len(rows) == settings["n"] and all("strict" in row for row in rows)
 
-    return {index: rows for index, rows in groups.items() if stand(index, rows)}
+    return {index: rows for index, rows in groups.items() if stands(index, rows)}
 
 
 def announce(name, problems, cfg, tokenizer, done):
@@ -1084,7 +1085,7 @@ def announce(name, problems, cfg, tokenizer, done):
           f"user message {cfg.prompt_template!r}")
 
 
-def ask(net, tokenizer, name, problems, cfg, left, path, rank, world):
+def ask(net, tokenizer, name, problems, cfg, left, path, share, shares):
     """Put the problems whose indices are in `left`, this process its share, and write the answers to `path` as they
     come. Returns the summary of all that is in `path` then."""
     from model import say, wait_for_ranks
@@ -1096,7 +1097,7 @@ def ask(net, tokenizer, name, problems, cfg, left, path, rank, world):
             if not net.shard or net.shard.rank == 0:
                 write_rows(f, rows)
 
-        mine = left[rank::world]
+        mine = left[share::shares]
         if mine:
             evaluate(net, tokenizer, [problems[i] for i in mine], cfg, cfg.n, cfg.temperature, mine, keep)
     wait_for_ranks()
@@ -1138,7 +1139,7 @@ def main():
     problems = {name: load_problems(name, cfg.split)[: cfg.num_problems or None] for name in names}
     if os.path.exists(os.path.join(cfg.out_dir, "log.jsonl")):
         raise UserError(f"out_dir {cfg.out_dir} holds a training run; choose another")
-    rank, world, device = start_ranks(cfg)
+    share, shares, device = start_ranks(cfg)
     net = load_adapted(cfg.model, cfg.adapter, cfg.dtype, device, cfg.shard)
     if cfg.compile:
         compile_model(net)
@@ -1159,7 +1160,8 @@ def main():
         for name in names:
             left = sorted({*range(len(problems[name]))} - {*read_responses(paths[name])[1]})
             wait_for_ranks()  # before any of them writes
-            summaries[name] = ask(net, tokenizer, name, problems[name], settings[name], left, paths[name], rank, world)
+            summaries[name] = ask(net, tokenizer, name, problems[name], settings[name], left, paths[name], share,
+                                  shares)
     except KeyboardInterrupt:
         say(f"\ninterrupted; the answers so far are in {cfg.out_dir}: go on with --init_from=resume")
         raise SystemExit(130) from None

@@ -680,12 +680,13 @@ def open_reports(cfg, step):
     return report, lambda: [close() for close in closing]
 
 
-def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, world, take_step, eval_problems,
+def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, share, shares, take_step, eval_problems,
                   held_out=None):
     """The loop of grpo.py and sft.py: resume, evaluate, take steps, log, save, and give way to Ctrl-C.
 
-    parameters, identity: of trained_parameters. rank, world: of start_ranks.
-    take_step(step, interrupt=...) changes them; it returns a dict of metrics for the log and a line for the screen.
+    parameters, identity: of trained_parameters. share, shares: of start_ranks, which rows are this process's.
+    take_step(step, interrupt=...) calls interrupt.hold() before it changes them; it returns a dict of metrics for the
+    log and a line for the screen. The loop releases when step, weights and log agree again.
     eval_problems: what an evaluation asks, eval_size of them. held_out(): the loss on held-out rows, over all ranks.
     """
     numbers, need = sum(map(whole_size, parameters.values())), 12 * sum(p.numel() for p in parameters.values())
@@ -732,12 +733,12 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, rank, wo
             return
         result = {}
         if eval_problems:
-            mine = list(range(rank, len(eval_problems), world))  # every rank asks its share
+            mine = list(range(share, len(eval_problems), shares))
             result = eval_math.evaluate(net, tokenizer, [eval_problems[i] for i in mine], cfg, indices=mine)
-            if world > 1:
-                shares = [None] * world
-                dist.all_gather_object(shares, result["rows"], group=net.shard.peers if net.shard else None)
-                rows = sorted((row for share in shares for row in share), key=lambda row: row["index"])
+            if shares > 1:
+                gathered = [None] * shares
+                dist.all_gather_object(gathered, result["rows"], group=net.shard.peers if net.shard else None)
+                rows = sorted((row for part in gathered for row in part), key=lambda row: row["index"])
                 result = eval_math.summarise([[row] for row in rows]) | {"rows": rows}
         if held_out:
             result["loss"] = held_out()
@@ -817,7 +818,7 @@ def say_evaluation(step, result):
 
 def train(cfg):
     check_settings(cfg)
-    rank, world, device = start_ranks(cfg)
+    share, shares, device = start_ranks(cfg)
     problems = eval_math.load_problems(cfg.dataset, "train")
     eval_problems = eval_math.load_problems(cfg.eval_dataset, "test") if cfg.eval_dataset else []
     net = load_model(cfg.model, "float32" if cfg.method == "full" else cfg.dtype, device, cfg.shard)
@@ -838,11 +839,11 @@ def train(cfg):
     shape = f" ({net.adapter.v.shape[0]} groups of u = {net.adapter.v.shape[1]})" if "v" in parameters else ""
     say(f"{cfg.model}: {size / 1e6:.1f}M parameters; {cfg.method} trains {sum(map(whole_size, parameters.values()))} "
         f"numbers{shape}, made ready in {time.time() - began:.1f} s; {len(problems)} problems; {net.head.dtype} on "
-        f"{net.device}, {world * cfg.shard} process(es)")
+        f"{net.device}, {shares * cfg.shard} process(es)")
 
-    take_step = partial(training_step, net, tokenizer, optimizer, problems, cfg, rank=rank, world=world)
-    training_loop(cfg, net, tokenizer, parameters, optimizer, identity | {"script": "grpo.py"}, rank, world, take_step,
-                  eval_problems)
+    take_step = partial(training_step, net, tokenizer, optimizer, problems, cfg, share=share, shares=shares)
+    training_loop(cfg, net, tokenizer, parameters, optimizer, identity | {"script": "grpo.py"}, share, shares,
+                  take_step, eval_problems)
 
 
 def prepare_problems(net, tokenizer, problems, cfg):
@@ -874,21 +875,21 @@ def sample_groups(net, tokenizer, problems, mine, cfg, progress):
                       truncated=sum(c.truncated for group in groups for c in group))
 
 
-def rollout(net, tokenizer, problems, cfg, step, rank, world):
+def rollout(net, tokenizer, problems, cfg, step, share, shares):
     """The batch of a step: a group of rewarded answers to each problem of this rank's share. Of groups that teach
     nothing, as all answers earned the same, each makes room for one of another problem that does, if cfg.resample
     rounds find one (dynamic sampling: DAPO, Yu et al. 2025, section 3.2); else it stays, without a gradient.
 
     Returns the batch's rows and sums over all ranks: batch_rows and batch_tokens of the batch, those of sample_groups
     of all that was sampled; and the most rounds of any rank."""
-    mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[rank::world]
+    mine = batch_positions(step, cfg.batch_size, len(problems), cfg.seed)[share::shares]
     groups, counts = sample_groups(net, tokenizer, problems, mine, cfg, f"step {step + 1}")
     rounds = 1
     while rounds <= cfg.resample:
         equal = [i for i, group in enumerate(groups) if not any(row.advantage for row in group)]
         if not equal:
             break
-        mine = further_positions(step, rounds, cfg, len(problems))[rank::world][: len(equal)]
+        mine = further_positions(step, rounds, cfg, len(problems))[share::shares][: len(equal)]
         new, more = sample_groups(net, tokenizer, problems, mine, cfg, f"step {step + 1}")
         for i, group in zip(equal, [group for group in new if any(row.advantage for row in group)]):
             groups[i] = group
@@ -899,10 +900,10 @@ def rollout(net, tokenizer, problems, cfg, step, rank, world):
     return rows, dict(zip(counts, all_reduce(list(counts.values()), net))) | {"rounds": int(rounds)}
 
 
-def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, interrupt):
+def training_step(net, tokenizer, optimizer, problems, cfg, step, share, shares, interrupt):
     """Sample, reward, update. Returns the metrics of the step over all ranks, and a line that sums them up."""
     t0 = time.time()
-    rows, n = rollout(net, tokenizer, problems, cfg, step, rank, world)
+    rows, counts = rollout(net, tokenizer, problems, cfg, step, share, shares)
     t1 = time.time()
     interrupt.hold()
     if not cfg.kl_coef:
@@ -910,7 +911,7 @@ def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, i
     passes, parameters = [], optimizer.param_groups[0]["params"]
     for _ in range(cfg.num_passes):
         optimizer.zero_grad(set_to_none=False)
-        passes.append(accumulate_gradient(net, tokenizer, rows, cfg, n["batch_rows"], n["batch_tokens"]))
+        passes.append(accumulate_gradient(net, tokenizer, rows, cfg, counts["batch_rows"], counts["batch_tokens"]))
         grad_norm = update(optimizer, parameters, cfg.grad_clip)
     t2 = time.time()
     # Clipping, like grad_norm, is of the last pass; the rest of the first, which scores with the weights that sampled.
@@ -919,17 +920,18 @@ def training_step(net, tokenizer, optimizer, problems, cfg, step, rank, world, i
     diff_max, v_max = all_reduce([sums.pop("diff_max"), v_max], net, "max")
     sums = dict(zip(sums, all_reduce(list(sums.values()), net)))
     # Reward, length and the shares are of all groups sampled, the replaced ones too: what is left of those tells less.
-    record = {"reward": n["right"] / n["rows"], "reward_lenient": n["lenient"] / n["rows"],
-              "equal_groups": n["equal"] / n["rows"], "length": n["tokens"] / n["rows"],
-              "truncated": n["truncated"] / n["rows"], "groups": int(n["rows"]) // cfg.group_size,
-              "rounds": n["rounds"], "loss": sums.pop("loss"), "grad_norm": grad_norm,
+    sampled = counts["rows"]
+    record = {"reward": counts["right"] / sampled, "reward_lenient": counts["lenient"] / sampled,
+              "equal_groups": counts["equal"] / sampled, "length": counts["tokens"] / sampled,
+              "truncated": counts["truncated"] / sampled, "groups": int(sampled) // cfg.group_size,
+              "rounds": counts["rounds"], "loss": sums.pop("loss"), "grad_norm": grad_norm,
               "v_norm": total_norm([p.detach() for p in parameters], parameters).item(), "v_max": v_max}
     scored = sums.pop("tokens")  # of the rows that have a gradient; over them go the means of the rest
     if not cfg.kl_coef:
         sums["kl"] = None  # not measured: that would take one more forward pass
     record |= {key: total / scored if scored and total is not None else None for key, total in sums.items()}
     record["diff_max"] = diff_max
-    record["seconds"] = {"generate": t1 - t0, "update": t2 - t1, "tokens_per_second": n["tokens"] / (t1 - t0),
+    record["seconds"] = {"generate": t1 - t0, "update": t2 - t1, "tokens_per_second": counts["tokens"] / (t1 - t0),
                          "peak_gb": peak_gb(net.device)}
     return record, summary(record, cfg, net.head.dtype)
 

@@ -282,10 +282,10 @@ class Sampler:
             self.state.done[source] = True
         del self.rows[size:], self.reached[size:]
 
-    def prefill(self, waiting, prompts, n, max_tokens=8192):
+    def prefill(self, upcoming, prompts, n, max_tokens=8192):
         """Run the next prompts that wait, without their last tokens, as many as the slots may soon need."""
         chosen, longest = [], 0
-        for i in waiting:
+        for i in upcoming:
             longer = max(longest, len(prompts[i]) - 1)
             if chosen and (len(chosen) > self.slots // n or (len(chosen) + 1) * longer > max_tokens):
                 break  # max_tokens bounds the memory of the activations

@@ -183,7 +183,7 @@ def shuffled(name, rows, cfg):
         yield from read(name, rows)
 
 
-def batches(cfg, rank, world):
+def batches(cfg, share, shares):
     """A function of step that gives this rank's share of the step's examples, and how many there are to train on (None
     of a stream). A resumed run takes the rows that it would have taken uninterrupted; a stream it reads from the start
     again, past those it has had. Every rank reads all of a stream: so its order is the same for any number of ranks."""
@@ -192,7 +192,7 @@ def batches(cfg, rank, world):
 
         def batch(step):
             later = (item for item in rows if item[0] >= step * cfg.batch_size)
-            mine = list(itertools.islice(later, cfg.batch_size))[rank::world]
+            mine = list(itertools.islice(later, cfg.batch_size))[share::shares]
             return [as_example(f"{cfg.dataset}, row {position} as shuffled", row) for position, row in mine]
 
         return batch, None
@@ -200,7 +200,7 @@ def batches(cfg, rank, world):
 
     def batch(step):
         positions = grpo.batch_positions(step, cfg.batch_size, len(examples), cfg.seed)
-        return [examples[index] for _, index in positions[rank::world]]
+        return [examples[index] for _, index in positions[share::shares]]
 
     return batch, len(examples)
 
@@ -218,8 +218,8 @@ def held_out_examples(cfg):
 
 def train(cfg):
     check_settings(cfg)
-    rank, world, device = start_ranks(cfg)
-    batch, num_examples = batches(cfg, rank, world)
+    share, shares, device = start_ranks(cfg)
+    batch, num_examples = batches(cfg, share, shares)
     held_out = held_out_examples(cfg)
     tokenizer = load_tokenizer(cfg.model)
     net = (random_model(cfg.model, cfg.seed, device, cfg.shard) if cfg.random_init else
@@ -233,7 +233,7 @@ def train(cfg):
     parameters, identity = grpo.trained_parameters(net, cfg)
     optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
     say(f"{cfg.model}: training {sum(map(whole_size, parameters.values()))} numbers ({cfg.method}) on "
-        f"{num_examples or 'a stream of'} rows; {net.head.dtype} on {net.device}, {world * cfg.shard} process(es)")
+        f"{num_examples or 'a stream of'} rows; {net.head.dtype} on {net.device}, {shares * cfg.shard} process(es)")
 
     def take_step(step, interrupt):
         t0 = time.time()
@@ -262,13 +262,13 @@ def train(cfg):
     asked = [e for e in held_out if "messages" not in e]
     eval_math.checked_prompts(net, tokenizer, asked, cfg, cfg.eval_dataset)
     scored = [e for e in held_out if "messages" in e or e["solution"] != e["answer"]]
-    rows, cut = encode_examples(tokenizer, scored[rank::world], cfg, context)
+    rows, cut = encode_examples(tokenizer, scored[share::shares], cfg, context)
     [cut] = grpo.all_reduce([cut], net)
     if cut:
         say(f"{cut:.0f} of {len(scored)} held-out rows are longer than {cfg.max_length or context} tokens, and count "
             "up to there")
     measure = partial(held_out_loss, net, tokenizer, rows, cfg) if scored else None
-    grpo.training_loop(cfg, net, tokenizer, parameters, optimizer, identity | {"script": "sft.py"}, rank, world,
+    grpo.training_loop(cfg, net, tokenizer, parameters, optimizer, identity | {"script": "sft.py"}, share, shares,
                        take_step, asked, measure)
 
 

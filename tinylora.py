@@ -127,11 +127,11 @@ class Adapter(nn.Module):
         self.R = None
         self.rows = None  # [N, B, r, r] from load_adapters: every row of a batch its own R; None: all the one of v
         self.enabled = True
-        self.held = False  # refresh leaves R as it is: sampling_form has taken it, for as long as v stands still
+        self.frozen = False  # refresh leaves R as it is: sampling_form has taken it, for as long as v stands still
 
     def refresh(self, *_):
         """Set all R [N, r, r]; runs before every forward pass, so an update of v is never missed."""
-        if self.held:
+        if self.frozen:
             return
         if self.rows is not None:
             self.R = self.rows
@@ -146,7 +146,8 @@ class Adapter(nn.Module):
 class Product:
     """Linears of one input as a single product, for sampling, while weights and adapter stand still: the weights side
     by side, and of the update the two thin factors V^T and U S R, multiplied out unless every row of a batch has its R
-    (own). Where the weights are copied anyway (joined), in float32, the copy takes in the update."""
+    (own): y = x W^T + b + ((x down^T) R) up^T. Where the weights are copied anyway (joined), in float32, the copy takes
+    in the update."""
 
     def take(self, linears, adapter, own, joined):
         self.parts = [len(linear.weight) for linear in linears] if len(linears) > 1 else None
@@ -229,7 +230,7 @@ def sampling_form(model, own=False, join_below=50_000_000):
     try:
         if adapter:
             adapter.refresh()
-            adapter.held = not own
+            adapter.frozen = not own
         for block in model.model.layers:
             attention, mlp = block.self_attn, block.mlp
             inputs = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
@@ -244,7 +245,7 @@ def sampling_form(model, own=False, join_below=50_000_000):
             thing.__dict__.pop(name, None)
             vars(product).clear()
         if adapter:
-            adapter.held, adapter.rows = False, None
+            adapter.frozen, adapter.rows = False, None
 
 
 def mix(v, groups, P):
@@ -334,9 +335,9 @@ def plan(model, settings):
 
 def adapted_linears(model):
     """The flat list of all linears in forward order, {name: module}."""
+    parts = {name: "self_attn" if name in LINEARS[:4] else "mlp" for name in LINEARS}
     return {f"model.layers.{i}.{part}.{name}": getattr(getattr(block, part), name)
-            for i, block in enumerate(model.model.layers) for name in LINEARS
-            for part in [("self_attn" if name in LINEARS[:4] else "mlp")]}
+            for i, block in enumerate(model.model.layers) for name, part in parts.items()}
 
 
 def parse_targets(text):
@@ -665,8 +666,8 @@ def read_adapter(where):
     return where, settings, {name: t.float() for name, t in tensors.items()}
 
 
-def fit(model, where):
-    """read_adapter, checked against the model: what is to be passed to add_adapter, and the tensors in their shapes."""
+def read_for(model, where):
+    """read_adapter, checked against the model: what plan returns, and the tensors in their shapes."""
     where, settings, tensors = read_adapter(where)
     base, _ = settings.pop("base"), settings.pop("dtype")
     modules, groups, meta = plan(model, settings)
@@ -686,13 +687,13 @@ def fit(model, where):
         name = min(set(found.items()) ^ set(shapes.items()))[0]
         raise UserError(f"{where}: {name} has shape {found.get(name)}, its settings and this model say "
                         f"{shapes.get(name)}")
-    return meta, groups, modules, tensors
+    return modules, groups, meta, tensors
 
 
 def load_adapter(model, where):
     """Attach the adapter of a file, of the out_dir of a run, or of a text to its base model; another base is refused.
     Raises UserError, with the model as it was, for what cannot be read or does not fit."""
-    meta, _, _, tensors = fit(model, where)
+    _, _, meta, tensors = read_for(model, where)
     adapter = add_adapter(model, **meta)
     with torch.no_grad():
         for name, p in adapter.named_parameters():
@@ -721,7 +722,7 @@ def load_adapters(model, adapters):
     try:
         for k, where in enumerate(adapters):
             if where:
-                meta, groups, modules, tensors = fit(model, where)
+                modules, groups, meta, tensors = read_for(model, where)
                 if meta["method"] == "lora":
                     raise UserError(f"{where[:80]}: a LoRA has its own factors and cannot share a batch; load it alone")
                 key = json.dumps(meta, sort_keys=True)

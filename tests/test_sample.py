@@ -248,7 +248,7 @@ def test_a_failure_while_the_sampling_form_is_made_leaves_nothing(net, monkeypat
     monkeypatch.setattr(tinylora.Product, "take", failing)
     with pytest.raises(torch.OutOfMemoryError):
         sample.generate(net, SimpleNamespace(stop_ids={1}, pad_id=0), [[5]], max_new_tokens=2)
-    assert {name: set(vars(module)) for name, module in net.named_modules()} == before and not net.adapter.held
+    assert {name: set(vars(module)) for name, module in net.named_modules()} == before and not net.adapter.frozen
     assert len(made) == 5 and not any(map(vars, made))  # no second copy of the weights
 
 
