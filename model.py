@@ -64,7 +64,7 @@ class Config:
 
 class Linear(nn.Linear):
     def reset_parameters(self):
-        pass  # the numbers come from files, or from init_weights
+        pass  # the numbers come from files, or from init_weights; to draw them here takes seconds, on meta too
 
 
 class Embedding(nn.Embedding):
