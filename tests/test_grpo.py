@@ -50,6 +50,20 @@ def test_advantages_by_hand():
     assert torch.allclose(grpo.group_advantages(rewards, "dr_grpo")[0], torch.tensor([0.5, -0.5, -0.5, 0.5]))
 
 
+def test_all_objectives_but_dr_grpo_divide_by_the_spread():
+    std = math.sqrt(4 * 0.25 / 3)
+    for objective in grpo.CLIP:
+        expected = 0.5 if objective == "dr_grpo" else 0.5 / std
+        advantages = grpo.group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]), objective)
+        assert advantages[0].tolist() == pytest.approx([expected, -expected, -expected, expected], abs=1e-5)
+
+
+def test_equal_rewards_whose_mean_is_rounded_teach_nothing():
+    rewards = torch.full((1, 7), 0.7)
+    assert rewards.mean() != rewards[0, 0]
+    assert all(not grpo.group_advantages(rewards, objective).any() for objective in grpo.CLIP)
+
+
 def test_token_weights_by_hand():
     """Two rows of 2 and 4 tokens, of a batch of 8 rows and 30 tokens."""
 
@@ -326,9 +340,9 @@ def test_rows_end_to_end_on_a_gpu(checkpoint, tokenizer):
     assert (padded - packed).abs().mean() <= 0.05 and (ours - expected).norm() <= 0.1 * expected.norm()
 
 
-def plain_logprobs(net, row):
+def plain_logprobs(net, row, temperature=1.0):
     """Log-probs of a row's tokens, one row at a time through the plain forward pass."""
-    logits = net(torch.tensor([row.prompt + row.ids]))[0, len(row.prompt) - 1 : -1]
+    logits = net(torch.tensor([row.prompt + row.ids]))[0, len(row.prompt) - 1 : -1] / temperature
     return torch.log_softmax(logits, -1)[range(len(row.ids)), row.ids]
 
 
@@ -338,17 +352,17 @@ def in_float64(net):
         linear.US, linear.Vt = linear.US.double(), linear.Vt.double()
 
 
-@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
-def test_gradient_is_that_of_the_textbook_formula(net, tokenizer, checkpoint, kl_coef):
+@pytest.mark.parametrize("kl_coef, temperature", [(0.0, 1.0), (0.3, 1.0), (0.3, 0.5)])
+def test_gradient_is_that_of_the_textbook_formula(net, tokenizer, checkpoint, kl_coef, temperature):
     """On policy: -A mean(log p) a row, plus kl_coef times the mean of k3 against the model without adapter."""
     rows, base = random_rows(5), model.load_model(checkpoint, device="cpu").double()
     torch.nn.init.normal_(tinylora.add_adapter(net, u=3, n_tie=4).v, std=0.2)
-    ours = gradient(net, tokenizer, rows, settings(kl_coef=kl_coef))
+    ours = gradient(net, tokenizer, rows, settings(kl_coef=kl_coef, temperature=temperature))
     in_float64(net)
     net.adapter.zero_grad()
     loss = 0
     for row in rows:
-        logp, ref = plain_logprobs(net, row), plain_logprobs(base, row)
+        logp, ref = plain_logprobs(net, row, temperature), plain_logprobs(base, row, temperature)
         kl = (ref - logp).exp() - (ref - logp) - 1
         loss = loss + (-row.advantage * logp.mean() + kl_coef * kl.mean()) / len(rows)
     loss.backward()
@@ -382,6 +396,66 @@ def test_later_passes_keep_the_ratio_to_the_policy_of_the_first(net, tokenizer, 
     loss.backward()
     assert above and below and above + below == sums["clipped"] < num_tokens  # some are clipped on each side, not all
     assert (ours - adapter.v.grad).norm() <= 1e-4 * ours.norm()
+
+
+@pytest.mark.parametrize("objective", grpo.CLIP)
+def test_the_bounds_of_the_ratio_are_the_objectives_unless_they_are_given(net, tokenizer, monkeypatch, objective):
+    seen, real = [], grpo.policy_loss
+    monkeypatch.setattr(grpo, "policy_loss", lambda *a: (seen.append(a[6:8]), real(*a))[1])
+    tinylora.add_adapter(net, u=1)
+    for changes in ({}, dict(clip_low=0.1), dict(clip_high=0.4), dict(clip_low=0.1, clip_high=0.4)):
+        grpo.accumulate_gradient(net, tokenizer, random_rows(2), settings(objective=objective, **changes), 2, 9)
+    low, high = grpo.CLIP[objective]
+    assert seen == [(low, high), (0.1, high), (low, 0.4), (0.1, 0.4)]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_mismatch_with_the_sampler_weights_the_gradient_in_every_pass(net, tokenizer, packing):
+    """min(policy of the first pass / sampler, cap) a token, in the second pass too, where v has moved."""
+    adapter, rows, cap = tinylora.add_adapter(net, u=3, n_tie=4), random_rows(), 1.5
+    with torch.no_grad():
+        old = [plain_logprobs(net, row) for row in rows]
+    for i, (row, logp) in enumerate(zip(rows, old)):
+        row.sampler_logprobs = (logp - torch.linspace(-1, 1 + i % 2, len(logp))).tolist()
+    for moved in (0.0, 0.02):
+        with torch.no_grad():
+            adapter.v += moved
+        adapter.zero_grad()
+        grpo.accumulate_gradient(net, tokenizer, rows, settings(tis_cap=cap, packing=packing, clip_low=0.9,
+                                                                clip_high=9.0, micro_batch_tokens=40), len(rows), 99)
+        ours = adapter.v.grad.clone()
+        adapter.zero_grad()
+        loss, weights = 0, []
+        for row, old_logp in zip(rows, old):
+            weights.append((old_logp - torch.tensor(row.sampler_logprobs)).exp().clamp(max=cap))
+            ratio = (plain_logprobs(net, row) - old_logp).exp()
+            loss = loss - row.advantage * (ratio * weights[-1]).mean() / len(rows)
+        loss.backward()
+        assert (ours - adapter.v.grad).norm() <= 1e-4 * ours.norm() and ours.norm() > 0
+    weights = torch.cat(weights)
+    assert 0 < (weights == cap).sum() < len(weights)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_metrics_of_a_pass_are_sums_over_its_tokens(net, tokenizer, checkpoint, packing):
+    """Over several micro-batches, against one row at a time through the plain forward pass."""
+    torch.nn.init.normal_(tinylora.add_adapter(net, u=3, n_tie=4).v, std=0.2)
+    base, rows = model.load_model(checkpoint, device="cpu"), random_rows()
+    cfg = settings(objective="dapo", kl_coef=0.3, micro_batch_tokens=40, packing=packing)
+    count = sum(len(row.ids) for row in rows)
+    sums = grpo.accumulate_gradient(net, tokenizer, rows, cfg, len(rows), count)
+    expected = dict.fromkeys(("loss", "kl", "entropy", "diff", "diff_max"), 0.0)
+    with torch.no_grad():
+        for row in rows:
+            logp, ref = plain_logprobs(net, row), plain_logprobs(base, row)
+            logits = net(torch.tensor([row.prompt + row.ids]))[0, len(row.prompt) - 1 : -1]
+            kl, diff = grpo.k3(logp, ref).sum().item(), (logp - torch.tensor(row.sampler_logprobs)).abs()
+            expected["loss"] += (-row.advantage * len(row.ids) + 0.3 * kl) / count
+            expected["kl"] += kl
+            expected["entropy"] += torch.distributions.Categorical(logits=logits).entropy().sum().item()
+            expected["diff"] += diff.sum().item()
+            expected["diff_max"] = max(expected["diff_max"], diff.max().item())
+    assert sums == pytest.approx(expected | {"clipped": 0, "tokens": count}, rel=1e-4)
 
 
 def test_the_stop_token_is_trained(net, tokenizer):
@@ -471,6 +545,74 @@ def test_groups_stay_when_the_rounds_are_used_up(net, tokenizer, checkpoint, pro
     groups, counts = rolled_out(net, tokenizer, checkpoint, problems, resample=2)
     assert groups == plain and counts["rounds"] == 3
     assert counts["rows"] == counts["equal"] == 3 * 32 and counts["batch_rows"] == 32
+
+
+def answers(*texts, cut=""):
+    """Completions of these texts, of as many tokens as characters; those in `cut` are cut off."""
+    return [sample.Completion([5] * len(text), [-1.0] * len(text), text, text in cut) for text in texts]
+
+
+@pytest.mark.parametrize("objective", ["dapo", "dr_grpo"])
+def test_groups_are_asked_and_rewarded_as_the_settings_say(net, tokenizer, checkpoint, problems, monkeypatch,
+                                                           objective):
+    """Right, wrong in form, cut off and right but long; and a group of which all are wrong, and one of these long."""
+    cfg = configure(vars(grpo), args(checkpoint, problems, "unused", answer_format="hash", overlong_tokens=4, seed=3,
+                                     max_new_tokens=10, temperature=0.7, objective=objective))
+    rows, asked = [{"question": "?", "answer": "7", "prompt": [5, 6]}, {"question": "!", "answer": "8", "prompt": [9]}], []
+    texts = [answers("#### 7", "7", "so #### 7", "#### 7   ", cut=["so #### 7"]), answers("1", "2", "3", "1234567")]
+
+    def generate(*arguments, **options):
+        asked.append((*arguments[2:], options["prompt_ids"]))
+        return texts
+
+    monkeypatch.setattr(grpo, "generate", generate)
+    groups, counts = grpo.sample_groups(net, tokenizer, rows, [(40, 0), (2**40 + 1, 1)], cfg, None)
+    assert asked == [([[5, 6], [9]], 4, 10, 0.7, 3, [40, 2**40 + 1])]
+    earned = torch.tensor([[1.0, 0.0, -0.75, 0.25], [0.0, 0.0, 0.0, -0.25]])  # less (length - 6) / 4
+    expected = earned - earned.mean(1, keepdim=True)
+    expected = expected if objective == "dr_grpo" else expected / earned.std(1, keepdim=True)
+    assert [[row.advantage for row in group] for group in groups] == [
+        pytest.approx(line, abs=1e-4) for line in expected.tolist()]
+    assert counts == dict(rows=8, tokens=6 + 1 + 9 + 9 + 1 + 1 + 1 + 7, right=2.0, lenient=4, equal=0, truncated=1)
+    assert [row.ids for row in groups[0]] == [c.ids for c in texts[0]] and groups[1][0].prompt == [9]
+
+
+def test_a_replacement_is_asked_for_each_group_that_teaches_nothing_and_no_more(net, tokenizer, monkeypatch):
+    """In round 0 two of three groups are equal, in round 1 one of the two new ones, in round 2 the last teaches."""
+    asked, teaching = [], iter([[0.0, 1.0, 0.0], [0.0, 1.0], [1.0]])
+    monkeypatch.setattr(grpo, "sample_groups", lambda net, tok, problems, mine, *_: (
+        asked.append(len(mine)), ([[grpo.Row([5], [6], [-1.0], a)] for a in next(teaching)], {"rows": len(mine)}))[1])
+    cfg = SimpleNamespace(batch_size=3, seed=1, resample=2)
+    rows, counts = grpo.rollout(net, tokenizer, [None] * 9, cfg, 0, 0, 1)
+    assert asked == [3, 2, 1] and [row.advantage for row in rows] == [1.0] * 3
+    assert counts == dict(rows=6, batch_rows=3, batch_tokens=3, rounds=3)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_the_record_of_a_step_by_hand(net, tokenizer, checkpoint, problems, monkeypatch, kl_coef):
+    """Two passes. Reward and length are of all that was sampled, the loss of the batch, the means of its tokens."""
+    counts = dict(rows=24, tokens=300, right=6.0, lenient=9, equal=8, truncated=3, batch_rows=16, batch_tokens=200,
+                  rounds=2)
+    rows, seen = [grpo.Row([5], [6], [-1.0], advantage) for advantage in (0.5, 0.0, -0.5)], []
+    passes = [dict(loss=0.5, clipped=0.0, kl=2.0, entropy=4.0, diff=0.2, diff_max=0.1, tokens=20),
+              dict(loss=0.7, clipped=5.0, kl=3.0, entropy=6.0, diff=0.4, diff_max=0.3, tokens=20)]
+    monkeypatch.setattr(grpo, "rollout", lambda *_: (rows, counts))
+    monkeypatch.setattr(grpo, "accumulate_gradient", lambda net, tok, *a: (seen.append(a), dict(passes[len(seen) - 1]))[1])
+    monkeypatch.setattr(grpo, "update", lambda *_: 3.0 + len(seen))
+    adapter = tinylora.add_adapter(net, u=2, targets="attention/mlp")
+    with torch.no_grad():
+        adapter.v.copy_(torch.tensor([[0.0, 3.0], [-4.0, 0.0]]))
+    cfg = configure(vars(grpo), args(checkpoint, problems, "unused", num_passes=2, kl_coef=kl_coef))
+    optimizer, interrupt = torch.optim.Adam(adapter.parameters()), grpo.Interrupt()
+    record, line = grpo.training_step(net, tokenizer, optimizer, [], cfg, 0, 0, 1, interrupt)
+    assert interrupt.held
+    assert [(len(a[0]), *a[2:]) for a in seen] == [(3 if kl_coef else 2, 16, 200)] * 2
+    assert record.pop("seconds").keys() == {"generate", "update", "tokens_per_second", "peak_gb"}
+    assert record == pytest.approx(dict(
+        reward=0.25, reward_lenient=0.375, equal_groups=1 / 3, length=12.5, truncated=0.125, groups=6, rounds=2, loss=0.5,
+        grad_norm=5.0, v_norm=5.0, v_max=4.0, clipped=0.25, kl=0.1 if kl_coef else None, entropy=0.2, diff=0.01,
+        diff_max=0.1))
+    assert "reward 0.250 (last number 0.375)" in line and "warning: a number of v has grown to 4.0" in line
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
@@ -914,6 +1056,123 @@ def test_a_checkpoint_of_another_adapter_is_refused(checkpoint, problems, tmp_pa
         sft.train(configure(vars(sft), mine))
 
 
+def test_the_log_goes_on_behind_the_steps_that_are_saved(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = [json.dumps({"step": step, "x": 1}) + "\n" for step in (0, 1, 2, 2, 3, 4)]
+    path.write_text("".join(lines) + '{"step": 5, "re')  # killed here
+    with grpo.open_log(str(path), 2) as log:
+        log.write("more\n")
+    assert path.read_text() == "".join(lines[:4]) + "more\n"
+    with grpo.open_log(str(path), 0):
+        assert path.read_text() == ""
+
+
+def test_a_checkpoint_with_any_byte_changed_is_not_read(tmp_path):
+    v, path = torch.nn.Parameter(torch.arange(40.0)), tmp_path / "checkpoint.safetensors"
+    optimizer = torch.optim.Adam([v])
+    v.grad = torch.ones(40)
+    optimizer.step()
+    grpo.save_checkpoint(str(path), {"v": v}, optimizer, 12, {"best": 0.5}, {"method": "tinylora"})
+    whole = path.read_bytes()
+    assert grpo.read_checkpoint(str(path))[1]["step"] == 12
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+        with pytest.raises(OSError):
+            grpo.read_checkpoint(str(path))
+
+
+def test_a_run_goes_on_where_the_weights_are_held_in_another_dtype(checkpoint, problems, tmp_path):
+    """The fingerprint of the base differs in its last digits, as it does from one machine to another."""
+    options = dict(eval_dataset="", dtype="bfloat16")
+    run(*args(checkpoint, problems, tmp_path / "run", max_steps=1, **options))
+    before = grpo.read_checkpoint(str(tmp_path / "run" / "checkpoint.safetensors"))[1]["identity"]["base"]
+    run(*args(checkpoint, problems, tmp_path / "run", max_steps=2, init_from="resume", **options | {"dtype": "float32"}))
+    after = grpo.read_checkpoint(str(tmp_path / "run" / "checkpoint.safetensors"))[1]
+    assert after["step"] == 2 and after["identity"]["base"] != before
+
+
+def test_the_time_of_a_resumed_run_is_that_of_both_parts(checkpoint, problems, tmp_path, monkeypatch, capsys):
+    options = dict(eval_dataset="", eval_size=0)
+    run(*args(checkpoint, problems, tmp_path / "run", max_steps=1, **options))
+    path = str(tmp_path / "run" / "checkpoint.safetensors")
+    assert 0 < grpo.read_checkpoint(path)[1]["history"]["seconds"] < 600
+    real = grpo.load_checkpoint
+
+    def long_ago(*arguments):
+        step, history, file = real(*arguments)
+        return step, history | {"seconds": 5000.0}, file
+
+    monkeypatch.setattr(grpo, "load_checkpoint", long_ago)
+    run(*args(checkpoint, problems, tmp_path / "run", max_steps=2, init_from="resume", **options))
+    assert 5000 < grpo.read_checkpoint(path)[1]["history"]["seconds"] < 5600
+
+
+def test_an_update_that_fails_in_a_later_pass_is_not_saved(checkpoint, problems, tmp_path, lucky, monkeypatch):
+    """Its first pass has moved v already: the checkpoint is to stay that of the step before."""
+    real, calls = grpo.update, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise UserError("the gradient is not finite")
+        return real(*arguments)
+
+    monkeypatch.setattr(grpo, "update", failing)
+    with pytest.raises(UserError, match="not finite"):
+        run(*args(checkpoint, problems, tmp_path / "run", eval_dataset="", num_passes=2, save_interval=1))
+    tensors, info = grpo.read_checkpoint(str(tmp_path / "run" / "checkpoint.safetensors"))
+    assert info["step"] == 1 and tensors["optimizer.0.step"] == 2
+
+
+def test_the_optimiser_is_adam_as_the_paper_has_it(checkpoint, problems, tmp_path, lucky, monkeypatch):
+    seen, real = [], grpo.update
+    monkeypatch.setattr(grpo, "update", lambda optimizer, *a: (seen.append(optimizer), real(optimizer, *a))[1])
+    run(*args(checkpoint, problems, tmp_path / "run", eval_dataset="", max_steps=1, lr=0.03))
+    [group] = seen[0].param_groups
+    assert type(seen[0]) is torch.optim.Adam
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.03, (0.9, 0.999), 0)
+    v = load_file(tmp_path / "run" / "adapter.safetensors")["v"]
+    assert v.abs().max().item() == pytest.approx(0.03, rel=1e-3)  # Adam's first step
+
+
+@pytest.mark.parametrize("grad_clip, norm", [(0.5, 0.5), (5.0, 5.0), (20.0, 10.0), (0.0, 10.0)])
+def test_the_gradient_is_clipped_to_the_bound_and_its_norm_told_before(grad_clip, norm):
+    a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    a.grad, b.grad = torch.tensor([6.0, 0.0]), torch.tensor([0.0, 8.0])
+    assert grpo.update(torch.optim.SGD([a, b], lr=1.0), [a, b], grad_clip) == pytest.approx(10.0)
+    assert torch.cat((a, b)).tolist() == pytest.approx([-0.6 * norm, 0, 0, -0.8 * norm], abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stops_the_pass_before_the_step(value):
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([1.0, value])
+    with pytest.raises(UserError, match="gradient is not finite"):
+        grpo.update(torch.optim.Adam([p]), [p], 1.0)
+    assert not p.any()
+
+
+def test_a_log_prob_of_minus_infinity_is_not_finite(tmp_path):
+    rows, mask = random_rows(2), torch.tensor([[True, True], [True, False]])
+    logp = torch.tensor([[-1.0, -2.0], [-math.inf, 0.0]])
+    with pytest.raises(UserError, match="not finite"):
+        grpo.check_finite(logp, mask, rows, SimpleNamespace(out_dir=str(tmp_path)))
+    assert json.loads((tmp_path / "not_finite.json").read_text())["ids"] == rows[1].ids
+
+
+def test_signals_mean_what_they_meant_before_once_a_run_has_ended():
+    before = [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)]
+    with grpo.Interrupt():
+        assert all(signal.getsignal(name) not in before for name in (signal.SIGINT, signal.SIGTERM))
+    assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_settings_that_a_method_does_not_read_are_named(net, checkpoint, problems, capsys):
+    cfg = configure(vars(grpo), args(checkpoint, problems, "unused", method="lora", n_tie=4, alpha=8))
+    grpo.trained_parameters(net, cfg)
+    assert "method = lora does not read u, n_tie\n" in capsys.readouterr().out
+
+
 def test_a_log_line_that_no_run_wrote_is_named(checkpoint, problems, tmp_path):
     options = dict(max_steps=1, eval_dataset="", init_from="resume")
     run(*args(checkpoint, problems, tmp_path / "run", max_steps=1, eval_dataset=""))
@@ -977,7 +1236,7 @@ def test_metrics_go_to_wandb_and_tensorboard_too(checkpoint, problems, tmp_path,
     assert [options["step"] for _, _, options in logged] == [line["step"] for line in lines] == [0, 1, 2, 2]
     (first,), (second,) = (arguments for _, arguments, _ in logged[:2])
     assert second["reward"] == lines[1]["reward"] and first["eval/strict"] == lines[0]["eval"]["strict"]
-    assert points[0][:2] == ("SummaryWriter", (str(tmp_path / "run"),)) and points[-1][0] == "close"
+    assert points[0] == ("SummaryWriter", (str(tmp_path / "run"),), {"purge_step": 1}) and points[-1][0] == "close"
     assert ("add_scalar", ("seconds/update", lines[2]["seconds"]["update"], 2), {}) in points
     assert len(points) - 2 == sum(len(arguments[0]) for _, arguments, _ in logged)
 
@@ -1005,6 +1264,13 @@ REFUSED = {
     "negative interval": (dict(eval_interval=-1), "eval_interval and save_interval must not be negative"),
     "seed beyond numpy's": (dict(seed=2**32 - 1), "seed must be below"),
     "no tokens": (dict(max_new_tokens=0), "max_new_tokens, num_passes"),
+    "no passes": (dict(num_passes=0), "max_new_tokens, num_passes"),
+    "negative kl_coef": (dict(kl_coef=-0.1), "must not be negative"),
+    "negative cap": (dict(tis_cap=-1.0), "tis_cap 0 or more"),
+    "top_k in training": (dict(top_k=5), "top_p and top_k must stay"),
+    "16 bits with a short range": (dict(dtype="float16"), "dtype = float16 has too short a range"),
+    "misspelt answer_format": (dict(answer_format="boxd"), "answer_format must be"),
+    "misspelt init_from": (dict(init_from="resum"), "init_from must be scratch or resume"),
     "overlong_tokens beyond the limit": (dict(overlong_tokens=10**6), "overlong_tokens must be"),
     "prompt longer than the context": (
         dict(prompt_template="{question}" * 40),

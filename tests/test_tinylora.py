@@ -212,6 +212,38 @@ def test_projection_is_the_same_in_another_process_and_for_any_thread_count():
     assert abs(big.mean()) < 0.02 and abs(big.var() - 0.5) < 0.02  # N(0, 1/r)
 
 
+def test_the_numbers_behind_a_seed_are_the_same_for_ever():
+    """Adapters, data orders and samples that people have are made of these: another number is another format."""
+    name = "model.layers.0.self_attn.q_proj"
+    P = tinylora.random_projection(1337, name, 2, 2)
+    assert P.flatten().tolist() == pytest.approx([0.0922771, 0.03799395, -0.31146783, 0.19029599,
+                                                  -0.64399171, 0.41659591, -0.01957908, 0.74302101], abs=1e-6)
+    [(_, A)] = tinylora.lora_init({name: nn.Linear(4, 3)}, 2, 1337)
+    assert A.flatten().tolist() == pytest.approx([-0.19383518, 0.49861515, 0.18941867, 0.46004704,
+                                                  0.24388088, -0.39917314, 0.2023723, -0.31283572], abs=1e-6)
+    assert grpo.epoch_order(1337, 1, 8).tolist() == [0, 3, 1, 4, 7, 5, 2, 6]
+    assert sample.row_uniforms(1337, 5, 2, 4).tolist() == pytest.approx([0.16683972, 0.12831873, 0.25323653,
+                                                                         0.33500743], abs=1e-7)
+
+
+def test_an_adapter_saved_by_the_first_version_is_read():
+    net = model.load_model(ROOT / "toy/base", device="cpu")
+    adapter = tinylora.load_adapter(net, "hex:3c23d70abf000000:tinylora-2:method=tinylora:rank=2:u=2:n_tie=0:tie=tiled:"
+                                    "seed=7:targets=all:base=b613b668bb51295a3c353af3bb91c032:dtype=float32")
+    assert adapter.v.tolist() == [[np.float32(0.01), -0.5]] and adapter.meta["seed"] == 7
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_go_the_other_way_round_to_the_same_result(monkeypatch, bias):
+    linear, others = nn.Linear(30, 20, bias=bias), []
+    monkeypatch.setattr(tinylora, "LARGE", 20 * 30 - 1)
+    monkeypatch.setattr(nn.functional, "linear", lambda *a, real=nn.functional.linear: (others.append(1), real(*a))[1])
+    for rows in (1, 7, 8, 32, 33):
+        x = torch.randn(rows, 1, 30)
+        assert torch.allclose(tinylora.few_rows_linear(x, linear.weight, linear.bias), linear(x), atol=1e-5)
+    assert len(others) == 5 + 3
+
+
 @pytest.mark.parametrize("shape", [(300, 200), (150, 400), (40, 30), (64, 64)])
 @pytest.mark.parametrize("spectrum", ["flat", "decaying", "one value towers"])
 def test_top_svd_equals_the_full_one(shape, spectrum):
