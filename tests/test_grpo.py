@@ -558,7 +558,7 @@ def test_groups_are_asked_and_rewarded_as_the_settings_say(net, tokenizer, check
     """Right, wrong in form, cut off and right but long; and a group of which all are wrong, and one of these long."""
     cfg = configure(vars(grpo), args(checkpoint, problems, "unused", answer_format="hash", overlong_tokens=4, seed=3,
                                      max_new_tokens=10, temperature=0.7, objective=objective))
-    rows, asked = [{"question": "?", "answer": "7", "prompt": [5, 6]}, {"question": "!", "answer": "8", "prompt": [9]}], []
+    rows, asked = [{"answer": "7", "prompt": [5, 6]}, {"answer": "8", "prompt": [9]}], []
     texts = [answers("#### 7", "7", "so #### 7", "#### 7   ", cut=["so #### 7"]), answers("1", "2", "3", "1234567")]
 
     def generate(*arguments, **options):
@@ -597,7 +597,8 @@ def test_the_record_of_a_step_by_hand(net, tokenizer, checkpoint, problems, monk
     passes = [dict(loss=0.5, clipped=0.0, kl=2.0, entropy=4.0, diff=0.2, diff_max=0.1, tokens=20),
               dict(loss=0.7, clipped=5.0, kl=3.0, entropy=6.0, diff=0.4, diff_max=0.3, tokens=20)]
     monkeypatch.setattr(grpo, "rollout", lambda *_: (rows, counts))
-    monkeypatch.setattr(grpo, "accumulate_gradient", lambda net, tok, *a: (seen.append(a), dict(passes[len(seen) - 1]))[1])
+    monkeypatch.setattr(grpo, "accumulate_gradient", lambda net, tok, *a: (
+        seen.append(a), dict(passes[len(seen) - 1]))[1])
     monkeypatch.setattr(grpo, "update", lambda *_: 3.0 + len(seen))
     adapter = tinylora.add_adapter(net, u=2, targets="attention/mlp")
     with torch.no_grad():
@@ -609,8 +610,8 @@ def test_the_record_of_a_step_by_hand(net, tokenizer, checkpoint, problems, monk
     assert [(len(a[0]), *a[2:]) for a in seen] == [(3 if kl_coef else 2, 16, 200)] * 2
     assert record.pop("seconds").keys() == {"generate", "update", "tokens_per_second", "peak_gb"}
     assert record == pytest.approx(dict(
-        reward=0.25, reward_lenient=0.375, equal_groups=1 / 3, length=12.5, truncated=0.125, groups=6, rounds=2, loss=0.5,
-        grad_norm=5.0, v_norm=5.0, v_max=4.0, clipped=0.25, kl=0.1 if kl_coef else None, entropy=0.2, diff=0.01,
+        reward=0.25, reward_lenient=0.375, equal_groups=1 / 3, length=12.5, truncated=0.125, groups=6, rounds=2,
+        loss=0.5, grad_norm=5.0, v_norm=5.0, v_max=4.0, clipped=0.25, kl=0.1 if kl_coef else None, entropy=0.2, diff=0.01,
         diff_max=0.1))
     assert "reward 0.250 (last number 0.375)" in line and "warning: a number of v has grown to 4.0" in line
 
@@ -1086,7 +1087,8 @@ def test_a_run_goes_on_where_the_weights_are_held_in_another_dtype(checkpoint, p
     options = dict(eval_dataset="", dtype="bfloat16")
     run(*args(checkpoint, problems, tmp_path / "run", max_steps=1, **options))
     before = grpo.read_checkpoint(str(tmp_path / "run" / "checkpoint.safetensors"))[1]["identity"]["base"]
-    run(*args(checkpoint, problems, tmp_path / "run", max_steps=2, init_from="resume", **options | {"dtype": "float32"}))
+    options |= dict(dtype="float32", init_from="resume")
+    run(*args(checkpoint, problems, tmp_path / "run", max_steps=2, **options))
     after = grpo.read_checkpoint(str(tmp_path / "run" / "checkpoint.safetensors"))[1]
     assert after["step"] == 2 and after["identity"]["base"] != before
 

@@ -107,6 +107,26 @@ def test_merge_equals_unmerged(net):
     tinylora.add_adapter(net)  # the old one is gone
 
 
+def test_merging_into_16_bits_rounds_once(net):
+    net = net.bfloat16()
+    adapter = filled(tinylora.add_adapter(net, u=3, n_tie=5))
+    adapter.refresh()
+    expected = [(m.weight.float() + m.US.float() @ m.R @ m.Vt.float()).bfloat16().clone() for m in adapter.linears]
+    linears = list(adapter.linears)
+    tinylora.merge(net)
+    assert all(torch.equal(m.weight, W) for m, W in zip(linears, expected))
+
+
+def test_a_detached_adapter_leaves_nothing(net):
+    before = [{*vars(module)} for module in net.modules()]
+    tinylora.add_adapter(net, u=3)
+    net(IDS)
+    tinylora.detach(net)
+    net(IDS)
+    assert [{*vars(module)} for module in net.modules()] == before and not net.model._forward_pre_hooks
+    assert not any(isinstance(module, tinylora.AdaptedLinear) for module in net.modules())
+
+
 def test_a_small_update_survives_in_bfloat16_though_merged_into_the_weights_it_is_rounded_away():
     """How much of the exact update is in the outputs of a bf16 layer, over 4,096 random inputs."""
     torch.manual_seed(0)
@@ -261,11 +281,13 @@ def test_top_svd_equals_the_full_one(shape, spectrum):
 
 def spectrum_of(kind, n):
     i = torch.arange(1, n + 1).double()
-    return {"decaying": 1 / i, "spiked": 1 + 3 / i.sqrt() * (i < 40), "one value towers": 1 / i + 1e4 * (i == 1)}[kind]
+    spiked = 1 + 3 / i.sqrt() * (i < 40)
+    return {"decaying": 1 / i, "spiked": spiked, "one value towers": 1 / i + 1e4 * (i == 1),
+            "one value towers over spikes": spiked + 1e4 * (i == 1)}[kind]
 
 
 @pytest.mark.parametrize("shape", [(900, 600), (560, 1000)])
-@pytest.mark.parametrize("kind", ["flat", "decaying", "spiked", "one value towers"])
+@pytest.mark.parametrize("kind", ["flat", "decaying", "spiked", "one value towers", "one value towers over spikes"])
 def test_large_matrices_need_no_full_svd(shape, kind, monkeypatch, capsys):
     """To 1e-5 in the singular values and 1e-4 in the subspace; flat is Gaussian: neighbours 1 % apart."""
     torch.manual_seed(0)
@@ -356,6 +378,15 @@ def test_the_svd_is_cached_and_a_damaged_cache_is_made_again(cache_dir, monkeypa
                    {"a": WEIGHTS["a"].flip(0)}, {"a": WEIGHTS["a"].bfloat16()}, {"b": WEIGHTS["b"].roll(1, 1)}):
         factors(WEIGHTS | change)
         assert calls == ["a", "b"]  # nothing of other weights is taken
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch):
+    for name, value, folder in (("HOME", "/h", "/h/.cache/tinylora/"), ("XDG_CACHE_HOME", "/x", "/x/tinylora/"),
+                                ("TINYLORA_CACHE", "/t", "/t/")):
+        monkeypatch.delenv("TINYLORA_CACHE", raising=False)
+        monkeypatch.setenv(name, value)
+        path = tinylora.cache_path(WEIGHTS, 1)
+        assert path.startswith(folder) and "/" not in path[len(folder) :]
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capsys):
@@ -624,9 +655,12 @@ def test_what_import_cannot_express_is_refused(net, tmp_path):
     config = json.loads((tmp_path / "x/adapter_config.json").read_text())
     tensors = load_file(file)
     key = next(name for name in tensors if "layers.1.mlp.up_proj.lora_A" in name)
-    cases = [(config | {"use_dora": True}, tensors, "use_dora is not supported"),
-             (config | {"init_lora_weights": "pissa_niter_4"}, tensors, "changes the base model's weights"),
-             (config | {"rank_pattern": {"q_proj": 4}}, tensors, "rank_pattern is not supported"),
+    keys = dict(use_dora=True, rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 4}, modules_to_save=["lm_head"],
+                lora_bias=True, layer_replication=[[0, 1]], trainable_token_indices=[1], target_parameters=["x"])
+    cases = [*((config | {name: value}, tensors, f"{name} is not supported") for name, value in keys.items()),
+             *((config | {"init_lora_weights": name}, tensors, "changes the base model's weights")
+               for name in ("pissa_niter_4", "corda", "olora", "loftq", "lora_ga")),
+             (config | {"r": 0}, tensors, "only a PEFT adapter of type LORA"),
              (config | {"peft_type": "LOHA"}, tensors, "only a PEFT adapter of type LORA"),
              (config | {"r": 3}, tensors, "not of shape"), ([], tensors, "only a PEFT adapter"),
              (config, {k: v for k, v in tensors.items() if k != key}, "is missing, not finite"),
@@ -760,6 +794,11 @@ def test_adapters_that_cannot_share_a_batch_are_refused(net, checkpoint, tokeniz
             sample.generate(net, tokenizer, ["Tom", "Tom"], adapters=[texts[0], other])
     with pytest.raises(UserError, match="one per prompt"):
         sample.generate(net, tokenizer, ["Tom", "Tom"], adapters=texts[:1])
+    with pytest.raises(UserError, match="at least one must be given"):
+        sample.generate(net, tokenizer, ["Tom", "Tom"], adapters=["", ""])
+    filled(tinylora.add_adapter(net, "lora", rank=2))  # as many factors, but not those of the SVD
+    with pytest.raises(UserError, match="rank and targets must be the same"):
+        sample.generate(net, tokenizer, ["Tom", "Tom"], adapters=[texts[0], ""])
 
 
 def test_an_export_touches_no_directory_but_its_own(checkpoint, net, tmp_path):
