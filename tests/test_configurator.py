@@ -1,5 +1,7 @@
 """configurator.py: every setting is known, typed, printed and saved; nothing is dropped in silence."""
 
+from types import SimpleNamespace
+
 import pytest
 from conftest import assert_refused
 from forks import fork_script
@@ -94,10 +96,42 @@ def test_a_wrong_config_file_is_refused(script, tmp_path, text, words):
     assert words in str(error.value)
 
 
+def test_a_config_file_may_import_and_is_named_by_its_last_line(script, tmp_path):
+    assert configure(script, [config_file(tmp_path, "import math\nfrom os import path as _path\nrate = math.pi\n")]).rate > 3
+    with pytest.raises(UserError, match=r"config\.py, line 3 wants int"):
+        configure(script, [config_file(tmp_path, "steps = 3\n\nsteps = '3'\n")])
+
+
+def test_what_is_not_changed_is_not_printed_and_one_rank_speaks(script, monkeypatch, capsys):
+    assert configure(script, ["--steps=10", "--rate=0.5"]).steps == 10 and capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "1")
+    assert configure(script, ["--steps=11"]).steps == 11 and capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    assert configure(script, ["--steps=11"]) and capsys.readouterr().out == "steps = 11 (was 10; command line)\n"
+
+
 def test_saved_settings_are_a_config_file(script, tmp_path):
     cfg = configure(script, ["--name=it's\\n", "--rate=1e-7"])
     configurator.save_settings(cfg, tmp_path / "saved.py")
     assert configure(script, [str(tmp_path / "saved.py")]) == cfg
+
+
+def test_an_earlier_run_is_moved_aside_and_every_place_is_locked(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.chdir(tmp_path)
+    settings = SimpleNamespace(out_dir="run/", init_from="scratch", seed=3)
+    for number in range(3):
+        configurator.prepare_out_dir(settings, "log.jsonl")
+        assert not (tmp_path / "run" / "log.jsonl").exists()
+        (tmp_path / "run" / "log.jsonl").write_text(str(number))
+        with open(tmp_path / "run" / ".lock", "w") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert [(tmp_path / name / "log.jsonl").read_text() for name in ("run.1", "run.2", "run")] == ["0", "1", "2"]
+    assert "moved the earlier run in run/ to run.2" in capsys.readouterr().out
+    settings.init_from = "resume"
+    configurator.prepare_out_dir(settings, "log.jsonl")
+    assert (tmp_path / "run" / "log.jsonl").exists()  # it goes on here
+    assert (tmp_path / "run" / "settings.py").read_text() == "out_dir = 'run/'\ninit_from = 'scratch'\nseed = 3\n"
 
 
 def test_text_on_the_command_line_is_never_executed(script):

@@ -611,8 +611,8 @@ def test_the_record_of_a_step_by_hand(net, tokenizer, checkpoint, problems, monk
     assert record.pop("seconds").keys() == {"generate", "update", "tokens_per_second", "peak_gb"}
     assert record == pytest.approx(dict(
         reward=0.25, reward_lenient=0.375, equal_groups=1 / 3, length=12.5, truncated=0.125, groups=6, rounds=2,
-        loss=0.5, grad_norm=5.0, v_norm=5.0, v_max=4.0, clipped=0.25, kl=0.1 if kl_coef else None, entropy=0.2, diff=0.01,
-        diff_max=0.1))
+        loss=0.5, grad_norm=5.0, v_norm=5.0, v_max=4.0, clipped=0.25, kl=0.1 if kl_coef else None, entropy=0.2,
+        diff=0.01, diff_max=0.1))
     assert "reward 0.250 (last number 0.375)" in line and "warning: a number of v has grown to 4.0" in line
 
 
@@ -955,6 +955,18 @@ def test_warnings_name_the_cure():
                              ("entropy", 0.0, "lr"), ("diff", 0.2, "tis_cap"), ("v_max", 3.0, "lr")]:
         [text] = grpo.warnings_of(calm | {key: value}, cfg, torch.float32)
         assert word in text
+
+
+@pytest.mark.parametrize("key, dtype, bound", [("truncated", torch.float32, 0.2), ("equal_groups", torch.float32, 0.9),
+                                               ("v_max", torch.float32, 1.0), ("diff", torch.float32, 1e-3),
+                                               ("diff", torch.bfloat16, 0.05)])
+def test_warnings_begin_at_their_bounds(key, dtype, bound):
+    calm = dict(truncated=0.0, equal_groups=0.5, entropy=0.006, diff=1e-7, v_max=0.1)
+    cfg = SimpleNamespace(max_new_tokens=64, dtype="auto", method="tinylora")
+    assert [len(grpo.warnings_of(calm | {key: bound * share}, cfg, dtype)) for share in (0.98, 1.02)] == [0, 1]
+    assert len(grpo.warnings_of(calm | {"entropy": 0.004}, cfg, dtype)) == 1
+    none = calm | {"entropy": None, "diff": None, "v_max": 9.0}  # a step without a gradient; weights may be large
+    assert grpo.warnings_of(none, SimpleNamespace(**vars(cfg) | {"method": "full"}), dtype) == []
 
 
 def test_a_second_run_moves_the_first_aside(checkpoint, problems, tmp_path):

@@ -84,6 +84,36 @@ def test_a_row_ends_with_the_stop_token_or_is_marked_as_truncated(net, tokenizer
         assert "<|im_end|>" not in c.text
 
 
+@pytest.mark.parametrize("special", [True, False], ids=["stop token special", "stop token plain"])
+def test_the_text_is_all_but_the_stop_token_and_special_tokens(net, tokenizer, monkeypatch, special):
+    [stop], other, [a, b] = tokenizer.stop_ids, tokenizer.added["<|im_start|>"], tokenizer.encode("a") + [66]
+    monkeypatch.setattr(tokenizer, "special_ids", {other, stop} if special else {other})
+    for ids, n, text, truncated in [([a, b, a], 3, [a, b, a], True), ([a, b, stop], 3, [a, b], False),
+                                    ([a, other, b, stop], 9, [a, b], False), ([stop], 9, [], False)]:
+        script = iter(ids)
+        monkeypatch.setattr(sample, "sample_tokens", lambda logits, *_, script=script, **__: (
+            torch.tensor([next(script)]), torch.zeros(1)))
+        [[c]] = sample.generate(net, tokenizer, [[5]], max_new_tokens=n)
+        assert (c.ids, c.text, c.truncated) == (ids, tokenizer.decode(text), truncated)
+
+
+def test_a_prompt_is_done_once_when_all_of_its_rows_are(net, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "stop_ids", set(range(0, 512, 16)))
+    done = []
+    groups = sample.generate(net, tokenizer, PROMPTS, 5, 30, seed=4, on_done=lambda *pair: done.append(pair))
+    assert sorted(done, key=lambda pair: pair[0]) == list(enumerate(groups))
+    assert any(len(c.ids) > len(group[-1].ids) for group in groups for c in group)  # the last to start ends before
+
+
+def test_raw_text_begins_with_the_checkpoints_bos(net, tokenizer, monkeypatch):
+    options = dict(max_new_tokens=5, temperature=0)
+    expected = sample.generate(net, tokenizer, [[9, *tokenizer.encode("Tom has")]], **options)
+    monkeypatch.setattr(tokenizer, "bos_ids", [9])
+    assert sample.generate(net, tokenizer, ["Tom has"], **options) == expected
+    assert sample.encode_prompt(tokenizer, "Tom has", chat=False) == [9, *tokenizer.encode("Tom has")]
+    assert sample.encode_prompt(tokenizer, "Tom has") == tokenizer.encode_chat([dict(role="user", content="Tom has")])
+
+
 def test_tokens_follow_the_distribution():
     """Inverse CDF over 20,000 uniforms against the softmax itself: chi-square with 9 degrees of freedom."""
     torch.manual_seed(0)
@@ -99,6 +129,74 @@ def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(3, 5)
     ids, _ = sample.sample_tokens(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]))
     assert ids.tolist() == [1, 3, 3]
+
+
+def test_every_token_of_a_row_is_drawn_with_a_uniform_of_its_own(net, tokenizer, monkeypatch):
+    """The plain forward pass and the uniforms of (seed, prompt, sample), a position after the other."""
+    monkeypatch.setattr(tokenizer, "stop_ids", {511})
+    [group] = sample.generate(net, tokenizer, [[7, 8, 9]], 3, 12, 0.8, 5, prompt_ids=[40])
+    for j, c in enumerate(group):
+        uniforms, ids = torch.from_numpy(sample.row_uniforms(5, 40, j, 12)), [7, 8, 9]
+        for token, u in zip(c.ids, uniforms):
+            with torch.no_grad():
+                [drawn], _ = sample.sample_tokens(net(torch.tensor([ids]))[:, -1], u[None], 0.8)
+            assert token == drawn
+            ids.append(token)
+    assert len({u for j in range(3) for u in sample.row_uniforms(5, 40, j, 12).tolist()}) == 36
+    others = [sample.row_uniforms(*key, 12).tolist() for key in ((6, 40, 0), (5, 41, 0), (5, 39, 1), (40, 5, 0))]
+    assert sample.row_uniforms(5, 40, 0, 12).tolist() not in others
+
+
+def test_logits_in_16_bits_are_drawn_from_in_32():
+    torch.manual_seed(0)
+    logits, uniforms = torch.randn(40, 1000).bfloat16(), torch.rand(40)
+    ids, logprobs = sample.sample_tokens(logits, uniforms, 0.7)
+    exact_ids, exact = sample.sample_tokens(logits.float(), uniforms, 0.7)
+    assert torch.equal(ids, exact_ids) and torch.equal(logprobs, exact) and logprobs.dtype == torch.float32
+
+
+def test_what_rounding_leaves_of_the_total_goes_to_no_token():
+    """A thousand probabilities add up to a little less than 1, and behind them stand tokens that cannot be."""
+    torch.manual_seed(0)
+    logits = torch.cat((torch.randn(200, 1000), torch.full((200, 9), -torch.inf)), 1)
+    u = torch.full((200,), 1 - 2**-24)
+    assert (torch.softmax(logits, -1).cumsum(-1)[:, -1] < u).any()
+    ids, logprobs = sample.sample_tokens(logits, u)
+    assert (ids < 1000).all() and logprobs.isfinite().all()
+    ids, _ = sample.sample_tokens(torch.full((2, 5), torch.nan), torch.tensor([0.1, 0.9]))
+    assert (ids < 5).all()  # the trainer reports it
+
+
+def test_greedy_log_probs_are_those_of_the_whole_distribution():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    ids, logprobs = sample.sample_tokens(logits, torch.zeros(1), 0.0, top_k=1, top_p=0.5)
+    assert ids.tolist() == [1] and torch.allclose(logprobs, logits.log_softmax(-1)[:, 1])
+
+
+def test_ranks_that_share_the_weights_take_the_first_ones_tokens(net, tokenizer):
+    net.shard = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, least=lambda budget: budget,
+                                follow=lambda token, logprob: (token.fill_(7), logprob.fill_(-0.5)))
+    [[c]] = sample.generate(net, tokenizer, [[5, 6]], max_new_tokens=4)
+    assert c.ids == [7] * 4 and c.logprobs == [-0.5] * 4
+
+
+def test_prompts_are_prefilled_in_batches_that_memory_bears_and_forgotten_after(net, tokenizer, monkeypatch):
+    sizes, samplers, forward, init = [], [], net.model.forward, sample.Sampler.__init__
+
+    def counting(ids, positions=None, cache=None):
+        if positions is None:
+            sizes.append(ids.numel())
+        return forward(ids, positions, cache)
+
+    monkeypatch.setattr(net.model, "forward", counting)
+    monkeypatch.setattr(sample.Sampler, "__init__", lambda self, *a: (samplers.append(self), init(self, *a))[1])
+    sample.generate(net, tokenizer, [[5] * 501] * 40, n=2, max_new_tokens=2)
+    assert sizes == [16 * 500, 16 * 500, 8 * 500]  # at most 8,192
+    assert not samplers[0].prefilled
+    sizes.clear()
+    monkeypatch.setattr(sample, "fitting_rows", lambda *_: 4)
+    sample.generate(net, tokenizer, [[5] * 11] * 9, n=2, max_new_tokens=2)
+    assert max(sizes) <= 3 * 10  # no more than the slots may soon need
 
 
 @pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (5, 1.0), (0, 0.6), (20, 0.9), (600, 0.999)])
@@ -189,6 +287,9 @@ def test_recorded_steps_give_the_same_tokens(net, tokenizer, monkeypatch, slots)
     for a, b in zip(replayed, expected):
         assert torch.allclose(torch.tensor(a[0].logprobs), torch.tensor(b[0].logprobs), atol=1e-5)
     assert 1 < len(graphs) < 12
+    shown = {}
+    sample.generate(net, tokenizer, PROMPTS, **options, on_token=lambda i, j, t: shown.setdefault((i, j), []).append(t))
+    assert shown == {(i, j): c.ids for i, group in enumerate(expected) for j, c in enumerate(group)}
 
 
 def test_an_interruption_leaves_the_model_as_it_was(net, tokenizer):
@@ -303,7 +404,7 @@ def test_odd_requests(net, tokenizer):
 
 def test_the_script_prints_completions_and_refuses_a_missing_model(checkpoint, tmp_path):
     done = fork_script("sample.py", f"--model={checkpoint}", "--prompt=a=b", "--n=2", "--max_new_tokens=5")
-    assert done.returncode == 0 and done.stdout.count("---") == 2, done.stderr
+    assert done.returncode == 0 and done.stdout.count(" [cut off]\n---") == 2, done.stderr
     assert re.search(r"\d+ tokens, \d+\.\d a second", done.stdout)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("How many?\n\nWho?\n")
@@ -324,6 +425,44 @@ def test_a_single_completion_is_streamed_and_equals_the_whole(net, tokenizer, ca
     [[c]] = sample.generate(net, tokenizer, ["Zoë"], max_new_tokens=60, seed=3, on_token=printer)
     shown = capsys.readouterr().out
     assert c.text.startswith(shown) and c.text[len(shown) :].strip("\ufffd") == "" and len(shown) > 20
+
+
+def test_a_character_of_several_tokens_is_shown_when_it_is_whole(tokenizer, capsys):
+    text, printer = "Zo\u00eb \u65e5\u672c \U0001f642!", sample.Printer(tokenizer)
+    ids = tokenizer.encode(text)
+    assert len(ids) > len(text)
+    for token in ids:
+        printer(0, 0, token)
+    assert capsys.readouterr().out == text
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_talk(toy, monkeypatch, capsys):
+    lines, asked = iter(["How many?", "Why?", ""]), []
+
+    def interrupted(net, tokenizer, prompts, *arguments, prompt_ids, on_token):
+        asked.append((tokenizer.decode(prompts[0]), arguments, prompt_ids))
+        for token in tokenizer.encode("It is 7"):
+            on_token(0, 0, token)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(sample, "generate", interrupted)
+    cfg = SimpleNamespace(model="toy", system_prompt="", max_new_tokens=20, temperature=0.7, seed=3, top_k=9, top_p=0.9)
+    sample.converse(*toy, cfg)
+    assert [a[1] for a in asked] == [(1, 20, 0.7, 3, 9, 0.9)] * 2 and asked[0][2] != asked[1][2]
+    assert "It is 7" in asked[1][0] and "Why?" in asked[1][0] and "How many?" in asked[1][0]
+
+
+def test_a_system_prompt_without_a_template_is_refused():
+    plain, cfg = SimpleNamespace(template=None), SimpleNamespace(model="base", system_prompt="Be brief.")
+    with pytest.raises(UserError, match="base has no chat template, where a system_prompt could stand"):
+        sample.check_template(cfg, plain)
+    sample.check_template(SimpleNamespace(system_prompt=""), plain)
+
+
+def test_no_more_than_512_rows_are_sampled_at_a_time(net):
+    assert sample.fitting_rows(net, 10, 511) == 511 and sample.fitting_rows(net, 10, 5000) == 512
 
 
 def test_a_talk_remembers_what_was_said(toy, monkeypatch, capsys):

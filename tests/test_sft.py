@@ -56,6 +56,87 @@ def test_loss_is_the_mean_over_the_solutions_tokens(checkpoint, problems, tmp_pa
     assert losses(tmp_path / "run")[0] == pytest.approx(total / count, rel=1e-5)
 
 
+def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine():
+    cfg = SimpleNamespace(lr=2.0, warmup_steps=4, max_steps=8, lr_schedule="constant")
+    assert [sft.learning_rate(step, cfg) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    cfg.warmup_steps, cfg.lr_schedule = 0, "cosine"
+    expected = [2.0, 1 + math.cos(math.pi / 8), 1 + 0.5**0.5]
+    assert [sft.learning_rate(step, cfg) for step in (0, 1, 2, 4, 8)] == pytest.approx([*expected, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("changes", [{}, dict(lr_schedule="cosine", warmup_steps=2, weight_decay=0.2, beta2=0.95,
+                                              grad_clip=0.3)], ids=["defaults", "own"])
+def test_the_optimiser_has_what_the_settings_say(checkpoint, problems, tmp_path, monkeypatch, changes):
+    seen, real = [], sft.update
+
+    def updating(optimizer, parameters, grad_clip):
+        [group] = optimizer.param_groups
+        seen.append((type(optimizer), group["lr"], group["betas"], group["weight_decay"], grad_clip))
+        return real(optimizer, parameters, grad_clip)
+
+    monkeypatch.setattr(sft, "update", updating)
+    arguments = args(checkpoint, problems, tmp_path / "run", eval_dataset="", max_steps=3, **changes)
+    run(*arguments)
+    cfg = configure(vars(sft), arguments)
+    assert seen == [(torch.optim.AdamW, sft.learning_rate(step, cfg), (0.9, cfg.beta2), cfg.weight_decay, cfg.grad_clip)
+                    for step in range(3)]
+    rates = [json.loads(line)["lr"] for line in open_lines(tmp_path / "run" / "log.jsonl")]
+    assert rates == [line[1] for line in seen]
+
+
+def test_a_problem_is_asked_with_the_system_message_and_the_template(tokenizer):
+    cfg = SimpleNamespace(system_prompt="Be brief.", prompt_template="Q: {question}")
+    ids, trained = sft.encode_example(tokenizer, {"question": "1+1?", "answer": "2", "solution": "It is 2"}, cfg)
+    prompt = tokenizer.encode_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q: 1+1?"}])
+    assert ids == [*prompt, *tokenizer.encode("It is 2"), tokenizer.eos_id]
+    assert trained == [i >= len(prompt) for i in range(len(ids))]
+
+
+def test_a_solution_ends_with_the_token_that_ends_a_turn(checkpoint):
+    tokenizer = model.load_tokenizer(checkpoint)
+    tokenizer.stop_ids = frozenset([0, tokenizer.eos_id])  # another is smaller
+    cfg = SimpleNamespace(system_prompt="", prompt_template="{question}")
+    ids, _ = sft.encode_example(tokenizer, {"question": "?", "answer": "2", "solution": "2"}, cfg)
+    assert ids[-1] == tokenizer.eos_id != 0
+
+
+def test_a_row_of_just_the_limit_is_not_cut_off(tokenizer):
+    example = sft.as_example("here", as_messages(CHATS[0]))
+    ids, trained = by_hand(tokenizer, CHATS[0])
+    start = trained.index(True)
+    for limit, length, cut in ((len(ids), len(ids), 0), (len(ids) - 1, len(ids) - 1, 1), (start + 1, start + 1, 1),
+                               (start, 0, 1)):
+        cfg = SimpleNamespace(system_prompt="", max_length=limit)
+        rows, count = sft.encode_examples(tokenizer, [example], cfg, 512)
+        assert count == cut and [(row.prompt + row.ids, row.trained) for row in rows] == (
+            [(ids[:length], trained[start:length])] if length else [])
+
+
+def test_the_ranks_share_a_batch_of_a_file(problems):
+    cfg = SimpleNamespace(dataset=problems, batch_size=5, seed=3)
+    (whole, count), *shares = (sft.batches(cfg, rank, world) for rank, world in ((0, 1), (0, 2), (1, 2)))
+    for step in range(9):
+        one, two = (batch(step) for batch, _ in shares)
+        assert [one[0], two[0], one[1], two[1], one[2]] == whole(step) and len(two) == 2
+    assert count == 40
+
+
+def test_fresh_weights_are_those_of_the_seed(checkpoint):
+    def embedding(seed):
+        cfg = SimpleNamespace(random_init=True, model=checkpoint, seed=seed, shard=1)
+        return sft.build(cfg, "cpu").head
+
+    assert torch.equal(embedding(3), embedding(3)) and not torch.equal(embedding(3), embedding(4))
+
+
+def test_all_weights_are_trained_in_float32_whatever_a_device_prefers(checkpoint, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sft, "load_model", lambda *arguments: asked.append(arguments[1]))
+    for method in ("full", "lora"):
+        sft.build(SimpleNamespace(random_init=False, method=method, model=checkpoint, dtype="auto", shard=1), "cpu")
+    assert asked == ["float32", "auto"]
+
+
 # ---------------------------------------------------------------------------------------------------------------- chats
 
 CHATS = [[("user", "How many?"), ("assistant", "Tom has 3.")],
@@ -473,6 +554,58 @@ def test_a_run_that_resumes_with_another_kind_of_evaluation_ends_well(checkpoint
     run(*args(checkpoint, problems, tmp_path / "run", max_steps=1))
     run(*args(checkpoint, problems, tmp_path / "run", max_steps=2, init_from="resume", eval_dataset=chats))
     assert capsys.readouterr().out.splitlines()[-1].startswith("run: held-out loss")
+
+
+def test_ctrl_c_during_an_update_neither_loses_nor_repeats_it(checkpoint, problems, tmp_path, monkeypatch):
+    options = dict(eval_dataset="", max_steps=4)
+    run(*args(checkpoint, problems, tmp_path / "whole", **options))
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupted(optimizer, *arguments, **changes):
+        result = step(optimizer, *arguments, **changes)
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        run(*args(checkpoint, problems, tmp_path / "parts", **options))
+    assert stopped.value.code == 130 and len(calls) == 2
+    run(*args(checkpoint, problems, tmp_path / "parts", init_from="resume", **options))
+    assert torch.equal(*(load_file(tmp_path / d / "adapter.safetensors")["v"] for d in ("whole", "parts")))
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+
+
+def test_problems_without_a_worked_solution_have_no_held_out_loss(checkpoint, problems, tmp_path):
+    data = write(tmp_path / "plain.jsonl", [{"question": "1+1?", "answer": "2"}] * 3)
+    run(*args(checkpoint, problems, tmp_path / "run", eval_dataset=data, max_steps=1))
+    evaluations = [line["eval"] for line in log_of(tmp_path / "run") if "eval" in line]
+    assert len(evaluations) == 2 and all(e["problems"] == 3 and "loss" not in e for e in evaluations)
+
+
+def test_held_out_rows_are_the_first_of_the_test_split(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", [{"question": f"{split} {i}", "answer": "1"} for i in range(5)])
+    for size, count in ((0, 5), (2, 2)):
+        examples = sft.held_out_examples(SimpleNamespace(eval_dataset=str(tmp_path), eval_size=size))
+        assert [e["question"] for e in examples] == [f"test {i}" for i in range(count)]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputation_is_as_the_settings_say(checkpoint, problems, tmp_path, monkeypatch, recompute):
+    seen = []
+    monkeypatch.setattr(sft, "training_loop", lambda cfg, net, *_: seen.append(net.model.recompute))
+    run(*args(checkpoint, problems, tmp_path / "run", recompute=recompute))
+    assert seen == [recompute]
+
+
+@pytest.mark.parametrize("changes", [dict(beta2=1.0), dict(beta2=-0.1), dict(weight_decay=-1.0), dict(batch_size=0),
+                                     dict(micro_batch_tokens=0), dict(shuffle_buffer=0), dict(max_steps=-1),
+                                     dict(max_length=-1), dict(warmup_steps=-1), dict(grad_clip=-1.0)], ids=str)
+def test_numbers_out_of_range_are_refused(changes):
+    with pytest.raises(UserError, match="|".join(changes)):
+        sft.check_settings(configure(vars(sft), [f"--{key}={value}" for key, value in changes.items()]))
 
 
 def test_an_adapter_learns_and_is_saved(checkpoint, problems, tmp_path):
