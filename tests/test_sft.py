@@ -67,14 +67,14 @@ def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine():
 @pytest.mark.parametrize("changes", [{}, dict(lr_schedule="cosine", warmup_steps=2, weight_decay=0.2, beta2=0.95,
                                               grad_clip=0.3)], ids=["defaults", "own"])
 def test_the_optimiser_has_what_the_settings_say(checkpoint, problems, tmp_path, monkeypatch, changes):
-    seen, real = [], sft.update
+    seen, real = [], grpo.update
 
     def updating(optimizer, parameters, grad_clip):
         [group] = optimizer.param_groups
         seen.append((type(optimizer), group["lr"], group["betas"], group["weight_decay"], grad_clip))
         return real(optimizer, parameters, grad_clip)
 
-    monkeypatch.setattr(sft, "update", updating)
+    monkeypatch.setattr(grpo, "update", updating)
     arguments = args(checkpoint, problems, tmp_path / "run", eval_dataset="", max_steps=3, **changes)
     run(*arguments)
     cfg = configure(vars(sft), arguments)
@@ -122,19 +122,18 @@ def test_the_ranks_share_a_batch_of_a_file(problems):
 
 
 def test_fresh_weights_are_those_of_the_seed(checkpoint):
-    def embedding(seed):
-        cfg = SimpleNamespace(random_init=True, model=checkpoint, seed=seed, shard=1)
-        return sft.build(cfg, "cpu").head
-
-    assert torch.equal(embedding(3), embedding(3)) and not torch.equal(embedding(3), embedding(4))
+    one, same, other = (model.random_model(checkpoint, seed, "cpu").head for seed in (3, 3, 4))
+    assert torch.equal(one, same) and not torch.equal(one, other)
 
 
-def test_all_weights_are_trained_in_float32_whatever_a_device_prefers(checkpoint, monkeypatch):
-    asked = []
-    monkeypatch.setattr(sft, "load_model", lambda *arguments: asked.append(arguments[1]))
-    for method in ("full", "lora"):
-        sft.build(SimpleNamespace(random_init=False, method=method, model=checkpoint, dtype="auto", shard=1), "cpu")
-    assert asked == ["float32", "auto"]
+def test_all_weights_are_trained_in_float32_whatever_a_device_prefers(checkpoint, problems, tmp_path, monkeypatch):
+    def asked(path, dtype, *_):
+        raise UserError(dtype)
+
+    monkeypatch.setattr(sft, "load_model", asked)
+    for method, dtype in (("full", "float32"), ("lora", "auto")):
+        with pytest.raises(UserError, match=dtype):
+            run(*args(checkpoint, problems, tmp_path / "run", method=method, dtype="auto"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- chats
@@ -595,7 +594,7 @@ def test_held_out_rows_are_the_first_of_the_test_split(tmp_path):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_recomputation_is_as_the_settings_say(checkpoint, problems, tmp_path, monkeypatch, recompute):
     seen = []
-    monkeypatch.setattr(sft, "training_loop", lambda cfg, net, *_: seen.append(net.model.recompute))
+    monkeypatch.setattr(grpo, "training_loop", lambda cfg, net, *_: seen.append(net.model.recompute))
     run(*args(checkpoint, problems, tmp_path / "run", recompute=recompute))
     assert seen == [recompute]
 
