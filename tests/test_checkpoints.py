@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import hypothesis
@@ -568,3 +570,133 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(checkpoint, tmp_pat
     (tmp_path / "short" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="vocab_size = 300"):
         model.load_tokenizer(str(tmp_path / "short"))
+    plain = model.load_tokenizer(checkpoint)
+    highest = max(plain.pieces)
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"vocab_size": highest}))
+    with pytest.raises(UserError, match=f"ids up to {highest}, but config.json says vocab_size = {highest};"):
+        model.load_tokenizer(str(tmp_path / "short"))
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"vocab_size": highest + 1}))
+    assert model.load_tokenizer(str(tmp_path / "short")).pieces == plain.pieces
+
+
+def test_fresh_weights_spread_as_in_gpt2(checkpoint):
+    net = model.Transformer(model.load_config(checkpoint))
+    model.init_weights(net, 3)
+    for name, p in net.named_parameters():
+        if p.dim() == 1:
+            assert torch.equal(p, torch.full_like(p, float("norm" in name))), name
+        else:
+            wanted = 0.01 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02  # 0.02 / sqrt(2 * 2)
+            assert p.std().item() == pytest.approx(wanted, rel=0.1) and abs(p.mean()) < 0.1 * wanted, name
+    first = net.head.clone()
+    torch.manual_seed(9)
+    model.init_weights(net, 3)
+    assert torch.equal(net.head, first)
+
+
+def test_a_model_is_loaded_where_its_weights_just_fit(checkpoint, net, monkeypatch):
+    need = sum(p.numel() for p in net.parameters()) * 4
+    monkeypatch.setattr(model, "free_memory", lambda _: need - 1)
+    with pytest.raises(UserError, match="or --dtype=bfloat16"):
+        model.load_model(checkpoint, "float32", "cpu")
+    model.load_model(checkpoint, "bfloat16", "cpu")
+    monkeypatch.setattr(model, "free_memory", lambda _: need)
+    model.load_model(checkpoint, "float32", "cpu")
+
+
+def test_the_hosts_memory_is_what_the_system_says(monkeypatch):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc/meminfo")
+    free, total = model.host_memory()
+    assert total == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with open("/proc/meminfo") as f:
+        [available] = [int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:")]
+    assert abs(free - available) < 0.05 * total
+
+    def silent():
+        raise OSError
+
+    monkeypatch.setattr(model, "host_memory", silent)
+    assert model.free_memory(torch.device("cpu")) == 4 * 10**9
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "../nowhere", "nowhere", "a/b/c"])
+def test_a_path_is_no_hub_name(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # an import would fail
+    with pytest.raises(UserError, match="no model directory at"):
+        model.checkpoint_dir(path)
+
+
+def test_all_that_is_read_is_downloaded_and_no_more(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda path, allow_patterns: asked.append((path, allow_patterns)))
+    model.checkpoint_dir("owner/name")
+    [(path, patterns)] = asked
+    names = [*model.TOKENIZER_FILES, "config.json", "model.safetensors", "model-00001-of-00002.safetensors",
+             "model.safetensors.index.json"]
+    assert path == "owner/name" and all(any(fnmatch(name, p) for p in patterns) for name in names)
+    assert not any(fnmatch(name, p) for name in ("pytorch_model.bin", "model.py", "model.gguf") for p in patterns)
+
+
+def test_frequencies_that_old_files_hold_are_passed_over(checkpoint, net, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "old")
+    file = tmp_path / "old" / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, file)
+    old = model.load_model(str(tmp_path / "old"), device="cpu").state_dict()
+    assert all(torch.equal(old[name], p) for name, p in net.state_dict().items()) and len(old) == len(net.state_dict())
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_what_is_saved_names_its_dtype_its_size_and_its_tokenizer(checkpoint, tmp_path, key):
+    shutil.copytree(checkpoint, tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    config.pop("torch_dtype")
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {key: "float32"}))
+    names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "vocab.json",
+             "merges.txt", "tokenizer.model", "special_tokens_map.json"}
+    net = model.load_model(str(tmp_path / "source"), "bfloat16", "cpu")
+    for name in names:
+        (tmp_path / "source" / name).write_text(name)
+    model.save_model(net, str(tmp_path / "saved"), tokenizer_from=str(tmp_path / "source"), max_shard_bytes=20_000)
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved == config | {key: "bfloat16"}
+    index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": sum(p.nbytes for p in net.parameters())}
+    assert {name for name in names if (tmp_path / "saved" / name).read_text() == name} == names
+
+
+def changed_tokenizer(checkpoint, path, data=None, **config):
+    """A copy of a checkpoint with changes to tokenizer.json and tokenizer_config.json."""
+    shutil.copytree(checkpoint, path)
+    for name, changes in (("tokenizer.json", data or {}), ("tokenizer_config.json", config)):
+        whole = json.loads((path / name).read_text(encoding="utf-8"))
+        (path / name).write_text(json.dumps(whole | changes), encoding="utf-8")
+    return str(path)
+
+
+def test_text_begins_with_a_bos_where_the_files_ask_for_it(checkpoint, tmp_path):
+    begin = "<|im_start|>"
+    named = model.load_tokenizer(changed_tokenizer(checkpoint, tmp_path / "named", bos_token=begin))
+    asked = model.load_tokenizer(changed_tokenizer(checkpoint, tmp_path / "asked", bos_token={"content": begin}, data={
+        "post_processor": {"type": "Sequence", "processors": [{"type": "TemplateProcessing"}]}}))
+    assert named.bos_ids == [] and asked.bos_ids == [asked.added[begin]]
+
+
+def test_merges_that_are_not_in_the_order_of_their_ids_are_refused(checkpoint, tmp_path):
+    with open(f"{checkpoint}/tokenizer.json", encoding="utf-8") as f:
+        bpe = json.load(f)["model"]
+    bpe["merges"] = bpe["merges"][::-1]
+    with pytest.raises(UserError, match="not in the order of their ids"):
+        model.load_tokenizer(changed_tokenizer(checkpoint, tmp_path / "a", {"model": bpe}))
+    assert model.load_tokenizer(changed_tokenizer(checkpoint, tmp_path / "b", {"model": bpe | {"ignore_merges": True}}))
+
+
+def test_what_ends_a_turn_stops_sampling(checkpoint, tmp_path):
+    path = changed_tokenizer(checkpoint, tmp_path / "other", eos_token="<|im_start|>")
+    other = model.load_tokenizer(path)
+    assert other.added["<|im_start|>"] not in other.stop_ids and other.eos_id == min(other.stop_ids)
+    several = sorted([other.added["<|im_start|>"], other.added["<|im_end|>"]])
+    (tmp_path / "other" / "generation_config.json").write_text(json.dumps({"eos_token_id": several}))
+    assert model.load_tokenizer(path).stop_ids == set(several)
+    assert model.load_tokenizer(path).eos_id == other.added["<|im_start|>"]

@@ -140,6 +140,7 @@ def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_answer(n, right, 
     [
         (["5", "5", "7"], 1.0),
         (["1/2", "0.5", "7", "7", "\\frac12"], 0.0),  # three spellings of one wrong answer outvote 7
+        (["5", "5.0", "7", "7", "\\frac{10}2"], 1.0),  # and of the right one
         (["7", "7", "5", "5"], 0.5),  # a draw
         (["7", None, None, None], 0.0),  # no answer is no vote
         ([None, None], 0.0),

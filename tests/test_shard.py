@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, run_script
+from conftest import ROOT, assert_refused, make_checkpoint, run_script
 from forks import fork_ranks, fork_script
 from safetensors.torch import load_file
 
@@ -359,6 +359,8 @@ def test_what_does_not_fit_is_refused_in_one_line(checkpoint, problems, tmp_path
     assert 'grpo.py", line' not in done.stderr
     with pytest.raises(UserError, match="shard = 3 does not cut this model, with 2 key heads and 48 inner units"):
         model.load_model(checkpoint, "float32", "cpu", shard=3)
+    with pytest.raises(UserError, match="shard = 2 does not cut this model, with 2 key heads and 49 inner units"):
+        model.load_model(make_checkpoint(tmp_path / "odd", intermediate_size=49), "float32", "cpu", shard=2)
     assert not (tmp_path / "run").exists()
 
 
