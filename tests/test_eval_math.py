@@ -15,6 +15,7 @@ from forks import fork_script
 
 import eval_math
 import sample
+import tinylora
 from configurator import UserError
 from eval_math import is_correct
 from sample import Completion
@@ -160,6 +161,48 @@ def test_a_base_model_that_runs_on_is_judged_by_its_own_problem(tokenizer, monke
     assert eval_math.evaluate(FakeNet, tokenizer, [{"question": "2+2?", "answer": "4"}], CFG)["strict"] == 0
 
 
+@pytest.mark.parametrize("n, marks", [(1, []), (2, [2]), (3, [2, 3]), (4, [2, 4]), (6, [2, 4, 6]), (8, [2, 4, 8])])
+def test_pass_is_told_for_powers_of_two_and_for_all_answers(n, marks):
+    group = [{"strict": False, "lenient": False, "truncated": False, "tokens": 1, "extracted": None}] * n
+    found = [key for key in eval_math.summarise([group]) if "@" in key]
+    assert found == [f"pass@{k}" for k in marks] + [f"maj@{n}"] * (n > 1)
+
+
+def test_problems_keep_their_numbers_and_the_random_numbers_that_go_with_them(tokenizer, monkeypatch):
+    """A share of the problems, numbers 7 and 3: the rows, the calls, and what generate is asked."""
+    asked, told = [], []
+
+    def fake(net, tokenizer, prompts, *arguments, prompt_ids, progress, on_done):
+        asked.append((*arguments, list(prompt_ids)))
+        for i in reversed(range(len(prompts))):
+            on_done(i, [Completion([5], [0.0], f"#### {i + j}", False) for j in range(2)])
+
+    monkeypatch.setattr(sample, "generate", fake)
+    cfg = SimpleNamespace(**vars(CFG) | {"seed": 11})
+    problems = [{"question": "a", "answer": "0"}, {"question": "b", "answer": "2"}]
+    result = eval_math.evaluate(FakeNet, tokenizer, problems, cfg, 2, 0.7, [7, 3], lambda *pair: told.append(pair))
+    assert asked == [(2, 9, 0.7, 11, [7, 3])]
+    rows = [(row["index"], row["sample"], row["question"], row["extracted"], row["strict"]) for row in result["rows"]]
+    assert rows == [(7, 0, "a", "0", True), (7, 1, "a", "1", False), (3, 0, "b", "1", False), (3, 1, "b", "2", True)]
+    assert told == [(3, result["rows"][2:]), (7, result["rows"][:2])]
+
+
+def test_a_base_model_is_asked_without_a_chat_template(tokenizer):
+    [ids] = eval_math.encode_problems(tokenizer, [{"question": "1+1?"}], None, "Question:\n{question}\nAnswer:\n")
+    assert ids == tokenizer.encode("Question:\n1+1?\nAnswer:\n")
+
+
+def test_a_prompt_that_fills_the_context_is_refused(tokenizer):
+    [ids] = eval_math.encode_problems(tokenizer, [{"question": "1+1?"}], "", "{question}")
+    for context in (len(ids), len(ids) + 1):
+        net = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context))
+        if context > len(ids):
+            assert eval_math.checked_prompts(net, tokenizer, [{"question": "1+1?"}], CFG, "data") == [ids]
+        else:
+            with pytest.raises(UserError, match=f"data: problem 1 has a prompt of {len(ids)} tokens"):
+                eval_math.checked_prompts(net, tokenizer, [{"question": "1+1?"}], CFG, "data")
+
+
 # --- benchmarks by name -----------------------------------------------------------------------------------------------
 
 PUBLISHED = {  # the first row of each data set, in the columns it has on the hub
@@ -211,6 +254,13 @@ def test_levels_choose_problems(tmp_path):
     for suffix, words in (("@hard", "levels are written as @3-5"), ("@7-8", "no problems of level 7-8")):
         with pytest.raises(UserError, match=words):
             eval_math.load_problems(path + suffix)
+
+
+def test_math_is_its_levels_3_to_5_unless_others_are_asked_for(monkeypatch):
+    rows = [PUBLISHED["math"] | {"level": f"Level {i}", "solution": f"$\\boxed{{{i}}}$"} for i in range(1, 6)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    for name, levels in (("math", "345"), ("math@1-2", "12"), ("math@5-5", "5")):
+        assert "".join(p["answer"] for p in eval_math.load_problems(name, "train")) == levels
 
 
 @pytest.mark.parametrize(
@@ -286,6 +336,70 @@ def test_the_script_prints_a_table_and_writes_responses(checkpoint, problems, tm
     assert_refused(fork_script("eval_math.py", f"--model={checkpoint}", "--dataset=nowhere.jsonl"), "nowhere.jsonl")
     assert_refused(fork_script("eval_math.py", f"--dataset={problems},{problems}"), "each once")
     assert_refused(fork_script("eval_math.py", "--n=4", "--temperature=0"), "all the same at temperature 0")
+
+
+def row_of(index, **changes):
+    return {"index": index, "question": str(index), "answer": "1", "response": "#### 1", "tokens": 10, "strict": True,
+            "lenient": True, "truncated": False, "extracted": "1"} | changes
+
+
+def test_the_table_by_hand():
+    summary = eval_math.summarise([[row_of(0)], [row_of(1, strict=False, truncated=True)], [row_of(2, strict=False)]])
+    other = eval_math.summarise([[row_of(0, strict=False, lenient=False, tokens=30)]]) | {"tokens_per_second": 1234.5}
+    lines = [line.split() for line in eval_math.table({"one": summary, "two": other})]
+    assert lines[1:] == [["one", "3", "0.333", "+-", "0.333", "1.000", "33.3%", "10", "-"],
+                         ["two", "1", "0.000", "+-", "0.000", "0.000", "0.0%", "30", "1,234"],
+                         ["mean", "of", "the", "data", "sets", "0.167", "0.500"]]
+
+
+def test_speed_is_that_of_the_answers_of_this_run_and_a_cut_is_warned_of(tmp_path, monkeypatch, capsys):
+    path, clock = tmp_path / "data.jsonl", iter([100.0, 104.0])
+    eval_math.write_responses(str(path), {"seed": 1}, {0: [row_of(0, tokens=1000)]})
+    monkeypatch.setattr(eval_math, "time", SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(eval_math, "evaluate", lambda *a: a[-1](1, [row_of(1, truncated=True, tokens=20)]))
+    cfg, net = SimpleNamespace(n=1, temperature=0.0, max_new_tokens=20), SimpleNamespace(shard=None)
+    problems = [{"question": "0", "answer": "1"}, {"question": "1", "answer": "1"}]
+    summary = eval_math.ask(net, None, "data", problems, cfg, [1], str(path), 0, 1)
+    assert summary["tokens_per_second"] == 5.0 and summary["length"] == 510 and summary["problems"] == 2
+    assert "warning: 50% of the answers to data were cut off" in capsys.readouterr().out
+
+
+def test_answers_are_gone_on_with_where_all_that_made_them_is_the_same(checkpoint, tmp_path):
+    """Another adapter, by its numbers or by what they mean, is another run; the same from a file is the same."""
+    cfg = SimpleNamespace(**dict.fromkeys(("model", "split", "prompt_template", "system_prompt", "answer_format", "n",
+                                           "max_new_tokens", "temperature", "seed"), 1))
+    digests = []
+    for text in ("", "hex:3c23d70a", "hex:3c23d70b", "hex:3c23d70a3c23d70a", "hex:3c23d70a"):
+        net = tinylora.load_adapted(checkpoint, text, "float32", "cpu")
+        digests.append(eval_math.identity(net, "data", cfg))
+    assert digests[1] == digests[4] and len({d["adapter"] for d in digests}) == 4
+    net.adapter.meta["seed"] += 1
+    assert eval_math.identity(net, "data", cfg)["adapter"] not in {d["adapter"] for d in digests}
+    other = eval_math.identity(tinylora.load_adapted(checkpoint, "", "bfloat16", "cpu"), "data", cfg)
+    assert other != digests[0] and set(vars(cfg)) < set(other)
+
+    path, problems = str(tmp_path / "data.jsonl"), [{"question": str(i), "answer": "1"} for i in range(4)]
+    unjudged = {k: v for k, v in row_of(2).items() if k != "strict"}
+    eval_math.write_responses(path, {"n": 2}, {0: [row_of(0)] * 2, 1: [row_of(1)], 2: [unjudged] * 2,
+                                               3: [row_of(3, answer="2")] * 2, 9: [row_of(9)] * 2})
+    assert set(eval_math.earlier_answers(path, {"n": 2}, problems)) == {0, 9}
+
+
+def test_regrading_counts_every_verdict_that_changes_and_leaves_out_what_is_not_whole(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    rows = [row_of(0), row_of(0, lenient=False), row_of(1, strict=False), row_of(1), row_of(2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    eval_math.grade_again(str(path), "auto")
+    out = capsys.readouterr().out
+    assert "left out of the table: 1 problems with fewer than 2 responses" in out and "; 2 verdicts changed" in out
+    assert re.search(r"^a.jsonl +2 +1.000", out, re.M)
+
+
+def test_a_broken_line_before_the_last_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"response": "4", "answer": "4"}\n{"response": "4", "ans\n{"response": "4", "answer": "4"}\n')
+    with pytest.raises(UserError, match="line 2: no JSON"):
+        eval_math.read_responses(str(path))
 
 
 def test_regrading_needs_no_model_and_reads_files_of_others(tmp_path):

@@ -239,6 +239,15 @@ def test_a_turn_begins_where_the_samplers_prompt_ends(tokenizer):
         assert trained == [i >= len(prompt) for i in range(len(ids))]
 
 
+def test_a_turn_ends_with_the_last_of_its_special_tokens(checkpoint):
+    tokenizer = model.load_tokenizer(checkpoint)
+    tokenizer.template = Template(
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}<|im_start|>{% endif %}{{ m.content }}"
+        "<|im_end|>.{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+    ids, trained = tokenizer.encode_turns(as_messages(CHATS[0])["messages"])
+    assert tokenizer.decode([i for i, said in zip(ids, trained) if said]) == "<|im_start|>Tom has 3.<|im_end|>"
+
+
 @pytest.mark.parametrize("template, words", [
     ("{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else m.content[:1] }}<|im_end|>{% endfor %}"
      "{% if add_generation_prompt %}assistant: {% endif %}", "changes earlier messages"),
