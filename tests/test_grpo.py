@@ -557,9 +557,10 @@ def test_groups_are_asked_and_rewarded_as_the_settings_say(net, tokenizer, check
                                                            objective):
     """Right, wrong in form, cut off and right but long; and a group of which all are wrong, and one of these long."""
     cfg = configure(vars(grpo), args(checkpoint, problems, "unused", answer_format="hash", overlong_tokens=4, seed=3,
-                                     max_new_tokens=10, temperature=0.7, objective=objective))
+                                     max_new_tokens=12, temperature=0.7, objective=objective))
     rows, asked = [{"answer": "7", "prompt": [5, 6]}, {"answer": "8", "prompt": [9]}], []
-    texts = [answers("#### 7", "7", "so #### 7", "#### 7   ", cut=["so #### 7"]), answers("1", "2", "3", "1234567")]
+    texts = [answers("#### 7", r"\boxed{7}", "so #### 7", "#### 7   ", cut=["so #### 7"]),
+             answers("1", "2", "3", "123456789")]
 
     def generate(*arguments, **options):
         asked.append((*arguments[2:], options["prompt_ids"]))
@@ -567,13 +568,13 @@ def test_groups_are_asked_and_rewarded_as_the_settings_say(net, tokenizer, check
 
     monkeypatch.setattr(grpo, "generate", generate)
     groups, counts = grpo.sample_groups(net, tokenizer, rows, [(40, 0), (2**40 + 1, 1)], cfg, None)
-    assert asked == [([[5, 6], [9]], 4, 10, 0.7, 3, [40, 2**40 + 1])]
-    earned = torch.tensor([[1.0, 0.0, -0.75, 0.25], [0.0, 0.0, 0.0, -0.25]])  # less (length - 6) / 4
+    assert asked == [([[5, 6], [9]], 4, 12, 0.7, 3, [40, 2**40 + 1])]
+    earned = torch.tensor([[1.0, -0.25, -0.25, 0.75], [0.0, 0.0, 0.0, -0.25]])  # less (length - 8) / 4
     expected = earned - earned.mean(1, keepdim=True)
     expected = expected if objective == "dr_grpo" else expected / earned.std(1, keepdim=True)
     assert [[row.advantage for row in group] for group in groups] == [
         pytest.approx(line, abs=1e-4) for line in expected.tolist()]
-    assert counts == dict(rows=8, tokens=6 + 1 + 9 + 9 + 1 + 1 + 1 + 7, right=2.0, lenient=4, equal=0, truncated=1)
+    assert counts == dict(rows=8, tokens=6 + 9 + 9 + 9 + 1 + 1 + 1 + 9, right=2.0, lenient=4, equal=0, truncated=1)
     assert [row.ids for row in groups[0]] == [c.ids for c in texts[0]] and groups[1][0].prompt == [9]
 
 
