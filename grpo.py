@@ -24,6 +24,7 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from itertools import chain, compress
 
 from configurator import UserError, configure, prepare_out_dir, run, whole_file  # isort: skip (first: it says what is missing)
 
@@ -265,21 +266,26 @@ class Packed:
         """q [1, heads, total, hd], k and v [1, kv_heads, total, hd] -> [1, heads, total, hd]: what Attention calls."""
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability() >= (8, 0):
             return self.attend_at_once(q, k, v)
-        self.masks = self.masks or [self.mask(*piece) for piece in self.pieces]
-        q, k, v = (x.split([sum(lengths) for _, lengths in self.pieces], dim=2) for x in (q, k, v))
+        self.masks = self.masks or [self.mask(q, *piece) for piece in self.pieces]
+        sizes = [sum(lengths) for _, lengths in self.pieces]
+        q, k, v = (x.transpose(1, 2).split(sizes, dim=1) for x in (q, k, v))  # by tokens, as they lie in memory
         out = []
         for i, ((prompt, _), mask) in enumerate(zip(self.pieces, self.masks)):
-            keys, values = (x[i] if prompt is None else torch.cat((x[prompt], x[i]), dim=2) for x in (k, v))
-            out.append(attention(q[i], keys, values, mask))
-        return torch.cat(out, dim=2)
+            keys, values = (x[i] if prompt is None else torch.cat((x[prompt], x[i]), dim=1) for x in (k, v))
+            y = attention(*(x.transpose(1, 2) for x in (q[i], keys, values)), mask)
+            out.append(y.transpose(1, 2))
+        return torch.cat(out, dim=1).transpose(1, 2)
 
-    def mask(self, prompt, lengths):
-        """[T, P + T] of answers of these lengths: all of the prompt, and the own answer up to itself. None: causal."""
+    def mask(self, like, prompt, lengths):
+        """[T, P + T] of answers of these lengths, to be added to their scores: 0 for all of the prompt, and for the own
+        answer up to itself. None: causal."""
         if prompt is None:
             return None
-        answer = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(self.ids.device)
-        own = (answer[:, None] == answer).tril()
-        return torch.cat((own.new_ones(len(own), *self.pieces[prompt][1]), own), dim=1)
+        answer = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(like.device)
+        before = self.pieces[prompt][1][0]
+        mask = like.new_zeros(len(answer), before + len(answer))
+        mask[:, before:].masked_fill_((answer[:, None] == answer).tril().logical_not_(), -math.inf)
+        return mask
 
     def attend_at_once(self, q, k, v):
         """The same with every answer's keys gathered, for the one kernel that does all (16 bits on a GPU)."""
@@ -317,9 +323,9 @@ def completion_logprobs(net, tokenizer, rows, temperature, packing=False):
         hidden = net.model(ids)
         starts = [i * ids.shape[1] + len(row.prompt) - 1 for i, row in enumerate(rows)]
         before = [range(start, start + len(row.ids)) for start, row in zip(starts, rows)]
-    trained = [torch.tensor(row.trained or [True] * len(row.ids)) for row in rows]
-    mask = pad_sequence(trained, batch_first=True).to(net.device)  # [B, T]
-    places, targets = (torch.cat([torch.tensor(line)[own] for line, own in zip(lines, trained)]).to(net.device)
+    trained = [row.trained or [True] * len(row.ids) for row in rows]
+    mask = pad_sequence(list(map(torch.tensor, trained)), batch_first=True).to(net.device)  # [B, T]
+    places, targets = (torch.tensor([*chain(*map(compress, lines, trained))], device=net.device)
                        for lines in (before, [row.ids for row in rows]))
     # No index: its gradient adds up what rows share, a prompt's last token, in an order that varies with the threads.
     hidden = F.embedding(places, hidden.flatten(0, 1))
