@@ -381,7 +381,7 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     try:
         slots = fitting_rows(model, length, len(prompts) * n)
         sampler = Sampler(model, tokenizer, slots, length, max_new_tokens, draw, R)
-        with bar, tinylora.sampling_form(model, own=R is not None):
+        with bar, tinylora.sampling_form(model, per_row=R is not None):
             sampler.run(prompts, n, lambda i, _: min(max_new_tokens, context - len(prompts[i])), uniforms, finished,
                         on_token)
     finally:

@@ -146,17 +146,17 @@ class Adapter(nn.Module):
 class Product:
     """Linears of one input as a single product, for sampling, while weights and adapter stand still: the weights side
     by side, and of the update the two thin factors V^T and U S R, multiplied out unless every row of a batch has its R
-    (own): y = x W^T + b + ((x down^T) R) up^T. Where the weights are copied anyway (joined), in float32, the copy takes
-    in the update."""
+    (per_row): y = x W^T + b + ((x down^T) R) up^T. Where the weights are copied anyway (joined), in float32, the copy
+    takes in the update."""
 
-    def take(self, linears, adapter, own, joined):
+    def take(self, linears, adapter, per_row, joined):
         self.parts = [len(linear.weight) for linear in linears] if len(linears) > 1 else None
         self.weight, self.bias, self.down = linears[0].weight, linears[0].bias, None
         if self.parts and self.bias is not None:
             self.bias = torch.cat([linear.bias for linear in linears])
         adapted = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
-        self.adapter = adapter if own else None
-        if joined and not own and self.weight.dtype == torch.float32:
+        self.adapter = adapter if per_row else None
+        if joined and not per_row and self.weight.dtype == torch.float32:
             # Lies in memory as [n, m]: few rows are multiplied up to 1.7 times faster so.
             weights = [linear.merged() if linear in adapted else linear.weight for linear in linears]
             self.weight, adapted = torch.cat(weights).T.contiguous().T, []
@@ -166,7 +166,7 @@ class Product:
             self.index = torch.tensor([linear.index for linear in adapted], device=self.weight.device)
             self.down = torch.cat([linear.Vt for linear in adapted]).to(self.weight.dtype)  # [k r, n]
             ups = [torch.zeros(len(linear.weight), 0, device=self.weight.device) if linear not in adapted  # rows of 0
-                   else linear.US.float() if own else linear.US.float() @ linear.R for linear in linears]
+                   else linear.US.float() if per_row else linear.US.float() @ linear.R for linear in linears]
             self.up = torch.block_diag(*ups).to(self.weight.dtype)  # [m, k r]
 
     def __call__(self, x):
@@ -213,10 +213,10 @@ PRODUCTS = WeakKeyDictionary()
 
 
 @contextmanager
-def sampling_form(model, own=False, join_below=50_000_000):
+def sampling_form(model, per_row=False, join_below=50_000_000):
     """While weights and adapter stand still, every linear is a Product. q, k, v and gate, up are joined in a model of
     fewer weights than join_below: where a step's time goes into calls, and a second copy of the weights is small.
-    own: every row of a batch has its own R, which stands in adapter.rows at each forward pass."""
+    per_row: every row of a batch has its own R, which stands in adapter.rows at each forward pass."""
     adapter = getattr(model, "adapter", None)
     joined = sum(p.numel() for p in model.model.layers.parameters()) < join_below
     changed = []  # (object, name of the method that its attribute hides, the Product)
@@ -224,13 +224,13 @@ def sampling_form(model, own=False, join_below=50_000_000):
     def hide(thing, name, linears):
         product = PRODUCTS.setdefault(thing, Product())
         changed.append((thing, name, product))
-        product.take(linears, adapter, own, joined)
+        product.take(linears, adapter, per_row, joined)
         setattr(thing, name, product)
 
     try:
         if adapter:
             adapter.refresh()
-            adapter.frozen = not own
+            adapter.frozen = not per_row
         for block in model.model.layers:
             attention, mlp = block.self_attn, block.mlp
             inputs = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]

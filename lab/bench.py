@@ -331,7 +331,7 @@ def decode_step_seconds(net, rows, context, steps, R=None):
     """Seconds of one decode step over `rows` rows that have `context` tokens behind them."""
     draw = partial(sample.sample_tokens, temperature=1.0)
     prompt = torch.randint(0, net.config.vocab_size, (context,)).tolist()
-    with torch.inference_mode(), tinylora.sampling_form(net, own=R is not None):
+    with torch.inference_mode(), tinylora.sampling_form(net, per_row=R is not None):
         sampler = sample.Sampler(net, NO_TEXT, rows, context + 2 * steps, 2 * steps, draw, R)
         for _ in range(2):  # the first round records the graphs, if any
             sampler.rows, sampler.reached = [], []
