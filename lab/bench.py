@@ -432,6 +432,27 @@ def in_a_process(function, *arguments):
         return process.submit(function, *arguments).result()
 
 
+def in_turn(functions, rounds, *arguments):
+    """Call each function(turn, *arguments) in a fresh process, where it takes `rounds` steps: for each it waits for
+    turn.recv(), and sends what came of it; at last its peak memory. They step in turn, to share the machine's noise.
+    Returns for each its steps and that peak."""
+    context, turns = multiprocessing.get_context("spawn"), []
+    for function in functions:
+        turn, other_end = context.Pipe()
+        context.Process(target=function, args=(other_end, *arguments), daemon=True).start()
+        other_end.close()
+        turns.append(turn)
+    steps = [[] for _ in functions]
+    try:
+        for _ in range(rounds):
+            for turn, taken in zip(turns, steps):
+                turn.send("go")
+                taken.append(turn.recv())
+        return [(taken, turn.recv()) for turn, taken in zip(turns, steps)]
+    except (EOFError, OSError):
+        raise UserError("a measured process ended early; what it wrote above says why") from None
+
+
 def malloc_as_it_comes():
     """Undo what pick_device("cpu") asks of glibc, for code that knows nothing of it: its limits for what it gives back,
     as they settle in a program with large blocks."""
@@ -560,8 +581,9 @@ def coin(text):
     return float(zlib.crc32(text.encode()) % 2)
 
 
-def our_grpo_steps(settings, path, prompts, lengths):
-    """Steps of grpo.py on the checkpoint at path: seconds of each {total, generate, update}, bytes {beyond, total}."""
+def our_grpo_steps(turn, settings, path, prompts, lengths):
+    """Steps of grpo.py on the checkpoint at path, for in_turn: seconds {total, generate, update}; bytes {beyond, total}
+    at last."""
     net, group, order = model_file.load_model(path, "float32", "cpu"), settings.group, list(map(tuple, prompts))
     adapter = add_random_adapter(net)
     if settings.compile:
@@ -571,7 +593,7 @@ def our_grpo_steps(settings, path, prompts, lengths):
     cfg = configure(vars(grpo), [f"--batch_size={len(prompts)}", f"--group_size={group}", "--objective=dapo",
                                  f"--max_new_tokens={settings.limit}", "--answer_format=any"])
     tokenizer = SimpleNamespace(**vars(NO_TEXT) | {"decode": lambda ids, **_: " ".join(map(str, ids))})
-    problems, steps, run_rows = [{"prompt": prompt, "answer": ""} for prompt in prompts], [], sample.Sampler.run
+    problems, run_rows = [{"prompt": prompt, "answer": ""} for prompt in prompts], sample.Sampler.run
 
     def with_lengths(sampler, batch, n, limits, uniforms, finished, on_token=None):
         def given(i, j):
@@ -585,17 +607,18 @@ def our_grpo_steps(settings, path, prompts, lengths):
 
     def run_steps():
         for step in range(1 + settings.repeats):
+            turn.recv()
             began = time.perf_counter()
             record, _ = grpo.training_step(net, tokenizer, optimizer, problems, cfg, step, 0, 1, grpo.Interrupt())
             parts = {key: record["seconds"][key] for key in ("generate", "update")}
-            steps.append({"total": time.perf_counter() - began} | parts)
+            turn.send({"total": time.perf_counter() - began} | parts)
 
     def score(text, *_):
         return {"strict": coin(text), "lenient": 0}
 
     with mock.patch.object(sample.Sampler, "run", with_lengths), mock.patch.object(eval_math, "score", score):
         beyond = peak_memory(run_steps)
-    return steps, {"beyond": beyond, "total": resident("VmHWM")}
+    turn.send({"beyond": beyond, "total": resident("VmHWM")})
 
 
 def trl_model(path, prompts, lengths):
@@ -624,25 +647,25 @@ def trl_model(path, prompts, lengths):
     return theirs, words
 
 
-def trl_grpo_steps(settings, path, prompts, lengths):
+def trl_grpo_steps(turn, settings, path, prompts, lengths):
     """The same with TRL's GRPOTrainer and PEFT's TinyLoRA."""
     import peft
     import transformers
     import trl
     from datasets import Dataset
 
-    micro, steps, spent = settings.their_rows or len(lengths), [], Counter()
+    micro, spent = settings.their_rows or len(lengths), Counter()
     theirs, words = trl_model(path, prompts, lengths)
 
     class Clock(transformers.TrainerCallback):
-        began = 0.0
+        def on_step_begin(self, *_, **__):
+            turn.recv()
+            spent.clear()
+            self.began = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            now = time.perf_counter()
-            steps.append({"total": now - self.began, "generate": spent["_generate"],
-                          "update": spent["training_step"] - spent["_generate"]})
-            spent.clear()
-            self.began = now
+            turn.send({"total": time.perf_counter() - self.began, "generate": spent["_generate"],
+                       "update": spent["training_step"] - spent["_generate"]})
 
     def timed(owner, name):
         function = getattr(owner, name)
@@ -667,25 +690,24 @@ def trl_grpo_steps(settings, path, prompts, lengths):
             gradient_accumulation_steps=len(lengths) // micro, max_steps=1 + settings.repeats,
             shuffle_dataset=False, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True)
         data = Dataset.from_list([{"prompt": " ".join(map(str, prompt))} for prompt in prompts])
-        clock = Clock()
         trainer = trl.GRPOTrainer(
             theirs, lambda completions, **_: [coin(text) for text in completions], options, data,
-            processing_class=words, callbacks=[clock],
+            processing_class=words, callbacks=[Clock()],
             peft_config=peft.TinyLoraConfig(r=2, u=13, weight_tying=1.0, target_modules="all-linear"))
         trainer.remove_callback(transformers.PrinterCallback)
         assert sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) == 13
         timed(trainer, "_generate")
         timed(trainer, "training_step")
-        clock.began = time.perf_counter()
         beyond = peak_memory(trainer.train)
-    return steps, {"beyond": beyond, "total": resident("VmHWM")}
+    turn.send({"beyond": beyond, "total": resident("VmHWM")})
 
 
 def bench_compare_grpo():
     """A GRPO step with TinyLoRA of 13 numbers on --rows answers of given lengths, --group to a prompt: ours, and TRL's
-    GRPOTrainer with PEFT's TinyLoRA, each in its own process, in float32 on the CPU. Same weights, prompts, lengths
-    (geometric, as in compare) and rewards (0 or 1, by the answer's hash). The first step warms up; the median of
-    --repeats counts. Ours leaves out the backward pass of groups whose answers all earned the same: few at group 8."""
+    GRPOTrainer with PEFT's TinyLoRA, step by step in turn, each in its own process, in float32 on the CPU. Same
+    weights, prompts, lengths (geometric, as in compare) and rewards (0 or 1, by the answer's hash). The first step
+    warms up; the median of --repeats counts. Ours leaves out the backward pass of groups whose answers all earned the
+    same: few at group 8."""
     for name in ("transformers", "peft", "trl"):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"compare_grpo needs {name}: pip install -r requirements-dev.txt")
@@ -700,8 +722,8 @@ def bench_compare_grpo():
     with tempfile.TemporaryDirectory() as path:
         model_file.save_model(net, path)
         del net
-        for name, steps_of in (("ours", our_grpo_steps), ("trl", trl_grpo_steps)):
-            steps, peak = in_a_process(steps_of, SETTINGS, path, prompts, lengths)
+        measured = in_turn((our_grpo_steps, trl_grpo_steps), 1 + SETTINGS.repeats, SETTINGS, path, prompts, lengths)
+        for name, (steps, peak) in zip(("ours", "trl"), measured):
             step = sorted(steps[1:], key=lambda step: step["total"])[SETTINGS.repeats // 2]
             step["rest"] = step["total"] - step["generate"] - step["update"]
             sides[name] = step | {f"peak_mb_{key}": size / 1e6 for key, size in peak.items()}

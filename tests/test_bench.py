@@ -52,3 +52,8 @@ def test_odd_requests_are_refused(arguments, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
     with pytest.raises(UserError, match=re.escape(words)):
         bench.main()
+
+
+def test_a_process_that_ends_early_is_no_hang():
+    with pytest.raises(UserError, match="ended early"):
+        bench.in_turn([sys.exit], 1)
