@@ -133,7 +133,8 @@ def keep_likeliest(logits, top_k, top_p):
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         p = ordered.softmax(-1)
-        ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)  # enough came before
+        enough = max(top_p, 1e-30)  # not what float32 rounds to 0: the likeliest always stays
+        ordered = ordered.masked_fill(p.cumsum(-1) - p >= enough, -math.inf)  # of those before it
         logits = logits.scatter(1, order, ordered)
     return logits
 

@@ -619,7 +619,7 @@ def read_adapter(where):
     float32 and stand for one vector over all linears with add_adapter's defaults and no check of the base model."""
     tensors, alone = None, False
     if where.startswith("hex:"):
-        _, numbers, *rest = where.split(":")
+        _, numbers, *rest = "".join(where.split()).split(":")  # a mail program may have broken the line
         alone, u = not rest, len(numbers) // 8
         if alone:
             note(f"an adapter of {u} numbers alone: read with rank 2 and seed 0, for any base model")
@@ -754,7 +754,8 @@ def new_directory(path):
     """A directory that has its name only when all of it is written; one that holds files is refused."""
     if not path or os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
         raise UserError(f"out_dir must name a new or empty directory, not '{path}'")
-    parent, name = os.path.split(os.path.abspath(path))
+    path = os.path.realpath(path)  # where a link leads: aside and in place are then on one disk
+    parent, name = os.path.split(path)
     try:
         os.makedirs(parent, exist_ok=True)
         aside = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
@@ -799,7 +800,7 @@ def export_peft(model, path, base="", kind="peft"):
                             f"targets={meta['targets']}; spelled out it takes {size * 4 / 1e9:.1f} GB: use --to=peft")
         P = adapter.P.new_zeros(N, groups if tied else 1, *adapter.P.shape[1:])
         P[torch.arange(N), adapter.groups if tied else 0] = adapter.P
-        v = adapter.v.reshape(1, -1) if tied else adapter.v  # [PEFT's groups, PEFT's u]
+        v = adapter.v.reshape(1, -1) if tied else adapter.v[adapter.groups]  # [PEFT's groups, PEFT's u]
         config |= {"peft_type": "TINYLORA", "u": v.shape[1], "weight_tying": float(tied), "save_projection": True,
                    "projection_seed": meta.get("seed", 0), "init_weights": True}
         tensors = {f"base_model.tinylora_v.{i}": line for i, line in enumerate(v)}
@@ -815,6 +816,8 @@ def export_peft(model, path, base="", kind="peft"):
 @torch.no_grad()
 def import_peft(model, path):
     """Attach the PEFT LoRA in directory `path` to its base model, as method 'lora'. Returns the Adapter."""
+    if not os.path.exists(os.path.join(path, "adapter_config.json")):
+        raise UserError(f"{path} holds no PEFT adapter (adapter_config.json)")
     config = read_json(os.path.join(path, "adapter_config.json"))
     file = os.path.join(path, "adapter_model.safetensors")
     config = config if isinstance(config, dict) else {}
@@ -825,7 +828,7 @@ def import_peft(model, path):
         raise UserError(f"{path}: init_lora_weights = {config['init_lora_weights']} changes the base model's weights "
                         "and is not supported")
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layer_replication",
-                "trainable_token_indices", "target_parameters"):
+                "trainable_token_indices", "target_parameters", "alora_invocation_tokens"):
         if config.get(key):
             raise UserError(f"{path}: {key} is not supported")
     try:

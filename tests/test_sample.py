@@ -199,7 +199,7 @@ def test_prompts_are_prefilled_in_batches_that_memory_bears_and_forgotten_after(
     assert max(sizes) <= 3 * 10  # no more than the slots may soon need
 
 
-@pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (5, 1.0), (0, 0.6), (20, 0.9), (600, 0.999)])
+@pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (5, 1.0), (0, 0.6), (20, 0.9), (600, 0.999), (0, 1e-50)])
 def test_top_k_and_top_p_leave_the_tokens_that_transformers_leaves(top_k, top_p):
     warpers = pytest.importorskip("transformers", reason="transformers is the oracle here").generation
     torch.manual_seed(0)

@@ -460,7 +460,7 @@ def test_a_text_brings_the_adapter_back(net, checkpoint, settings):
 
 def test_numbers_alone_are_one_vector_with_the_defaults(net, capsys):
     tinylora.note.cache_clear()
-    adapter = tinylora.load_adapter(net, "hex:3c23d70abf800000")
+    adapter = tinylora.load_adapter(net, "hex:3c 23 d7 0a\n bf 80 00 00")
     assert "2 numbers alone: read with rank 2 and seed 0, for any base model" in capsys.readouterr().out
     assert adapter.v.tolist() == [[np.float32(0.01), -1.0]]
     assert adapter.meta | {"base": ""} == dict(method="tinylora", rank=2, u=2, n_tie=0, tie="tiled", seed=0,
@@ -601,7 +601,10 @@ def peft_logits(checkpoint, path):
         return peft.PeftModel.from_pretrained(base, path)(IDS).logits
 
 
-@pytest.mark.parametrize("settings", METHODS, ids=str)
+IN_PARTS = [dict(n_tie=1, targets="mlp/attention"), dict(method="lora_xs", targets="q_proj/v_proj,gate_proj")]
+
+
+@pytest.mark.parametrize("settings", [*METHODS, *IN_PARTS], ids=str)  # groups in parts are not in modules' order
 @pytest.mark.parametrize("kind", ["peft", "peft-tinylora"])
 @pytest.mark.filterwarnings("ignore")  # theirs
 def test_peft_loads_our_export_with_equal_logits(net, checkpoint, tmp_path, settings, kind):
@@ -656,7 +659,8 @@ def test_what_import_cannot_express_is_refused(net, tmp_path):
     tensors = load_file(file)
     key = next(name for name in tensors if "layers.1.mlp.up_proj.lora_A" in name)
     keys = dict(use_dora=True, rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 4}, modules_to_save=["lm_head"],
-                lora_bias=True, layer_replication=[[0, 1]], trainable_token_indices=[1], target_parameters=["x"])
+                lora_bias=True, layer_replication=[[0, 1]], trainable_token_indices=[1], target_parameters=["x"],
+                alora_invocation_tokens=[3, 4])
     cases = [*((config | {name: value}, tensors, f"{name} is not supported") for name, value in keys.items()),
              *((config | {"init_lora_weights": name}, tensors, "changes the base model's weights")
                for name in ("pissa_niter_4", "corda", "olora", "loftq", "lora_ga")),
@@ -704,6 +708,13 @@ def test_a_merged_export_loads_in_transformers_and_is_rounded_once(net, checkpoi
     assert_refused(fork_script(*export), "out_dir must name a new or empty directory")
 
 
+def test_an_empty_directory_behind_a_link_is_written(net, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    tinylora.export_peft(filled(tinylora.add_adapter(net)) and net, str(tmp_path / "link"))
+    assert (tmp_path / "disk/adapter_model.safetensors").is_file() and (tmp_path / "link").is_symlink()
+
+
 def test_the_command_line_refuses_in_one_line(checkpoint, tmp_path, monkeypatch):
     base = [f"--model={checkpoint}", f"--out_dir={tmp_path}/x", "--device=cpu"]
     shutil.copytree(checkpoint, tmp_path / "full" / "model")  # as a run of grpo.py with method = full leaves it
@@ -712,6 +723,7 @@ def test_the_command_line_refuses_in_one_line(checkpoint, tmp_path, monkeypatch)
         (["import", *base, "--adapter=hex:3c23d70a"], "import --source"),
         (["export", *base, "--adapter=hex:3c23d70a", "--to=gguf"], "to must be"),
         (["import", *base, "--source=somewhere", "--to=hf"], "--to is for export"),
+        (["import", *base, f"--source={tmp_path}"], "holds no PEFT adapter"),
         (["export", f"--model={checkpoint}", "--adapter=hex:3c23d70a"], "out_dir must name"),
         (["export", *base, f"--adapter={tmp_path}/full", "--to=hf"], "trained all weights: use --model=.*full/model,"),
         (["export", *base, "--adapter=nowhere"], "no adapter can be read"),
