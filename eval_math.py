@@ -787,7 +787,7 @@ def as_problem(place: str, row: dict) -> dict:
                         f"({', '.join(ANSWER_KEYS)}); it has {', '.join(row) or 'nothing'}")
     if not isinstance(row.get("system") or "", str):
         raise UserError(f"{place}: system must be a text, not {str(row['system'])[:40]!r}")
-    solution = row.get("solution") if isinstance(row.get("solution"), str) else answer
+    solution = row["solution"] if isinstance(row.get("solution"), str) and row["solution"].strip() else answer
     final = extract_answer(answer, "boxed") or extract_answer(answer) or answer.strip()
     return row | {"question": question, "answer": final, "solution": solution}
 

@@ -704,12 +704,15 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, share, s
     eval_problems = eval_problems[: cfg.eval_size or None]
     checkpoint_file = os.path.join(cfg.out_dir, "checkpoint.safetensors")
     step, read_from = 0, ""
-    history = dict.fromkeys(("base", "accuracy", "evaluated", "best", "base_loss", "loss")) | {"seconds": 0.0}
+    unknown = dict.fromkeys(("base", "accuracy", "evaluated", "best", "base_loss", "loss"))
+    history = unknown | {"seconds": 0.0, "eval_set": [cfg.eval_dataset, cfg.eval_size]}
     if cfg.init_from == "resume" and os.path.exists(os.path.join(cfg.out_dir, "settings.py")) and not (
             os.path.exists(checkpoint_file) or os.path.exists(previous(checkpoint_file))):
         print(f"{cfg.out_dir} has no checkpoint yet: this starts at step 0")
     elif cfg.init_from == "resume":
         step, saved, read_from = load_checkpoint(checkpoint_file, parameters, optimizer, identity)
+        if saved.get("eval_set", history["eval_set"]) != history["eval_set"]:  # what was measured is of other problems
+            saved |= unknown | {"eval_set": history["eval_set"]}
         history |= saved
     if chief:
         prepare_out_dir(cfg, "log.jsonl")
@@ -803,10 +806,11 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, share, s
 def say_result(cfg, history, cost):
     """The last line of a run: what it began and ended with, if that was measured."""
     name = os.path.basename(os.path.normpath(cfg.out_dir))
-    if None not in (history["base"], history["accuracy"]):
-        say(f"{name}: greedy accuracy {history['base']:.3f} -> {history['accuracy']:.3f} with {cost}")
-    elif None not in (history["base_loss"], history["loss"]):
-        say(f"{name}: held-out loss {history['base_loss']:.4f} -> {history['loss']:.4f} with {cost}")
+    for what, base, last, form in (("greedy accuracy", "base", "accuracy", ".3f"),
+                                   ("held-out loss", "base_loss", "loss", ".4f")):
+        if history[last] is not None:
+            before = "" if history[base] is None else f"{history[base]:{form}} -> "
+            return say(f"{name}: {what} {before}{history[last]:{form}} with {cost}")
 
 
 def say_evaluation(step, result):

@@ -101,8 +101,8 @@ def as_example(place, row):
     """A row of data as one of the two kinds that are trained on: with 'messages' [{role, content}], or with the
     'question', 'answer' and 'solution' of eval_math.as_problem. place: file and line, for UserError."""
     turns = row.get("messages") or row.get("conversations")
-    if turns is None:
-        return eval_math.as_problem(place, row)
+    if not turns:  # merged data sets have null where a row is of another kind
+        return eval_math.as_problem(place, {key: value for key, value in row.items() if key != "messages"})
     turns = turns if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns) else []
     messages = [{"role": turn.get("role", turn.get("from")), "content": turn.get("content", turn.get("value"))}
                 for turn in turns]
@@ -111,7 +111,9 @@ def as_example(place, row):
         if m["role"] not in ("system", "user", "assistant") or not isinstance(m["content"], str):
             raise UserError(f"{place}: a message needs the role system, user or assistant and a text as its content; "
                             f"one has {m['role']!r} and {str(m['content'])[:40]!r}")
-    if isinstance(row.get("system"), str) and row["system"] and messages and messages[0]["role"] != "system":
+    if not isinstance(row.get("system") or "", str):
+        raise UserError(f"{place}: system must be a text, not {str(row['system'])[:40]!r}")
+    if row.get("system") and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": row["system"]})
     roles = [m["role"] for m in messages]
     if "assistant" not in roles or "user" not in roles[: roles.index("assistant")]:

@@ -38,7 +38,8 @@ FIGURES = {  # of a study: the horizontal axis, the column that is drawn, the ti
     "regret_rl": ("learning rate", "accuracy", "LoRA's rank in RL (Llama-3.1-8B, MATH)"),
 }
 STUDIES = study.STUDIES | study.PAPERS
-LABELS = {"accuracy": "greedy accuracy, held-out problems", "loss": "held-out loss, nats a token"}
+LABELS = {"accuracy": "greedy accuracy, held-out problems", "loss": "held-out loss, nats a token",
+          "training loss": "loss of the last 5 steps, nats a token"}
 
 
 def pyplot():
@@ -62,18 +63,19 @@ def points(name, rows):
         row = rows.get(command)
         if row and row[column] != "":
             x = int(row["numbers"]) if x == "numbers" else x
-            rate = re.search(r"--lr=(\S+)", command) if several else None
-            curves.setdefault(series, {}).setdefault(x, {}).setdefault(rate and rate[1], []).append(float(row[column]))
+            settings = re.sub(r" --seed=\S+", "", command) if several else ""  # those of a point's seeds
+            curves.setdefault(series, {}).setdefault(x, {}).setdefault(settings, []).append(float(row[column]))
     best = max if column == "accuracy" else min
-    return {series: {x: best(rates.values(), key=mean) for x, rates in by_x.items()} for series, by_x in curves.items()}
+    return {series: {x: best(runs.values(), key=mean) for x, runs in by_x.items()} for series, by_x in curves.items()}
 
 
-def draw_study(name, rows, path, plt):
+def draw_study(name, rows, table, path, plt):
     """The figure of a study: means, with bars from the lowest to the highest seed; a panel a kind of training."""
     xlabel, column, title = FIGURES[name]
     curves = points(name, rows)
     if not curves:
-        return print(f"{name}: not run yet; python -m lab.study {name}")
+        return print(f"{name}: no run of it is in {table}; another table is --results=FILE, and python -m lab.study "
+                     f"{name} runs it")
     panels = list(dict.fromkeys(series.rpartition(": ")[0] for series in curves))
     figure, axes = plt.subplots(1, len(panels), figsize=(7 if len(panels) == 1 else 11, 4.3), squeeze=False,
                                 sharey=True)
@@ -106,7 +108,7 @@ def draw_study(name, rows, path, plt):
         ax.set_xlabel(xlabel)
         ax.set_title(panel or title)
         ax.legend(ncols=2 if len(own) > 6 else 1)
-    axes[0, 0].set_ylabel(LABELS[column])
+    axes[0, 0].set_ylabel(LABELS["training loss" if name.startswith("regret") and column == "loss" else column])
     if panels != [""]:
         figure.suptitle(title)
     save(figure, path)
@@ -115,7 +117,7 @@ def draw_study(name, rows, path, plt):
 PANELS = {  # of a run's log: title and what is drawn
     "reward (T = 1)": lambda line: line.get("reward"),
     "loss (of sft.py; in RL no sign of progress)": lambda line: line.get("loss"),
-    "greedy accuracy, held-out": lambda line: line.get("eval", {}).get("strict"),
+    "greedy accuracy, held-out": lambda line: (line.get("eval") or {}).get("strict"),
     "tokens an answer": lambda line: line.get("length"),
     "|v|": lambda line: line.get("v_norm"),
     "gradient norm": lambda line: line.get("grad_norm"),
@@ -170,10 +172,12 @@ def main():
     names = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
     cfg, plt = configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith("-")]), pyplot()
     if any(name not in FIGURES for name in names):
+        if not os.path.basename(cfg.out):
+            raise UserError(f"out must be the name of a file, not '{cfg.out}'")
         return draw_runs(names, cfg.out, plt)
     rows = study.read_results(cfg.results)
     for name in names or study.STUDIES:
-        draw_study(name, rows, os.path.join(cfg.figures, f"{name}.png"), plt)
+        draw_study(name, rows, cfg.results, os.path.join(cfg.figures, f"{name}.png"), plt)
 
 
 if __name__ == "__main__":

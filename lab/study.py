@@ -17,12 +17,13 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from statistics import mean
 
 import torch
@@ -261,6 +262,23 @@ def write_results(path, rows):
         table.writerows(rows[command] for command in sorted(rows))
 
 
+@contextmanager
+def alone_in(folder):
+    """Wait until no other study is in this `with` of the folder: two may write to one table."""
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
 def execute(command, runs):
     """Run a command in this process, without its output, in a folder of its own in `runs` -> its line of the table."""
     script, *arguments = command.split()
@@ -308,6 +326,8 @@ def evaluate_stored(cfg):
 
 def start_worker(threads):
     torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # killed, it takes workers along
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's (and, while it trains, grpo.Interrupt's)
 
 
@@ -322,16 +342,21 @@ def main():
         raise UserError(f"workers must be at least 1, got {cfg.workers}")
     rows = read_results(cfg.results)
     commands = list(dict.fromkeys(point.command for name in names or STUDIES for point in studies[name]()))
-    missing = [command for command in commands if command not in rows]
+    # What failed may have done so for want of memory or disk, and is tried again; what diverged would do it again.
+    missing = [command for command in commands if command not in rows or (
+        rows[command]["error"] and "not finite" not in rows[command]["error"])]
     threads = max(1, (os.cpu_count() or 1) // cfg.workers)
-    os.makedirs(os.path.dirname(cfg.results) or ".", exist_ok=True)
+    place, failed = os.path.dirname(cfg.results) or ".", 0
+    os.makedirs(place, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(cfg.workers, spawn, start_worker, (threads,)) as pool:
         try:
             runs = [pool.submit(execute, command, cfg.out_dir) for command in missing]
             for run in tqdm(as_completed(runs), total=len(runs), unit="run", disable=None):
                 row = run.result()
-                write_results(cfg.results, read_results(cfg.results) | {row["command"]: row})  # others may write too
+                with alone_in(place):
+                    write_results(cfg.results, read_results(cfg.results) | {row["command"]: row})
+                failed += row["error"] != ""
                 shown = [f"{key} {row[key]}" for key in ("accuracy", "reward", "loss", "error") if row[key] != ""]
                 tqdm.write("  ".join([*shown, row["command"]]))
         except BrokenProcessPool:
@@ -342,7 +367,8 @@ def main():
             for worker in multiprocessing.active_children():
                 worker.kill()  # SIGTERM would end one run, and the next begin
             raise
-    print(f"{len(missing)} runs done, {len(commands) - len(missing)} were in {cfg.results}")
+    print(f"{len(missing)} runs done, {len(commands) - len(missing)} were in {cfg.results}"
+          + (f"; {failed} failed, for reasons that stand there" if failed else ""))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 
@@ -79,6 +80,31 @@ def test_of_several_learning_rates_the_best_counts():
     assert all(values == [1, 2] for by_x in plot.points("batch", rows).values() for values in by_x.values())
 
 
+def test_methods_with_equally_many_numbers_are_not_taken_for_seeds():
+    """64 numbers in each of 196 linears, and LoRA-XS of rank 8."""
+    runs = [p for p in study.gsm8k_sizes() if p.series == "RL" and ("--u=64 --n_tie=1 " in p.command + " "
+                                                                   or "--method=lora_xs --rank=8 " in p.command + " ")]
+    assert len({re.sub("--(seed|lr)=.*", "", p.command) for p in runs}) == 2
+    rows = {p.command: {"numbers": "12544", "accuracy": "0.9" if "lora_xs" in p.command else "0.5"} for p in runs}
+    [values] = plot.points("gsm8k_sizes", rows)["RL"].values()
+    assert set(values) == {0.9}
+
+
+def test_two_studies_wait_for_each_other_at_their_table(tmp_path):
+    entered = threading.Event()
+
+    def other():
+        with study.alone_in(tmp_path):
+            entered.set()
+
+    thread = threading.Thread(target=other)
+    with study.alone_in(tmp_path):
+        thread.start()
+        assert not entered.wait(0.3)
+    thread.join(10)
+    assert entered.is_set()
+
+
 def test_a_studys_points_are_the_runs_values(table):
     rows = study.read_results(table)
     curves = plot.points("params", rows)
@@ -106,9 +132,10 @@ def test_curves_of_runs(checkpoint, problems, tmp_path, monkeypatch):
             plot.read_log(str(tmp_path / "other.jsonl"))
     with pytest.raises(UserError, match="no table of runs"):
         study.read_results(str(tmp_path / "other.jsonl"))
-    monkeypatch.setattr("sys.argv", ["plot", f"{tmp_path}/rl", f"--out={tmp_path}/curves.xyz"])
-    with pytest.raises(UserError, match="curves.xyz"):
-        plot.main()
+    for out, words in (("curves.xyz", "curves.xyz"), ("", "out must be the name of a file")):
+        monkeypatch.setattr("sys.argv", ["plot", f"{tmp_path}/rl", f"--out={tmp_path}/{out}"])
+        with pytest.raises(UserError, match=words):
+            plot.main()
 
 
 class Here:
@@ -153,7 +180,11 @@ def test_a_study_skips_what_is_done_and_keeps_its_lines(checkpoint, problems, tm
     done = [dict.fromkeys(study.COLUMNS, "") | {"command": command, "accuracy": "0.5"} for command in commands[:2]]
     study.write_results(results, {row["command"]: row for row in done})
     monkeypatch.setattr("sys.argv", ["study", "some", f"--results={results}", f"--out_dir={tmp_path}/runs"])
-    for ran in (1, 0):
+    for ran, error in ((1, ""), (0, ""), (1, "OSError: disk full"), (0, "UserError: a log-prob is not finite")):
+        if error:
+            rows = study.read_results(results)
+            rows[commands[2]]["error"] = error
+            study.write_results(results, rows)
         study.main()
         assert f"{ran} runs done, {3 - ran} were in" in capsys.readouterr().out
         first, second, third = study.read_results(results).values()

@@ -561,7 +561,20 @@ def test_a_run_that_resumes_with_another_kind_of_evaluation_ends_well(checkpoint
                                               {"role": "assistant", "content": "2"}]}) + "\n")
     run(*args(checkpoint, problems, tmp_path / "run", max_steps=1))
     run(*args(checkpoint, problems, tmp_path / "run", max_steps=2, init_from="resume", eval_dataset=chats))
-    assert capsys.readouterr().out.splitlines()[-1].startswith("run: held-out loss")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("run: held-out loss") and "->" not in last  # it began with the loss on other problems
+
+
+def test_a_system_that_is_no_text_is_refused():
+    with pytest.raises(UserError, match="here: system must be a text, not '5'"):
+        sft.as_example("here", as_messages(CHATS[0]) | {"system": 5})
+
+
+@pytest.mark.parametrize("extra", [{"messages": None}, {"messages": [], "solution": " "}], ids=str)
+def test_a_column_that_is_empty_is_no_column(extra):
+    row = {"question": "1+1?", "answer": "#### 2"}
+    assert sft.as_example("here", row | extra) == sft.as_example("here", row) | (
+        {"solution": "#### 2"} if "solution" in extra else {})
 
 
 def test_ctrl_c_during_an_update_neither_loses_nor_repeats_it(checkpoint, problems, tmp_path, monkeypatch):
