@@ -785,11 +785,16 @@ def as_problem(place: str, row: dict) -> dict:
     if not question.strip() or not answer.strip():
         raise UserError(f"{place}: needs a question ({', '.join(QUESTION_KEYS)}) and an answer "
                         f"({', '.join(ANSWER_KEYS)}); it has {', '.join(row) or 'nothing'}")
-    if not isinstance(row.get("system") or "", str):
-        raise UserError(f"{place}: system must be a text, not {str(row['system'])[:40]!r}")
+    check_system(place, row)
     solution = row["solution"] if isinstance(row.get("solution"), str) and row["solution"].strip() else answer
     final = extract_answer(answer, "boxed") or extract_answer(answer) or answer.strip()
     return row | {"question": question, "answer": final, "solution": solution}
+
+
+def check_system(place: str, row: dict):
+    """UserError for a row whose own system message is no text: it would be left out in silence."""
+    if not isinstance(row.get("system") or "", str):
+        raise UserError(f"{place}: system must be a text, not {str(row['system'])[:40]!r}")
 
 
 def _text(answer):

@@ -704,15 +704,15 @@ def training_loop(cfg, net, tokenizer, parameters, optimizer, identity, share, s
     eval_problems = eval_problems[: cfg.eval_size or None]
     checkpoint_file = os.path.join(cfg.out_dir, "checkpoint.safetensors")
     step, read_from = 0, ""
-    unknown = dict.fromkeys(("base", "accuracy", "evaluated", "best", "base_loss", "loss"))
-    history = unknown | {"seconds": 0.0, "eval_set": [cfg.eval_dataset, cfg.eval_size]}
+    history = dict.fromkeys(("base", "accuracy", "evaluated", "best", "base_loss", "loss")) | {
+        "seconds": 0.0, "eval_set": [cfg.eval_dataset, cfg.eval_size]}
     if cfg.init_from == "resume" and os.path.exists(os.path.join(cfg.out_dir, "settings.py")) and not (
             os.path.exists(checkpoint_file) or os.path.exists(previous(checkpoint_file))):
         print(f"{cfg.out_dir} has no checkpoint yet: this starts at step 0")
     elif cfg.init_from == "resume":
         step, saved, read_from = load_checkpoint(checkpoint_file, parameters, optimizer, identity)
         if saved.get("eval_set", history["eval_set"]) != history["eval_set"]:  # what was measured is of other problems
-            saved |= unknown | {"eval_set": history["eval_set"]}
+            saved = {"seconds": saved["seconds"]}
         history |= saved
     if chief:
         prepare_out_dir(cfg, "log.jsonl")

@@ -111,8 +111,7 @@ def as_example(place, row):
         if m["role"] not in ("system", "user", "assistant") or not isinstance(m["content"], str):
             raise UserError(f"{place}: a message needs the role system, user or assistant and a text as its content; "
                             f"one has {m['role']!r} and {str(m['content'])[:40]!r}")
-    if not isinstance(row.get("system") or "", str):
-        raise UserError(f"{place}: system must be a text, not {str(row['system'])[:40]!r}")
+    eval_math.check_system(place, row)
     if row.get("system") and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": row["system"]})
     roles = [m["role"] for m in messages]

@@ -573,8 +573,7 @@ def test_a_system_that_is_no_text_is_refused():
 @pytest.mark.parametrize("extra", [{"messages": None}, {"messages": [], "solution": " "}], ids=str)
 def test_a_column_that_is_empty_is_no_column(extra):
     row = {"question": "1+1?", "answer": "#### 2"}
-    assert sft.as_example("here", row | extra) == sft.as_example("here", row) | (
-        {"solution": "#### 2"} if "solution" in extra else {})
+    assert sft.as_example("here", row | extra) == sft.as_example("here", row)
 
 
 def test_ctrl_c_during_an_update_neither_loses_nor_repeats_it(checkpoint, problems, tmp_path, monkeypatch):
