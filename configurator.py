@@ -15,18 +15,15 @@ import os
 import re
 import runpy
 import sys
-from contextlib import contextmanager, suppress
 from itertools import count
 from types import ModuleType, SimpleNamespace
+
+from support import UserError, whole_file
 
 # The scripts import this file before any package, so that what stops a newcomer first is one line, too.
 if sys.version_info < (3, 11):  # noqa: UP036 (that nobody reads requires-python is the point)
     print("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0], file=sys.stderr)
     raise SystemExit(2)
-
-
-class UserError(Exception):
-    """A mistake the user can mend. Scripts print it as one line, without a traceback, and exit with code 2."""
 
 
 def configure(script_globals, argv=None):
@@ -62,21 +59,6 @@ def save_settings(settings, path):
     """Write settings as a config file: `python grpo.py out/toy/settings.py` repeats the run."""
     with whole_file(path) as aside, open(aside, "w", encoding="utf-8") as f:
         f.writelines(f"{name} = {value!r}\n" for name, value in vars(settings).items())
-
-
-@contextmanager
-def whole_file(path):
-    """A name to write under: renamed to `path` when all is written, and removed, with `path` as it was, where the disk
-    is full or the run is stopped."""
-    try:
-        yield f"{path}.tmp"
-        os.replace(f"{path}.tmp", path)
-    except BaseException as error:
-        with suppress(OSError):
-            os.remove(f"{path}.tmp")
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # by name: nothing is imported here
-            raise UserError(f"{path} cannot be written: {error}; make room, or choose another out_dir") from None
-        raise
 
 
 def prepare_out_dir(settings, evidence):

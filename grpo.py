@@ -40,23 +40,9 @@ from torch.utils.checkpoint import checkpoint
 
 import eval_math
 import tinylora
-from model import (
-    attention,
-    compile_model,
-    free_memory,
-    is_chief,
-    leave_ranks,
-    load_model,
-    load_tokenizer,
-    own_part,
-    save_model,
-    say,
-    shard_model,
-    start_ranks,
-    whole,
-    whole_size,
-)
+from model import attention, compile_model, free_memory, load_model, load_tokenizer, save_model
 from sample import check_template, fitting_rows, generate
+from support.parallel import is_chief, leave_ranks, own_part, say, shard_model, start_ranks, whole, whole_size
 
 # what to train: the defaults train the embedded toy; the paper's values are in config/
 model = "toy/base"  # checkpoint directory or hub name

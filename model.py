@@ -4,7 +4,6 @@ attention, SwiGLU; Qwen adds biases to q, k and v. Parameters carry the checkpoi
 dict and there is no renaming table.
 """
 
-import base64
 import ctypes
 import json
 import math
@@ -12,24 +11,19 @@ import os
 import platform
 import re
 import shutil
-import unicodedata
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import dataclass
 from functools import cache, partial
 
-import tiktoken
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from configurator import UserError, whole_file
+from support import UserError, foreign_file, read_json, whole_file
+from support.parallel import Shard, is_chief, whole, whole_size
+from support.tokenizer import Tokenizer, read_optional
 
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
     raise UserError(f"torch 2.11 or newer is needed, this is {torch.__version__}: pip install -r requirements.txt")
@@ -280,181 +274,6 @@ def init_weights(model, seed):
             nn.init.normal_(p, 0.0, std, generator=generator)
 
 
-# ---------------------------------------------------------------------------- one copy of the weights on many ranks
-
-
-class Shard:
-    """The `size` ranks of torch.distributed that hold one copy of the weights between them: tensor parallelism as in
-    Megatron-LM (Shoeybi et al. 2019, section 3). Of every block a rank has some of the heads and some of the MLP's
-    inner units: rows of q, k, v, gate and up, and columns of o and down, whose outputs are summed over the ranks.
-    Embeddings, norms and lm_head are whole on each. All of them work on the same rows.
-
-    Neighbouring ranks make a shard; `peers` are the ranks that hold the same part in other shards, for other rows.
-    Raises UserError where size does not divide the heads or the inner units.
-    """
-
-    def __init__(self, size, config, device, dtype):
-        self.size, self.device, self.dtype = size, device, dtype
-        most = math.gcd(config.num_key_value_heads, config.intermediate_size)
-        if most % size:
-            raise UserError(f"shard = {size} does not cut this model, with {config.num_key_value_heads} key heads and "
-                            f"{config.intermediate_size} inner units, into equal parts; use a divisor of {most}")
-        ranks = init_device_mesh(device.type, (dist.get_world_size() // size, size), mesh_dim_names=("data", "shard"))
-        self.group, self.peers = ranks.get_group("shard"), ranks.get_group("data")
-        self.rank = ranks.get_local_rank("shard")
-
-    def part(self, t, dim, dtype=None):
-        """This rank's part of t, cut along dim, on its device: a copy, as a view would keep the whole alive."""
-        return t.detach().chunk(self.size, dim)[self.rank].to(self.device, dtype or t.dtype, copy=True)
-
-    def join(self, t, dim):
-        """The whole of which every rank has the part t."""
-        parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(parts, t.contiguous(), group=self.group)
-        return torch.cat(parts, dim)
-
-    def least(self, number):
-        """The smallest of the ranks' numbers."""
-        t = torch.tensor(number, dtype=torch.float64, device=self.device)
-        dist.all_reduce(t, dist.ReduceOp.MIN, group=self.group)
-        return t.item()
-
-    def follow(self, *tensors):
-        """Overwrite the tensors with the first rank's: a last bit that differs must not make the ranks part ways."""
-        for t in tensors:
-            dist.broadcast(t, group=self.group, group_src=0)
-
-
-class SumGradient(torch.autograd.Function):
-    """What goes into linears cut by rows, on every rank the same: each knows the gradient through its own rows."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
-
-
-class SumOutput(torch.autograd.Function):
-    """What comes out of a linear cut by columns: the sum over ranks, whose gradient is each rank's own."""
-
-    @staticmethod
-    def forward(ctx, y, group):
-        y = y.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(y, group=group)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
-
-
-CUT_BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of Shard; o_proj and down_proj by columns
-
-
-def shard_model(model):
-    """Leave this rank its part of the weights that load_model has left on the host, on its own device, and its share
-    of the heads in model.config. A parameter that is cut has `cut`: the Shard and the dimension."""
-    shard, config = model.shard, model.config
-
-    def cut(linear, name, dim):
-        p = nn.Parameter(shard.part(getattr(linear, name), dim, shard.dtype), requires_grad=False)
-        p.cut = shard, dim
-        setattr(linear, name, p)
-
-    for block in model.model.layers:
-        for module in (block.self_attn, block.mlp):
-            module.register_forward_pre_hook(lambda _, args: (SumGradient.apply(args[0], shard.group), *args[1:]))
-            for name, linear in module.named_children():
-                cut(linear, "weight", 0 if name in CUT_BY_ROWS else 1)
-                if linear.bias is not None:  # of q, k and v only
-                    cut(linear, "bias", 0)
-                if name not in CUT_BY_ROWS:
-                    linear.register_forward_hook(lambda _, args, y: SumOutput.apply(y, shard.group))
-    model.to(shard.device, shard.dtype)  # what is left whole
-    model.config = model.model.config = replace(
-        config, num_attention_heads=config.num_attention_heads // shard.size,
-        num_key_value_heads=config.num_key_value_heads // shard.size,
-        intermediate_size=config.intermediate_size // shard.size)
-
-
-def own_part(p, t):
-    """Of t, laid out like the whole of the parameter p, what this rank has of p."""
-    return p.cut[0].part(t, p.cut[1]) if hasattr(p, "cut") and t.dim() else t
-
-
-def whole(p, t=None):
-    """The parameter p (or t, laid out like p: a moment of Adam's) as a whole, on the host of the rank that writes
-    files; None elsewhere. Where p is cut, all ranks of its shard must call this."""
-    t = (p if t is None else t).detach()
-    if hasattr(p, "cut") and t.dim():
-        t = p.cut[0].join(t, p.cut[1])
-    return t.cpu().contiguous() if is_chief() else None
-
-
-def whole_size(p):
-    """Numbers in the whole of the parameter p."""
-    return p.numel() * (p.cut[0].size if hasattr(p, "cut") else 1)
-
-
-def is_chief():
-    """Is this the one process that writes and prints?"""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def say(text):
-    """Print it, of several ranks on one."""
-    if is_chief():
-        print(text)
-
-
-note = cache(say)  # once, however often it is said
-
-
-def start_ranks(cfg, one_share=False):
-    """Join the processes of torchrun, if that is what started us. Returns which share of the rows this process works
-    on, of how many (ranks that share the weights work on the same rows; one_share: all must), and its device."""
-    if cfg.shard < 1:
-        raise UserError("shard must be at least 1")
-    if not dist.is_torchelastic_launched():
-        if cfg.shard > 1:
-            raise UserError(f"shard = {cfg.shard} needs as many processes; start it with torchrun --nproc_per_node="
-                            f"{cfg.shard}")
-        return 0, 1, cfg.device
-    world = int(os.environ["WORLD_SIZE"])
-    if world % cfg.shard:
-        raise UserError(f"shard = {cfg.shard} does not divide the number of processes, {world}; give torchrun a "
-                        "multiple of it")
-    if one_share and world > cfg.shard:
-        raise UserError(f"this script has one set of weights at work: give torchrun as many processes as shard "
-                        f"({cfg.shard})")
-    on_gpu = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))  # the others wait for evaluations
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device
-    return dist.get_rank() // cfg.shard, world // cfg.shard, device
-
-
-def wait_for_ranks():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def leave_ranks(net):
-    """End the threads of torch.distributed, the last thing a process does: gloo joins its own only when nobody holds a
-    group any more, and one still busy dropping a tensor while Python shuts down aborts the process."""
-    if dist.is_initialized():
-        if net.shard:
-            if net.model.compiled:
-                dist.barrier()  # compiled code holds its group for good: give the thread time to drop all else
-            net.shard.group = net.shard.peers = None
-        dist.destroy_process_group()
-
-
 # --------------------------------------------------------------------------------------- checkpoint directories
 
 
@@ -522,31 +341,10 @@ def checkpoint_dir(path):
                         "copy the checkpoint here and give its directory") from None
 
 
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            return json.load(f)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: not a whole checkpoint directory; download it again") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); download it again") from None
-
-
-@contextmanager
-def made_by_others(path):
-    """Files come from strangers: whatever a malformed one leads to in here becomes one line."""
-    try:
-        yield
-    except (UserError, OSError):
-        raise
-    except Exception as error:
-        raise UserError(f"{path} is malformed ({type(error).__name__}: {error}); download it again") from None
-
-
 def load_config(path):
     """Read config.json, in the style of published checkpoints or as transformers 5 writes it."""
     file = os.path.join(path, "config.json")
-    with made_by_others(file):
+    with foreign_file(file):
         return _parse_config(file)
 
 
@@ -689,8 +487,8 @@ def _read_weights(path, model, device, dtype):
 def _weight_files(path):
     index = os.path.join(path, "model.safetensors.index.json")
     if os.path.exists(index):
-        weight_map = _read_optional(index).get("weight_map")
-        with made_by_others(index):
+        weight_map = read_optional(index).get("weight_map")
+        with foreign_file(index):
             names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
             outside = any(os.path.basename(name) != name for name in names)
         if not names or outside:
@@ -766,236 +564,8 @@ def save_model(model, path, tokenizer_from=None, max_shard_bytes=5 * 10**9):
             shutil.copy(os.path.join(source, name), path)
 
 
-# ------------------------------------------------------------------------------------------------- the tokenizer
-
-
-def _byte_alphabet():
-    """GPT-2's map from printable characters to bytes, in which vocab files spell their tokens."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
-
-
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-         r"|\s+(?!\S)|\s+")  # how Qwen2 and Llama 3 cut text into words; they differ in how many digits stay together
-
-
-def _read_vocabulary(path, extra):
-    """The vocabulary of a directory, from tokenizer.json, vocab.json + merges.txt, or Llama-3's tokenizer.model.
-
-    Returns ranks {bytes: id}, the word pattern, whether text is normalised to NFC, the added tokens
-    [{content, id, special}] and whether raw text begins with a BOS.
-    """
-    file, vocab, model_file = (os.path.join(path, n) for n in ("tokenizer.json", "vocab.json", "tokenizer.model"))
-    added = [t | {"id": int(i)} for i, t in extra.get("added_tokens_decoder", {}).items()]
-    if os.path.exists(file) or not (os.path.exists(vocab) or os.path.exists(model_file)):
-        data = read_json(file)
-        bpe = data.get("model", {}) if isinstance(data, dict) else {}
-        if bpe.get("type") != "BPE" or bpe.get("byte_fallback"):
-            raise UserError(f"{file}: only byte-level BPE tokenizers are supported")
-        ranks = _byte_level_ranks(file, bpe.get("vocab"), bpe.get("merges"), bpe.get("ignore_merges"))
-        normalizer = data.get("normalizer") or {"normalizers": []}
-        steps = normalizer.get("normalizers", [normalizer])
-        if any(step != {"type": "NFC"} for step in steps):
-            raise UserError(f"{file}: its normalizer is not supported; NFC is")
-        adds_bos = "TemplateProcessing" in json.dumps(data.get("post_processor"))  # Llama 3's
-        return ranks, _split_pattern(file, data), bool(steps), data.get("added_tokens", []), adds_bos
-    if os.path.exists(vocab):  # Qwen2
-        with open(os.path.join(path, "merges.txt"), encoding="utf-8") as f:
-            merges = f.read().split("\n")
-        merges = [m.rstrip("\r") for m in merges[merges[0].startswith("#version") :] if m.strip()]
-        return _byte_level_ranks(vocab, read_json(vocab), merges, False), WORDS % "", True, added, False
-    try:  # Llama 3: a line of base64 and rank per token, as tiktoken has it
-        with open(model_file, "rb") as f:
-            ranks = {base64.b64decode(token): int(i) for token, i in map(bytes.split, f.read().splitlines())}
-    except ValueError:
-        raise UserError(f"{model_file} is no tiktoken file; Llama 2's sentencepiece is not supported") from None
-    return ranks, WORDS % "{1,3}", False, added, True
-
-
-def _byte_level_ranks(file, vocab, merges, ignore_merges):
-    """{bytes: id} of a vocabulary spelled in GPT-2's characters. tiktoken merges by id, so the merges must come in the
-    order of the ids they make (Llama 3 lists several merges a token, but looks whole words up first)."""
-    alphabet = _byte_alphabet()
-    try:
-        ranks = {bytes(map(alphabet.__getitem__, token)): i for token, i in vocab.items()}
-        order = [vocab[m.replace(" ", "") if isinstance(m, str) else m[0] + m[1]] for m in merges]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a byte-level BPE vocabulary with its merges ({error!r})") from None
-    if not ignore_merges and any(a > b for a, b in zip(order, order[1:])):
-        raise UserError(f"{file}: merges are not in the order of their ids, which tiktoken needs")
-    return ranks
-
-
-class Tokenizer:
-    """Byte-level BPE on tiktoken.
-
-    Text -> ids never recognises special tokens unless asked (special=True), so a question that spells <|im_end|>
-    stays text. The order is the reference's: added tokens are cut out first, then NFC where the file asks for it.
-    """
-
-    def __init__(self, path):
-        extra = _read_optional(os.path.join(path, "tokenizer_config.json"))
-        ranks, pattern, self.nfc, added, adds_bos = _read_vocabulary(path, extra)
-        if len(set(ranks.values())) < len(ranks) or not all(bytes([b]) in ranks for b in range(256)) or not all(
-                type(i) is int and 0 <= i < 2**31 for i in [*ranks.values(), *(t["id"] for t in added)]):
-            raise UserError(f"{path}: its vocabulary lacks bytes, or its ids are no whole numbers, each used once")
-        self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.added = {t["content"]: t["id"] for t in added if t["content"]}
-        self.special_ids = {t["id"] for t in added if t.get("special")}
-        self.pieces = {i: token for token, i in ranks.items()} | {i: t.encode() for t, i in self.added.items()}
-        rows = _read_optional(os.path.join(path, "config.json")).get("vocab_size", math.inf)
-        if max(self.pieces) >= rows:
-            raise UserError(f"{path}: the tokenizer has ids up to {max(self.pieces)}, but config.json says "
-                            f"vocab_size = {rows}; use the tokenizer that belongs to this model")
-        self.cut = re.compile("|".join(re.escape(t) for t in sorted(self.added, key=len, reverse=True)) or r"(?!)")
-        self.bos_ids = [self.added[_token_text(extra["bos_token"])]] if adds_bos and extra.get("bos_token") else []
-        self.special_texts = {k: _token_text(extra.get(k)) or "" for k in ("bos_token", "eos_token")}
-        self._eos = self.added.get(_token_text(extra.get("eos_token")))
-        self.stop_ids = self._stop_ids(path)
-        self.eos_id = self._eos if self._eos in self.stop_ids else min(self.stop_ids)  # what ends a turn in training
-        self.pad_id = self._pad_id(extra)
-        self.template = _chat_template(path, extra)
-
-    def _stop_ids(self, path):
-        """eos_token_id of generation_config.json, else of config.json, else the tokenizer's eos_token: a set of ids.
-
-        Nothing else is read there: its temperature, top_p and repetition_penalty would change the sampled policy.
-        """
-        for name in ("generation_config.json", "config.json"):
-            stop = _read_optional(os.path.join(path, name)).get("eos_token_id")
-            if stop is not None:
-                stop = stop if isinstance(stop, list) else [stop]
-                if not stop or not all(type(i) is int and 0 <= i < 2**31 for i in stop):
-                    raise UserError(f"{os.path.join(path, name)}: eos_token_id must be a token id or a list of them")
-                return frozenset(stop)
-        if self._eos is None:
-            raise UserError(f"{path}: no stop token is named (eos_token_id in generation_config.json or config.json)")
-        return frozenset([self._eos])
-
-    def _pad_id(self, extra):
-        """The file's pad token if it is no stop id, else any id that is none. Padding is masked: its value is inert."""
-        pad = self.added.get(_token_text(extra.get("pad_token")))
-        return pad if pad is not None and pad not in self.stop_ids else next(
-            i for i in range(len(self.pieces)) if i not in self.stop_ids)
-
-    def encode(self, text, special=False):
-        """Text -> list of ids. special=True recognises added tokens such as <|im_start|>; no BOS is put in front."""
-        return self._encode_cut(text) if special else self._encode_plain(text)
-
-    def _encode_cut(self, text, guard=None):
-        ids, last = [], 0
-        for match in self.cut.finditer(text):
-            ids += self._encode_plain(text[last : match.start()], guard)
-            ids.append(self.added[match.group()])
-            last = match.end()
-        return ids + self._encode_plain(text[last:], guard)
-
-    def _encode_plain(self, text, guard=None):
-        if guard:
-            text = text.replace(guard, "")
-        if self.nfc:
-            text = unicodedata.normalize("NFC", text)
-        return self.bpe.encode_ordinary(text)
-
-    def decode(self, ids, skip_special=False):
-        """Ids -> text. Ids past the vocabulary (padded embedding rows) are skipped; broken UTF-8 becomes U+FFFD."""
-        skip = self.special_ids if skip_special else ()
-        return b"".join(self.pieces.get(i, b"") for i in ids if i not in skip).decode("utf-8", errors="replace")
-
-    def chat(self, messages, generation_prompt=True, **variables):
-        """Render messages [{'role': ..., 'content': ...}] with the checkpoint's own template (a jinja2 sandbox).
-
-        variables: what else the template reads, e.g. date_string (Llama 3; a fixed date unless given).
-        """
-        if self.template is None:
-            raise UserError("this checkpoint has no chat template")
-        with made_by_others("the chat template"):
-            return self.template.render(messages=messages, add_generation_prompt=generation_prompt,
-                                        **{"tools": None, "documents": None} | self.special_texts | variables)
-
-    def encode_chat(self, messages, generation_prompt=True, **variables):
-        """Ids of the rendered chat, where the special tokens are the template's: those a user typed stay text."""
-        return self._encode_cut(self.chat(self._guarded(messages), generation_prompt, **variables), GUARD)
-
-    def encode_turns(self, messages):
-        """Ids of a whole conversation up to the end of its last assistant turn, and for each of them whether the
-        assistant is to say it: the content of all its turns, and the token that ends a turn.
-
-        Every turn is cut off before BPE where a sampler's prompt would end, so what is trained is what is sampled: a
-        content that begins with a line break is not merged with the template's. UserError where the template renders
-        the messages so far differently once more follow, or ends a turn without a special token.
-        """
-        guarded, ids, trained, done = self._guarded(messages), [], [], ""
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                prompt, turn = self.chat(guarded[:i]), self.chat(guarded[: i + 1], generation_prompt=False)
-                if not (prompt.startswith(done) and turn.startswith(prompt)):
-                    raise UserError("the chat template changes earlier messages when later ones follow, so that turns "
-                                    f"cannot be told apart (at message {i + 1}); use another checkpoint's template")
-                said = self._encode_cut(turn[len(prompt) :], GUARD)
-                end = next((n for n in range(len(said), 0, -1) if said[n - 1] in self.added.values()), None)
-                if end is None:
-                    raise UserError("the chat template ends an assistant's turn without a special token: nothing would "
-                                    "teach the model to stop; use another checkpoint's template")
-                asked = self._encode_cut(prompt[len(done) :], GUARD)
-                ids += asked + said
-                trained += [False] * len(asked) + [True] * end + [False] * (len(said) - end)
-                done = turn
-        last = len(trained) - trained[::-1].index(True)
-        return ids[:last], trained[:last]
-
-    def _guarded(self, messages):
-        return [m | {"content": self.cut.sub(lambda match: GUARD.join(match[0]) + GUARD, m["content"])}
-                for m in messages]
-
-
-GUARD = "\ufdd0"  # a code point that Unicode keeps out of text: put into a typed <|im_end|>, it hides it from `cut`
-
-
 def load_tokenizer(path):
     """The Tokenizer of a checkpoint directory or hub name."""
     path = checkpoint_dir(path)
-    with made_by_others(path):
+    with foreign_file(path):
         return Tokenizer(path)
-
-
-def _read_optional(file):
-    data = read_json(file) if os.path.exists(file) else {}
-    if not isinstance(data, dict):
-        raise UserError(f"{file} is not a JSON object")
-    return data
-
-
-def _token_text(token):
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _split_pattern(file, data):
-    """The regex that cuts text into words before BPE, from tokenizer.json's pre_tokenizer."""
-    match (data.get("pre_tokenizer") or {}).get("pretokenizers"):
-        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            return pattern
-    raise UserError(f"{file}: its pre_tokenizer is not one split pattern and ByteLevel: no Qwen2 or Llama-3 tokenizer")
-
-
-def _chat_template(path, extra):
-    text = extra.get("chat_template")
-    if isinstance(text, list):  # several, by name
-        text = next((t.get("template") for t in text if t.get("name") == "default"), None)
-    file = os.path.join(path, "chat_template.jinja")
-    if os.path.exists(file):
-        with open(file, encoding="utf-8") as f:
-            text = f.read()
-    if not isinstance(text, str):
-        return None
-
-    def raise_exception(message):
-        raise UserError(f"the chat template refuses these messages: {message}")
-
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    env.globals["raise_exception"] = raise_exception
-    env.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False} | options)
-    with made_by_others(f"{path}: the chat template"):
-        return env.from_string(text)

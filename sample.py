@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tinylora
-from model import attention, compile_model, free_memory, is_chief, leave_ranks, load_tokenizer, start_ranks
+from model import attention, compile_model, free_memory, load_tokenizer
+from support.parallel import is_chief, leave_ranks, start_ranks
 
 model = "toy/base"  # checkpoint directory or hub name
 adapter = ""  # adapter file, the out_dir of a run, or text (hex:...); none if empty. Several: separated by commas

@@ -24,7 +24,8 @@ import torch
 
 import eval_math
 import grpo
-from model import compile_model, load_model, load_tokenizer, note, random_model, say, start_ranks, whole_size
+from model import compile_model, load_model, load_tokenizer, random_model
+from support.parallel import note, say, start_ranks, whole_size
 
 model = "toy/base"  # checkpoint directory or hub name
 dataset = "toy/train.jsonl"  # .jsonl file, folder, name in eval_math.py; streamed: tulu3, openthoughts3, hub names

@@ -11,11 +11,7 @@ and in 16 bits not even a copy of it takes in an update this small: it would be 
 
     y = W x + b + (U S) R (V^T x)
 
-and a LoRA layer the same with B, (alpha / r) 1 and A in the three places. As a script, to and from other programs:
-
-    python tinylora.py export --model=DIR --adapter=out/toy --to=peft --out_dir=DIR       # a LoRA for PEFT and vLLM
-    python tinylora.py export --model=DIR --adapter=hex:3c23d70a --to=hf --out_dir=DIR    # a merged checkpoint
-    python tinylora.py import --model=DIR --source=PEFT_LORA_DIR --out_dir=DIR            # a PEFT LoRA as ours
+and a LoRA layer the same with B, (alpha / r) 1 and A in the three places.
 """
 
 import hashlib
@@ -23,32 +19,20 @@ import json
 import math
 import os
 import re
-import shutil
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
-
-from configurator import UserError, configure, run, whole_file  # isort: skip (first: it says what is missing)
 
 import numpy as np
 import safetensors.torch
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
-from model import CUT_BY_ROWS, DTYPES, is_chief, load_model, note, own_part, read_json, save_model, shard_model, whole
-
-model = "toy/base"  # checkpoint directory or hub name: the base of the adapter
-adapter = ""  # export: adapter file, the out_dir of a run, or text (hex:...)
-to = "peft"  # export: peft (a LoRA of rank r), peft-tinylora (PEFT's own TinyLoRA), hf (a merged checkpoint)
-source = ""  # import: directory of a PEFT LoRA
-out_dir = ""  # where to write; must not exist, or be empty
-device = "auto"  # of the SVD: auto, cpu, cuda, cuda:1 ...
+from model import DTYPES, load_model
+from support import UserError, whole_file
+from support.parallel import CUT_BY_ROWS, is_chief, note, own_part, shard_model, whole
+from support.svd import svd_factors
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # forward order in a block
 TARGETS = {"all": LINEARS, "attention": LINEARS[:4], "mlp": LINEARS[4:]}
@@ -423,152 +407,6 @@ def detach(model):
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------- the SVD
-
-
-@torch.no_grad()
-def top_svd(W, rank, name="a matrix"):
-    """Top singular triplets of W [m, n]: U [m, r], S [r], Vt [r, n] in fp32, with canonical signs.
-
-    Block Lanczos on the smaller of W^T W and W W^T with full reorthogonalisation (Golub, Luk & Overton 1981), until
-    residual / gap, a bound on the angle by which a singular vector is off, is below 1e-6 for each of them. A full SVD
-    of a 7B model takes half an hour; this takes seconds, and on flat spectra merely more rounds.
-    Signs: (u, v) and (-u, -v) are both right but give different updates, so the entry of u that is largest in
-    magnitude is made positive (the first, if several are).
-    """
-    W = W.detach().double()  # squaring spreads the spectrum: too much for fp32 where one value towers
-    M = W if W.shape[0] >= W.shape[1] else W.T  # [m, n], n the smaller side
-    n = M.shape[1]
-    if n <= max(512, 8 * rank):  # small enough for all of M^T M, which is then faster
-        V, values = _top_eigen(M.T @ M, rank)
-        residual = 1e-15 * values[:1]
-    else:
-        V, values, residual = _lanczos(M, rank, 1e-6, max(8, rank // 4), name)
-    angle = (residual / _gaps(values).clamp(min=1e-300)).max().item()
-    if angle > 1e-5:
-        print(f"note: {name}: singular values {', '.join(f'{s:.6g}' for s in values.sqrt())} nearly coincide, which "
-              "leaves their vectors open: v may mean another update on another machine")
-    US = M @ V
-    S = US.norm(dim=0)
-    U, V = (US / S.clamp(min=1e-300), V) if M is W else (V, US / S.clamp(min=1e-300))
-    sign = torch.where(U.gather(0, U.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)  # [1, r]
-    return (U * sign).float().contiguous(), S.float(), (V * sign).T.float().contiguous()
-
-
-def _top_eigen(T, rank):
-    """The top eigenvectors of a symmetric T [k, k], descending [k, r], and one eigenvalue more than these (or a 0)."""
-    values, vectors = (t.to(T.device) for t in torch.linalg.eigh(T.cpu()))  # a GPU is slower at this size
-    values = torch.cat((values.flip(0), values.new_zeros(1)))[: rank + 1].clamp(min=0)
-    return vectors.flip(1)[:, :rank], values
-
-
-def _gaps(values):
-    """How far each wanted eigenvalue is from its nearest neighbour: values [r + 1], descending -> [r]."""
-    below = values[:-1] - values[1:]
-    return torch.minimum(below, torch.cat((below[:1], below[:-1])))
-
-
-def _lanczos(M, rank, tol, block, name, limit=0):
-    """What _top_eigen returns of M^T M [n, n], and the residuals [r]."""
-    n = M.shape[1]
-    limit = limit or min(n, 1024 + 8 * rank)
-    generator = torch.Generator().manual_seed(0)  # the start decides the rounds needed, not the result
-    X = torch.linalg.qr(torch.randn(n, block, generator=generator).to(M)).Q
-    basis, T = X, M.new_zeros(limit, limit)  # T = basis^T M^T M basis
-    rounds, next_check = 0, 4
-    while True:
-        rounds, k = rounds + 1, basis.shape[1]
-        Z = M.T @ (M @ X)
-        H = basis.T @ Z
-        T[:k, k - block : k], T[k - block : k, :k] = H, H.T
-        X, remainder = torch.linalg.qr(Z - basis @ H)
-        if (rounds >= next_check or k + block > limit) and k > rank:  # now and then, and before it gives up
-            next_check = rounds + max(2, rounds // 4)  # the eigenproblem grows: look less often as it does
-            vectors, values = _top_eigen(T[:k, :k], rank)
-            residual = (remainder @ vectors[-block:]).norm(dim=0)  # of M^T M v = s^2 v, without another product
-            if (residual <= torch.maximum(tol * _gaps(values), 1e-14 * values[0])).all():  # or all float64 can tell
-                return basis @ vectors, values, residual
-        if k + block > limit:
-            raise UserError(f"the SVD of {name} has not converged with {k} vectors; a smaller rank is easier")
-        for _ in range(2):  # twice is enough (Kahan), even where Z was in the basis but for rounding errors
-            X = torch.linalg.qr(X - basis @ (basis.T @ X)).Q
-        basis = torch.cat((basis, X), 1)
-
-
-CACHE_FROM = 10**7  # numbers in the adapted weights; the SVD of smaller models takes less than a second or two
-
-
-def svd_factors(weights, rank, shard=None):
-    """[(US [m, r], Vt [r, n])] in fp32 of weights {name: W}; of large models from the disk cache, where they are.
-
-    The cache is a file in $TINYLORA_CACHE (default: ~/.cache/tinylora) under a name that depends on every bit of the
-    weights. It is renamed into place when whole, and what fails its own checksum is made again. The ranks of a shard
-    (model.Shard) divide the matrices among them and move one at a time to their devices.
-    """
-    path = cache_path(weights, rank, shard) if sum(W.numel() for W in weights.values()) >= CACHE_FROM else None
-    tensors = read_cache(path) if path else None
-    if shard and not shard.least(tensors is not None):  # all or none: another run may be writing it just now
-        tensors = None
-    if tensors is None:
-        tensors, mine = {}, list(weights.items())[shard.rank :: shard.size] if shard else weights.items()
-        for name, W in tqdm(mine, desc="SVD", leave=False, disable=None if path and is_chief() else True):
-            U, S, Vt = top_svd(W.to(shard.device) if shard else W, rank, name)
-            tensors |= {f"{name}.US": (U * S).cpu(), f"{name}.Vt": Vt.cpu()}
-        if shard:
-            shares = [None] * shard.size
-            dist.all_gather_object(shares, tensors, group=shard.group)
-            tensors = {name: t for share in shares for name, t in share.items()}
-        if path and (not shard or shard.rank == 0):
-            write_cache(path, tensors)
-    return [(tensors[f"{name}.US"].to(W.device), tensors[f"{name}.Vt"].to(W.device)) for name, W in weights.items()]
-
-
-def cache_path(weights, rank, shard=None):
-    key = hashlib.sha256(f"svd-1 {rank}".encode())
-    with ThreadPoolExecutor(4) as pool:
-        checksums = pool.map(lambda W: weight_checksum(W.to(shard.device) if shard else W), weights.values())
-        for (name, W), sums in zip(weights.items(), checksums):
-            key.update(f"{name} {W.dtype} {list(W.shape)}".encode() + sums)
-    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinylora")
-    return os.path.join(os.environ.get("TINYLORA_CACHE") or default, key.hexdigest()[:40] + ".svd")
-
-
-def weight_checksum(W):
-    """Bytes that depend on every bit of W: its rows as 64-bit words times fixed odd numbers, summed modulo 2^64. Any
-    one changed word changes its row's sum; no adversary is meant (the cache is the user's own). Integers are exact in
-    any order, so this runs where the weights are, at the speed of memory: SHA-256 of 15 GB would take longer than the
-    SVD on a GPU."""
-    words = W.detach().contiguous().view(torch.int64 if W[0].nbytes % 8 == 0 else torch.int16).long()
-    odd = torch.from_numpy(np.random.RandomState(0).randint(-(2**62), 2**62, words.shape[1]) * 2 + 1).to(W.device)
-    sums = words @ odd if W.device.type == "cpu" else (words * odd).sum(1)  # CUDA multiplies no integer matrices
-    return sums.cpu().numpy().tobytes()
-
-
-def read_cache(path):
-    try:
-        with open(path, "rb") as f:
-            digest, data = f.read(32), f.read()
-    except OSError:
-        return None
-    if hashlib.sha256(os.path.basename(path).encode() + data).digest() == digest:
-        return safetensors.torch.load(data)
-    print(f"the cached SVD in {path} is damaged; it is made again")
-    return None
-
-
-def write_cache(path, tensors):
-    data = safetensors.torch.save(tensors)
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.{os.getpid()}.tmp", "wb") as f:  # the ranks of one run write at the same time
-            f.write(hashlib.sha256(os.path.basename(path).encode() + data).digest() + data)
-        os.replace(f.name, path)
-    except OSError as error:
-        print(f"the SVD could not be cached and will be made again next time: {error}")
-        with suppress(OSError):
-            os.remove(f"{path}.{os.getpid()}.tmp")
-
-
 def fingerprint(model):
     """32 hex digits that tell base models apart and do not depend on the dtype the weights are held in (a hash of the
     bits would): eight random projections a^T W b, each summed over all linears of unit norm, about N(0, 1). Rounding to
@@ -741,150 +579,3 @@ def load_adapters(model, adapters):
         raise
     none = torch.zeros_like(next(R for R in out if R is not None))
     return torch.stack([none if R is None else R for R in out], dim=1).to(model.device)
-
-
-# ------------------------------------------------------------------------------------- to and from other programs
-
-
-PEFT_LIMIT = 2**28  # numbers of P in a peft-tinylora file
-
-
-@contextmanager
-def new_directory(path):
-    """A directory that has its name only when all of it is written; one that holds files is refused."""
-    if not path or os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
-        raise UserError(f"out_dir must name a new or empty directory, not '{path}'")
-    path = os.path.realpath(path)  # where a link leads: aside and in place are then on one disk
-    parent, name = os.path.split(path)
-    try:
-        os.makedirs(parent, exist_ok=True)
-        aside = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
-        os.chmod(aside, 0o755)  # mkdtemp's is for its owner alone
-        try:
-            yield aside
-            os.replace(aside, path)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"out_dir '{path}' cannot be written: {error}") from None
-
-
-@torch.no_grad()
-def export_peft(model, path, base="", kind="peft"):
-    """Write the model's adapter as a directory that PEFT loads (float32).
-
-    base: the base model's name or directory, for PEFT's config.
-    kind: 'peft', a LoRA of rank r (B = U S R, A = V^T; vLLM loads it, too), or 'peft-tinylora', PEFT's own TinyLoRA
-        with our factors and projections in the place of its own, which can be trained on. PEFT ties modules evenly or
-        not at all, so any other tying becomes one vector of all groups' numbers, with zeros in P for the others'.
-    """
-    adapter, meta = model.adapter, model.adapter.meta
-    adapter.refresh()
-    linears = {f"base_model.model.{name}": m for name, m in adapted_linears(model).items()
-               if isinstance(m, AdaptedLinear)}
-    factors = {name: (m.US.float(), m.Vt.float(), adapter.R[m.index].float()) for name, m in linears.items()}
-    config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "r": meta["rank"], "inference_mode": True,
-              "target_modules": sorted({name.split(".")[-1] for name in linears}), "bias": "none"}
-    if kind == "peft":
-        config |= {"peft_type": "LORA", "lora_alpha": meta["rank"], "lora_dropout": 0.0}
-        tensors = {f"{name}.lora_A.weight": Vt for name, (_, Vt, _) in factors.items()}
-        tensors |= {f"{name}.lora_B.weight": US @ R for name, (US, _, R) in factors.items()}
-    elif kind != "peft-tinylora" or meta["method"] == "lora":
-        raise UserError(f"a {meta['method']} adapter cannot be written as '{kind}'; peft takes any")
-    else:
-        groups, N = len(adapter.v), len(linears)
-        tied = groups < N
-        size = adapter.P.numel() * (groups if tied else 1)
-        if size > PEFT_LIMIT:
-            raise UserError(f"PEFT has no tying such as n_tie={meta.get('n_tie', 1)}, tie={meta.get('tie', 'tiled')}, "
-                            f"targets={meta['targets']}; spelled out it takes {size * 4 / 1e9:.1f} GB: use --to=peft")
-        P = adapter.P.new_zeros(N, groups if tied else 1, *adapter.P.shape[1:])
-        P[torch.arange(N), adapter.groups if tied else 0] = adapter.P
-        v = adapter.v.reshape(1, -1) if tied else adapter.v[adapter.groups]  # [PEFT's groups, PEFT's u]
-        config |= {"peft_type": "TINYLORA", "u": v.shape[1], "weight_tying": float(tied), "save_projection": True,
-                   "projection_seed": meta.get("seed", 0), "init_weights": True}
-        tensors = {f"base_model.tinylora_v.{i}": line for i, line in enumerate(v)}
-        for i, (name, (US, Vt, _)) in enumerate(factors.items()):
-            tensors |= {f"{name}.tinylora_A": Vt, f"{name}.tinylora_B": US, f"{name}.tinylora_P": P[i].flatten(0, 1)}
-    with new_directory(path) as aside:
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-        safetensors.torch.save_file(tensors, os.path.join(aside, "adapter_model.safetensors"), {"format": "pt"})
-        with open(os.path.join(aside, "adapter_config.json"), "w", encoding="utf-8") as f:
-            json.dump(config, f, indent=2)
-
-
-@torch.no_grad()
-def import_peft(model, path):
-    """Attach the PEFT LoRA in directory `path` to its base model, as method 'lora'. Returns the Adapter."""
-    if not os.path.exists(os.path.join(path, "adapter_config.json")):
-        raise UserError(f"{path} holds no PEFT adapter (adapter_config.json)")
-    config = read_json(os.path.join(path, "adapter_config.json"))
-    file = os.path.join(path, "adapter_model.safetensors")
-    config = config if isinstance(config, dict) else {}
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if config.get("peft_type") != "LORA" or type(rank) is not int or not isinstance(alpha, (int, float)) or rank < 1:
-        raise UserError(f"{path}: only a PEFT adapter of type LORA can be read")
-    if str(config.get("init_lora_weights")).lower().startswith(("pissa", "corda", "olora", "loftq", "lora_ga")):
-        raise UserError(f"{path}: init_lora_weights = {config['init_lora_weights']} changes the base model's weights "
-                        "and is not supported")
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layer_replication",
-                "trainable_token_indices", "target_parameters", "alora_invocation_tokens"):
-        if config.get(key):
-            raise UserError(f"{path}: {key} is not supported")
-    try:
-        tensors = safetensors.torch.load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    pattern = re.compile(r"base_model\.model\.(model\.layers\.\d+\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])\.weight")
-    found = {name: pattern.fullmatch(name) for name in tensors}
-    odd = [name for name, m in found.items() if m is None or m[2] not in LINEARS]
-    if odd or not tensors:
-        raise UserError(f"{file}: {odd[0] if odd else 'nothing'} is not the A or B of a linear in a block")
-    named = {(m[1], m[3]): tensors[name].float() for name, m in found.items()}
-    targets = ",".join(name for name in LINEARS if any(m[2] == name for m in found.values()))
-    modules, _, _ = plan(model, dict(method="lora", rank=rank, alpha=float(alpha), seed=0, targets=targets))
-    for name, linear in modules.items():
-        m, n = linear.weight.shape
-        for part, shape in (("A", (rank, n)), ("B", (m, rank))):
-            t = named.get((name, part))
-            if t is None or tuple(t.shape) != shape or not torch.isfinite(t).all():
-                raise UserError(f"{file}: {part} of {name} is missing, not finite or not of shape {list(shape)}")
-    if len(named) > 2 * len(modules):
-        raise UserError(f"{file} holds layers that this model does not have")
-    scale = math.sqrt(rank) if config.get("use_rslora") else 1.0  # rank-stabilised: alpha / sqrt(r)
-    adapter = add_adapter(model, "lora", rank, seed=0, targets=targets, alpha=alpha * scale)
-    for name, A, B in zip(modules, adapter.A, adapter.B):
-        A.copy_(named[name, "A"])
-        B.copy_(named[name, "B"])
-    return adapter
-
-
-def main():
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command not in ("export", "import", "--help", "-h"):
-        raise UserError("say what to do: python tinylora.py export ... or python tinylora.py import ...")
-    cfg = configure(globals(), sys.argv[1 if command.startswith("-") else 2 :])
-    if cfg.to not in ("peft", "peft-tinylora", "hf"):
-        raise UserError("to must be peft, peft-tinylora or hf")
-    if command == "import" and cfg.to != "peft":
-        raise UserError("import writes an adapter of this project; --to is for export")
-    given, unread = (cfg.adapter, cfg.source) if command == "export" else (cfg.source, cfg.adapter)
-    if not given or unread:
-        raise UserError("export needs --adapter=..., import --source=..., and neither takes the other")
-    with new_directory(cfg.out_dir) as aside:
-        net = load_model(cfg.model, "float32", cfg.device)
-        if command == "import":
-            save_adapter(import_peft(net, cfg.source), os.path.join(aside, "adapter.safetensors"))
-        else:
-            load_adapter(net, cfg.adapter)
-            if cfg.to == "hf":
-                own = net.config.raw.get("dtype") or net.config.raw.get("torch_dtype")
-                net = merge(net).to(DTYPES.get(own, torch.float32))  # the one rounding: to the checkpoint's own dtype
-                save_model(net, aside, tokenizer_from=cfg.model)
-            else:
-                export_peft(net, aside, cfg.model, cfg.to)
-    print(f"written to {cfg.out_dir}")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -23,7 +23,8 @@ ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
 from configurator import UserError, run  # noqa: E402
-from model import WORDS, load_model, save_model  # noqa: E402
+from model import load_model, save_model  # noqa: E402
+from support.tokenizer import WORDS  # noqa: E402
 
 SEED = 1337
 

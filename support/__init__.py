@@ -1,0 +1,51 @@
+"""What the scripts stand on. Nothing in this folder imports a script, and this file imports the
+standard library alone."""
+
+import json
+import os
+from contextlib import contextmanager, suppress
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. A script prints it as one line and exits with code 2."""
+
+
+@contextmanager
+def whole_file(path):
+    """Yield a name to write under. The file is renamed to `path` when all of it is on the disk; until then, and if the
+    writing fails, the old `path` stays as it was."""
+    aside = f"{path}.tmp"
+    try:
+        yield aside
+        with open(aside, "r+b") as f:
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.remove(aside)
+        # safetensors raises an error of its own, recognised by name: no package is imported here.
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise UserError(f"{path} cannot be written: {error}; make room, or choose another place") from None
+        raise
+
+
+@contextmanager
+def foreign_file(path):
+    """Files come from strangers: any error that a malformed one leads to becomes a UserError."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise UserError(f"{path} is malformed ({type(error).__name__}: {error}); download it again") from None
+
+
+def read_json(path):
+    """The content of a JSON file; UserError if it is missing or is no JSON."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: not a whole checkpoint directory; download it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); download it again") from None
