@@ -6,30 +6,37 @@ import math
 import os
 import re
 import time
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Literal
 
-from configurator import UserError, configure, prepare_out_dir, run, whole_file
+from configurator import configure, save_settings
+from support import UserError, whole_file
 from support.answers import extract_answer, extract_lenient, is_correct, last_number, same_answer  # noqa: F401
+from support.run import claim
 
-model = "toy/base"  # checkpoint directory or hub name
-adapter = ""  # adapter file, the out_dir of a run, or text (hex:...); none if empty
-dataset = "toy/test.jsonl"  # what to ask, separated by commas: .jsonl files, folders, names in DATASETS, hub data sets
-split = "test"  # of a folder or hub data set
-num_problems = 0  # how many to ask of each; 0: all
-prompt_template = "auto"  # a name in PROMPTS, or a text with {question}; auto: as the data set's row in DATASETS says
-system_prompt = "auto"  # system message; empty: what the chat template puts there, if anything; auto: as in PROMPTS
-answer_format = "auto"  # strict scoring reads hash (#### 42), boxed (\boxed{42}), phrase or any; auto: as in PROMPTS
-n = 1  # answers a problem
-max_new_tokens = 2048  # an answer is cut off after so many, and is wrong
-temperature = -1.0  # 0: greedy; -1: 0 for n = 1, else 1
-seed = 1337  # of the sampling
-out_dir = "out/eval"  # every response with its verdict, a .jsonl file a data set; an earlier one is moved aside
-init_from = "scratch"  # or resume: go on with the answers that out_dir holds already
-regrade = ""  # a .jsonl file of responses: grade them anew, without a model
-shard = 1  # processes of torchrun that hold one copy of the weights between them: for models beyond one GPU
-compile = False  # torch.compile for the decode step: for small models on a CPU; on a GPU not measured
-dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
-device = "auto"  # auto, cpu, cuda, cuda:1 ...
+
+@dataclass
+class Settings:
+    model: str = "toy/base"  # checkpoint directory or hub name
+    adapter: str = ""  # adapter file, the out_dir of a run, or text (hex:...); none if empty
+    dataset: str = "toy/test.jsonl"  # what to ask, separated by commas: .jsonl files, folders, names in DATASETS, hub data sets
+    split: str = "test"  # of a folder or hub data set
+    num_problems: int = 0  # how many to ask of each; 0: all
+    prompt_template: str = "auto"  # a name in PROMPTS, or a text with {question}; auto: as the data set's row in DATASETS says
+    system_prompt: str = "auto"  # system message; empty: what the chat template puts there, if anything; auto: as in PROMPTS
+    answer_format: Literal["auto", "any", "boxed", "hash", "phrase", "tags"] = "auto"  # strict scoring reads hash (#### 42), boxed (\boxed{42}), phrase or any; auto: as in PROMPTS
+    n: int = 1  # answers a problem
+    max_new_tokens: int = 2048  # an answer is cut off after so many, and is wrong
+    temperature: float = -1.0  # 0: greedy; -1: 0 for n = 1, else 1
+    seed: int = 1337  # of the sampling
+    out_dir: str = "out/eval"  # every response with its verdict, a .jsonl file a data set; an earlier one is moved aside
+    init_from: Literal["scratch", "resume"] = "scratch"  # or resume: go on with the answers that out_dir holds already
+    regrade: str = ""  # a .jsonl file of responses: grade them anew, without a model
+    shard: int = 1  # processes of torchrun that hold one copy of the weights between them: for models beyond one GPU
+    compile: bool = False  # torch.compile for the decode step: for small models on a CPU; on a GPU not measured
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Problems and evaluation. What needs torch is imported inside, so that the checker stays importable without it.
@@ -365,14 +372,14 @@ def grade_again(path, answer_format):
 
 def identity(net, name, cfg):
     """Settings without which a response would be another. Of the ranks of a Shard all call this."""
-    from support.parallel import is_chief, whole
+    from support.parallel import full_tensor, is_chief
 
     keys = ("model", "split", "prompt_template", "system_prompt", "answer_format", "n", "max_new_tokens", "temperature",
             "seed")
     digest = hashlib.sha256()  # of what the adapter says: the same for its file, its folder and its string
-    if hasattr(net, "adapter"):
+    if net.adapter:
         digest.update(json.dumps(net.adapter.meta, sort_keys=True).encode())
-        numbers = [whole(p) for p in net.adapter.parameters()]
+        numbers = [full_tensor(p) for p in net.adapter.parameters()]
         for p in numbers if is_chief() else ():
             digest.update(p.float().numpy().tobytes())
     return {"dataset": name, "adapter": digest.hexdigest()[:16], "dtype": str(net.dtype)} | {
@@ -405,36 +412,35 @@ def announce(name, problems, cfg, tokenizer, done):
           f"user message {cfg.prompt_template!r}")
 
 
-def ask(net, tokenizer, name, problems, cfg, left, path, share, shares):
+def ask(net, tokenizer, name, problems, cfg, left, path, ranks):
     """Put the problems whose indices are in `left`, this process its share, and write the answers to `path` as they
     come. Returns the summary of all that is in `path` then."""
-    from support.parallel import say, wait_for_ranks
+    from support.parallel import all_gather, print0
 
     began = time.time()
     with open(path, "ab") as f:
 
         def keep(_, rows):
-            if not net.shard or net.shard.rank == 0:
-                write_rows(f, rows)
+            write_rows(f, rows)
 
-        mine = left[share::shares]
-        if mine:
+        mine = ranks.mine(left)
+        if mine or net.is_sharded:
             evaluate(net, tokenizer, [problems[i] for i in mine], cfg, cfg.n, cfg.temperature, mine, keep)
-    wait_for_ranks()
+    all_gather(None)  # wait for the others
     seconds, (_, groups) = time.time() - began, read_responses(path)
     summary = summarise([groups[i] for i in range(len(problems))])
     summary["tokens_per_second"] = sum(row["tokens"] for i in left for row in groups[i]) / seconds if left else None
     example = groups[0][0]
-    say(f"--- {name}, for example: {example['question']}\n-> {example['response']}\n"
+    print0(f"--- {name}, for example: {example['question']}\n-> {example['response']}\n"
         f"({'right' if example['strict'] else 'wrong'}; the answer is {example['answer']})")
     if summary["truncated"] > 0.05:
-        say(f"warning: {summary['truncated']:.0%} of the answers to {name} were cut off, and are wrong by strict; "
+        print0(f"warning: {summary['truncated']:.0%} of the answers to {name} were cut off, and are wrong by strict; "
             f"raise max_new_tokens (now {cfg.max_new_tokens})")
     return summary
 
 
 def main():
-    cfg = configure(globals())
+    cfg = configure(Settings)
     if cfg.answer_format not in ("auto", *ANSWER_FORMATS):
         raise UserError(f"answer_format must be auto, {', '.join(ANSWER_FORMATS)}")
     if cfg.init_from not in ("scratch", "resume"):
@@ -447,8 +453,8 @@ def main():
         raise UserError(f"n={cfg.n} answers are all the same at temperature 0; set --temperature=1, say")
     if cfg.regrade:
         return grade_again(cfg.regrade, cfg.answer_format)
-    from model import compile_model, load_tokenizer
-    from support.parallel import is_chief, leave_ranks, say, start_ranks, wait_for_ranks
+    from model import load_tokenizer
+    from support.parallel import Ranks, all_gather, is_chief, print0
     from tinylora import load_adapted
 
     names = [name.strip() for name in cfg.dataset.split(",") if name.strip()]
@@ -460,10 +466,9 @@ def main():
     problems = {name: load_problems(name, cfg.split)[: cfg.num_problems or None] for name in names}
     if os.path.exists(os.path.join(cfg.out_dir, "log.jsonl")):
         raise UserError(f"out_dir {cfg.out_dir} holds a training run; choose another")
-    share, shares, device = start_ranks(cfg)
-    net = load_adapted(cfg.model, cfg.adapter, cfg.dtype, device, cfg.shard)
-    if cfg.compile:
-        compile_model(net)
+    ranks = Ranks(cfg.device, cfg.shard)
+    net = load_adapted(cfg.model, cfg.adapter, cfg.dtype, ranks.device, cfg.shard)
+    net.compile_decode = cfg.compile
     tokenizer = load_tokenizer(cfg.model)
     for name in names:
         checked_prompts(net, tokenizer, problems[name], settings[name], name)
@@ -471,27 +476,27 @@ def main():
     if is_chief():
         done = {name: earlier_answers(paths[name], identities[name], problems[name])
                 if cfg.init_from == "resume" else {} for name in names}
-        prepare_out_dir(cfg, "settings.py")
+        lock = claim(cfg.out_dir, "settings.py", cfg.init_from == "scratch")  # noqa: F841
+        save_settings(cfg, os.path.join(cfg.out_dir, "settings.py"))
         for name in names:
             write_responses(paths[name], identities[name], done[name])
             announce(name, problems[name], settings[name], tokenizer, done[name])
-    wait_for_ranks()
+    all_gather(None)  # the files are there
     summaries = {}
     try:
         for name in names:
             left = sorted({*range(len(problems[name]))} - {*read_responses(paths[name])[1]})
-            wait_for_ranks()  # before any of them writes
-            summaries[name] = ask(net, tokenizer, name, problems[name], settings[name], left, paths[name], share,
-                                  shares)
+            all_gather(None)  # before any of them writes
+            summaries[name] = ask(net, tokenizer, name, problems[name], settings[name], left, paths[name], ranks)
     except KeyboardInterrupt:
-        say(f"\ninterrupted; the answers so far are in {cfg.out_dir}: go on with --init_from=resume")
+        print0(f"\ninterrupted; the answers so far are in {cfg.out_dir}: go on with --init_from=resume")
         raise SystemExit(130) from None
     if is_chief():
         with whole_file(os.path.join(cfg.out_dir, "results.json")) as aside, open(aside, "w", encoding="utf-8") as f:
             json.dump(summaries, f, indent=1)
         print(*table(summaries), sep="\n")
-    leave_ranks(net)
+    ranks.leave()
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

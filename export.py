@@ -10,25 +10,29 @@ import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from configurator import configure, run
+from configurator import configure
 from model import DTYPES, load_model, save_model
 from support import UserError, read_json
 from tinylora import LINEARS, AdaptedLinear, adapted_linears, add_adapter, load_adapter, merge, plan, save_adapter
 
-model = "toy/base"  # checkpoint directory or hub name: the base of the adapter
-adapter = ""  # export: adapter file, the out_dir of a run, or text (hex:...)
-to = "peft"  # export: peft (a LoRA of rank r), peft-tinylora (PEFT's own TinyLoRA), hf (a merged checkpoint)
-source = ""  # import: directory of a PEFT LoRA
-out_dir = ""  # where to write; must not exist, or be empty
-device = "auto"  # of the SVD: auto, cpu, cuda, cuda:1 ...
+
+@dataclass
+class Settings:
+    model: str = "toy/base"  # checkpoint directory or hub name: the base of the adapter
+    adapter: str = ""  # export: adapter file, the out_dir of a run, or text (hex:...)
+    to: Literal["peft", "peft-tinylora", "hf"] = "peft"  # export: peft (a LoRA of rank r), peft-tinylora (PEFT's own TinyLoRA), hf (a merged checkpoint)
+    source: str = ""  # import: directory of a PEFT LoRA
+    out_dir: str = ""  # where to write; must not exist, or be empty
+    device: str = "auto"  # of the SVD: auto, cpu, cuda, cuda:1 ...
 
 
 PEFT_LIMIT = 2**28  # numbers of P in a peft-tinylora file
@@ -145,12 +149,8 @@ def import_peft(model, path):
 
 
 def main():
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command not in ("export", "import", "--help", "-h"):
-        raise UserError("say what to do: python tinylora.py export ... or python tinylora.py import ...")
-    cfg = configure(globals(), sys.argv[1 if command.startswith("-") else 2 :])
-    if cfg.to not in ("peft", "peft-tinylora", "hf"):
-        raise UserError("to must be peft, peft-tinylora or hf")
+    cfg = configure(Settings)
+    command = "import" if cfg.source else "export"
     if command == "import" and cfg.to != "peft":
         raise UserError("import writes an adapter of this project; --to is for export")
     given, unread = (cfg.adapter, cfg.source) if command == "export" else (cfg.source, cfg.adapter)
@@ -172,4 +172,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -14,8 +14,7 @@ from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-
-from configurator import UserError, configure, run  # isort: skip (first: it says what is missing)
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,25 +22,33 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tinylora
-from model import attention, compile_model, free_memory, load_tokenizer
-from support.parallel import is_chief, leave_ranks, start_ranks
+from configurator import configure
+from model import load_tokenizer
+from support import UserError
+from support.device import free_memory
+from support.fused import few_rows_linear, sampling_form
+from support.packing import attention
+from support.parallel import Ranks, in_step, is_chief
 
-model = "toy/base"  # checkpoint directory or hub name
-adapter = ""  # adapter file, the out_dir of a run, or text (hex:...); none if empty. Several: separated by commas
-prompt = "Tom has 3 apples. Tom finds 4 more. Then the number doubles. How many apples are there now?"  # -: a talk
-prompt_file = ""  # a file with a prompt a line, instead of prompt
-system_prompt = ""  # system message of the chat; empty: what the chat template puts there, if anything
-chat = True  # wrap the prompt in the checkpoint's chat template, if it has one
-n = 1  # completions of every prompt; a single one is printed as it is written
-max_new_tokens = 1024  # a completion is cut off after so many
-temperature = 1.0  # 0: greedy
-top_k = 0  # sample from the k likeliest tokens only; 0: from all
-top_p = 1.0  # sample from the likeliest tokens of this total probability only; 1: from all
-seed = 0  # of the sampling
-shard = 1  # processes of torchrun that hold one copy of the weights between them: for models beyond one GPU
-compile = False  # torch.compile for the decode step: for small models on a CPU; on a GPU not measured
-dtype = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
-device = "auto"  # auto, cpu, cuda, cuda:1 ...
+
+@dataclass
+class Settings:
+    model: str = "toy/base"  # checkpoint directory or hub name
+    adapter: str = ""  # adapter file, the out_dir of a run, or text (hex:...); none if empty. Several: separated by commas
+    prompt: str = "Tom has 3 apples. Tom finds 4 more. Then the number doubles. How many apples are there now?"  # -: a talk
+    prompt_file: str = ""  # a file with a prompt a line, instead of prompt
+    system_prompt: str = ""  # system message of the chat; empty: what the chat template puts there, if anything
+    chat: bool = True  # wrap the prompt in the checkpoint's chat template, if it has one
+    n: int = 1  # completions of every prompt; a single one is printed as it is written
+    max_new_tokens: int = 1024  # a completion is cut off after so many
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # sample from the k likeliest tokens only; 0: from all
+    top_p: float = 1.0  # sample from the likeliest tokens of this total probability only; 1: from all
+    seed: int = 0  # of the sampling
+    shard: int = 1  # processes of torchrun that hold one copy of the weights between them: for models beyond one GPU
+    compile: bool = False  # torch.compile for the decode step: for small models on a CPU; on a GPU not measured
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
 
 
 @dataclass
@@ -150,7 +157,7 @@ def decode(model, cache, ids, positions, starts, columns):
     """Logits [B, V] after ids [B, 1], which stand at `positions` [B]; starts, columns: see KVCache.at. What is compiled
     of a step, unless ranks talk to each other in it or rows have adapters of their own."""
     hidden = model.model(ids, positions[:, None], cache.at(positions, starts, columns))[:, 0]
-    return tinylora.few_rows_linear(hidden, model.head)
+    return few_rows_linear(hidden, model.head)
 
 
 def mark_sizes(*tensors):
@@ -190,8 +197,8 @@ class Sampler:
             ids=torch.zeros(slots, columns, **integers),
             logprobs=torch.zeros(slots, columns, device=device))
         self.slots, self.length = slots, length
-        self.compiled = model.compile_function and not model.shard and R is None
-        self.decode = model.compile_function(decode) if self.compiled else decode
+        self.compiled = model.compile_decode and not model.is_sharded and R is None
+        self.decode = torch.compile(decode) if self.compiled else decode
         if self.compiled:
             mark_sizes(self.cache.columns, *self.cache.flat)
         self.rows = []  # what occupies slots 0 .. len(rows) - 1: (prompt, sample), or None for a row that has stopped
@@ -213,8 +220,6 @@ class Sampler:
         logits = self.decode(self.model, self.cache, *inputs)  # [B, V]
         at = count[:, None]
         token, logprob = self.draw(logits, s.uniforms[:B].gather(1, at).squeeze(1))
-        if self.model.shard:
-            self.model.shard.follow(token, logprob)
         s.ids[:B].scatter_(1, at, token[:, None])
         s.logprobs[:B].scatter_(1, at, logprob[:, None])
         going = ~s.done[:B]
@@ -358,7 +363,7 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
         raise UserError(f"adapters must be one per prompt: {len(adapters)} for {len(prompts)} prompts")
     if not prompts:
         return []
-    plain = not hasattr(model, "adapter")
+    plain = not model.adapter
     with torch.inference_mode(False):  # what is attached may be trained later
         R = tinylora.load_adapters(model, adapters) if adapters else None  # [N, prompts, r, r]
     prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
@@ -383,7 +388,7 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     try:
         slots = fitting_rows(model, length, len(prompts) * n)
         sampler = Sampler(model, tokenizer, slots, length, max_new_tokens, draw, R)
-        with bar, tinylora.sampling_form(model, per_row=R is not None):
+        with bar, sampling_form(model, per_row=R is not None), in_step(model):
             sampler.run(prompts, n, lambda i, _: min(max_new_tokens, context - len(prompts[i])), uniforms, finished,
                         on_token)
     finally:
@@ -413,8 +418,6 @@ def fitting_rows(model, length, rows):
     extra = 16 * c.vocab_size  # logits and their copies in fp32
     row = entry * length + extra
     budget = 0.6 * free_memory(model.device)
-    if model.shard:  # its ranks sample the same rows
-        budget = model.shard.least(budget)
     if budget < row:
         raise UserError(f"a row of {length} tokens needs {row / 1e9:.2f} GB for keys and values, "
                         f"and {budget / 1e9:.2f} GB can be used: at most {max(0, int((budget - extra) / entry))} "
@@ -470,7 +473,7 @@ def converse(net, tokenizer, cfg):
 
 
 def main():
-    cfg = configure(globals())
+    cfg = configure(Settings)
     adapters = [name.strip() for name in cfg.adapter.split(",")]  # "" is the base model
     if cfg.prompt == "-" and (len(adapters) > 1 or cfg.n > 1 or cfg.prompt_file or cfg.shard > 1):
         raise UserError("a talk (prompt=-) takes one adapter, n=1, no prompt_file and no shard")
@@ -488,12 +491,11 @@ def main():
             raise UserError(f"prompt_file cannot be read: {error}") from None
         if not texts:
             raise UserError(f"prompt_file {cfg.prompt_file} holds no prompt")
-    _, _, device = start_ranks(cfg, one_share=True)
-    net = tinylora.load_adapted(cfg.model, adapters[0] if len(adapters) == 1 else "", cfg.dtype, device, cfg.shard)
+    ranks = Ranks(cfg.device, cfg.shard)
+    net = tinylora.load_adapted(cfg.model, adapters[0] if len(adapters) == 1 else "", cfg.dtype, ranks.device, cfg.shard)
     tokenizer = load_tokenizer(cfg.model)
     check_template(cfg, tokenizer)
-    if cfg.compile:
-        compile_model(net)
+    net.compile_decode = cfg.compile
     if not is_chief():
         sys.stdout = open(os.devnull, "w")  # all ranks have the same to say
     if cfg.prompt == "-":
@@ -516,8 +518,8 @@ def main():
             print(f"{'' if single else c.text}{' [cut off]' if c.truncated else ''}\n---")
     tokens = sum(len(c.ids) for completions in answers for c in completions)
     print(f"{tokens} tokens, {tokens / seconds:.1f} a second")
-    leave_ranks(net)
+    ranks.leave()
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

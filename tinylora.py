@@ -19,8 +19,6 @@ import json
 import math
 import os
 import re
-from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import safetensors.torch
@@ -29,9 +27,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from model import DTYPES, load_model
+from model import load_model
 from support import UserError, whole_file
-from support.parallel import CUT_BY_ROWS, is_chief, note, own_part, shard_model, whole
+from support.checkpoint import DTYPES
+from support.fused import sum_of_products, thin_product
+from support.parallel import full_tensor, is_chief, print0_once, shard_model
 from support.svd import svd_factors
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # forward order in a block
@@ -127,111 +127,6 @@ class Adapter(nn.Module):
             linear.R = R
 
 
-class Product:
-    """Linears of one input as a single product, for sampling, while weights and adapter stand still: the weights side
-    by side, and of the update the two thin factors V^T and U S R, multiplied out unless every row of a batch has its R
-    (per_row): y = x W^T + b + ((x down^T) R) up^T. Where the weights are copied anyway (joined), in float32, the copy
-    takes in the update."""
-
-    def take(self, linears, adapter, per_row, joined):
-        self.parts = [len(linear.weight) for linear in linears] if len(linears) > 1 else None
-        self.weight, self.bias, self.down = linears[0].weight, linears[0].bias, None
-        if self.parts and self.bias is not None:
-            self.bias = torch.cat([linear.bias for linear in linears])
-        adapted = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
-        self.adapter = adapter if per_row else None
-        if joined and not per_row and self.weight.dtype == torch.float32:
-            # Lies in memory as [n, m]: few rows are multiplied up to 1.7 times faster so.
-            weights = [linear.merged() if linear in adapted else linear.weight for linear in linears]
-            self.weight, adapted = torch.cat(weights).T.contiguous().T, []
-        elif self.parts:
-            self.weight = torch.cat([linear.weight for linear in linears])
-        if adapted:
-            self.index = torch.tensor([linear.index for linear in adapted], device=self.weight.device)
-            self.down = torch.cat([linear.Vt for linear in adapted]).to(self.weight.dtype)  # [k r, n]
-            ups = [torch.zeros(len(linear.weight), 0, device=self.weight.device) if linear not in adapted  # rows of 0
-                   else linear.US.float() if per_row else linear.US.float() @ linear.R for linear in linears]
-            self.up = torch.block_diag(*ups).to(self.weight.dtype)  # [m, k r]
-
-    def __call__(self, x):
-        if self.down is None:
-            y = few_rows_linear(x, self.weight, self.bias)
-        else:
-            h = F.linear(x, self.down)  # [B, T, k r]
-            if self.adapter:
-                R = self.adapter.R[self.index].transpose(0, 1)[:, None]  # [B, 1, k, r, r]
-                h = (R * h.unflatten(-1, (R.shape[2], 1, -1))).sum(-1).flatten(2).to(x.dtype)  # R h of every linear
-            y = sum_of_products(x, self.weight, h, self.up)
-            y = y if self.bias is None else y + self.bias
-        return y.split(self.parts, dim=-1) if self.parts else y
-
-
-def sum_of_products(x, W, h, U):
-    """x W^T + h U^T: x [..., n], W [m, n], and thin h [..., r], U [m, r]. In 16 bits the sum is rounded once: added to
-    an output that is rounded already, an update below half a unit in its last place would be lost for every token."""
-    flat, h = x.flatten(0, -2), h.flatten(0, -2)
-    y = (h @ U.T).addmm_(flat, W.T) if x.dtype.itemsize == 2 else few_rows_linear(flat, W).addmm_(h, U.T)
-    return y.view(*x.shape[:-1], -1)
-
-
-def thin_product(x, V):
-    """x V^T: x [..., n], V [r, n] with few rows -> [..., r]. On a CPU (V x^T)^T is up to six times faster."""
-    return (V.contiguous() @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
-
-
-LARGE = 500_000  # numbers in a weight, see below
-
-
-def few_rows_linear(x, W, bias=None):
-    """F.linear. On a CPU in float32 the product of 8 to 32 rows with a large W is up to a third faster the other way
-    round, (W x^T)^T; not in compiled code, which serves all sizes."""
-    flat, on_cpu = x.flatten(0, -2), x.device.type == "cpu" and x.dtype == torch.float32
-    if on_cpu and W.numel() > LARGE and not torch.compiler.is_compiling() and 8 <= len(flat) <= 32:
-        y = W @ flat.T if bias is None else torch.addmm(bias[:, None], W, flat.T)
-        return y.T.reshape(*x.shape[:-1], len(W))
-    return F.linear(x, W, bias)
-
-
-# The Product of a linear or of a method: one for good, as compiled code knows it by its identity. Empty if not in use.
-PRODUCTS = WeakKeyDictionary()
-
-
-@contextmanager
-def sampling_form(model, per_row=False, join_below=50_000_000):
-    """While weights and adapter stand still, every linear is a Product. q, k, v and gate, up are joined in a model of
-    fewer weights than join_below: where a step's time goes into calls, and a second copy of the weights is small.
-    per_row: every row of a batch has its own R, which stands in adapter.rows at each forward pass."""
-    adapter = getattr(model, "adapter", None)
-    joined = sum(p.numel() for p in model.model.layers.parameters()) < join_below
-    changed = []  # (object, name of the method that its attribute hides, the Product)
-
-    def hide(thing, name, linears):
-        product = PRODUCTS.setdefault(thing, Product())
-        changed.append((thing, name, product))
-        product.take(linears, adapter, per_row, joined)
-        setattr(thing, name, product)
-
-    try:
-        if adapter:
-            adapter.refresh()
-            adapter.frozen = not per_row
-        for block in model.model.layers:
-            attention, mlp = block.self_attn, block.mlp
-            inputs = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
-            if joined:
-                hide(attention, "project", inputs[0])
-                hide(mlp, "project", inputs[1])
-            for linear in [attention.o_proj, mlp.down_proj, *([] if joined else inputs[0] + inputs[1])]:
-                hide(linear, "forward", [linear])
-        yield
-    finally:
-        for thing, name, product in changed:
-            thing.__dict__.pop(name, None)
-            vars(product).clear()
-        if adapter:
-            adapter.frozen, adapter.rows = False, None
-
-
 def mix(v, groups, P):
     """R [N, r, r] = sum_i v_i P_i of every linear."""
     return torch.einsum("nu,nuij->nij", F.embedding(groups, v), P)  # v[groups], with a gradient the same every time
@@ -250,7 +145,7 @@ def add_adapter(model, method="tinylora", rank=2, u=13, n_tie=0, tie="tiled", se
     alpha: lora only; its update is scaled by alpha / rank, which makes the best lr nearly independent of the rank.
     Raises UserError, with the model as it was, for settings that do not fit.
     """
-    if hasattr(model, "adapter"):
+    if model.adapter:
         raise UserError("this model has an adapter already")
     modules, groups, meta = plan(model, dict(method=method, rank=rank, u=u, n_tie=n_tie, tie=tie, seed=seed,
                                              targets=targets, alpha=float(alpha)))
@@ -259,35 +154,19 @@ def add_adapter(model, method="tinylora", rank=2, u=13, n_tie=0, tie="tiled", se
         raise UserError(f"u = {u} takes P_i of {size:,} numbers in {len(modules)} linears, too many; use fewer")
     meta["base"] = fingerprint(model)
     if method == "lora":
-        factors = cut_factors(model, modules, lora_init(modules, rank, seed))
+        factors = lora_init(modules, rank, seed, model.device)
         adapter = Adapter(meta, A=[A for _, A in factors], B=[B for B, _ in factors])
         factors = list(zip(adapter.B, adapter.A))
-        for name, (B, A) in zip(modules, factors) if model.shard else ():
-            if name.endswith(CUT_BY_ROWS):
-                B.cut = model.shard, 0
-            else:
-                A.cut = model.shard, 1
     else:
-        factors = svd_factors({name: linear.weight for name, linear in modules.items()}, rank, model.shard)
+        factors = svd_factors({name: linear.weight for name, linear in modules.items()}, rank, model.device)
         adapter = Adapter(meta, projections(meta, modules, model.device), torch.tensor(groups).to(model.device))
-        factors = [(US.to(model.dtype), Vt.to(model.dtype)) for US, Vt in cut_factors(model, modules, factors)]
+        factors = [(US.to(model.dtype), Vt.to(model.dtype)) for US, Vt in factors]
     for index, (linear, (US, Vt)) in enumerate(zip(modules.values(), factors)):
         AdaptedLinear.adapt(linear, index, US, Vt)
     adapter.linears = list(modules.values())
     object.__setattr__(model, "adapter", adapter)  # not a submodule, see AdaptedLinear.adapt
     adapter.hook = model.model.register_forward_pre_hook(adapter.refresh)
     return adapter
-
-
-def cut_factors(model, names, factors):
-    """Of each linear's US [m, r] and Vt [r, n] what this rank of model.shard needs, on its device. Where a linear is
-    cut by rows, all of Vt and those rows of US; where by columns, all of US and those columns of Vt: then the updates
-    stand side by side, or add up, as the rank's own outputs do."""
-    shard = model.shard
-    if not shard:
-        return factors
-    return [(shard.part(US, 0), Vt.to(shard.device)) if name.endswith(CUT_BY_ROWS) else
-            (US.to(shard.device), shard.part(Vt, 1)) for name, (US, Vt) in zip(names, factors)]
 
 
 def plan(model, settings):
@@ -367,13 +246,13 @@ def projections(meta, names, device="cpu"):
     return torch.stack([random_projection(meta["seed"], name, meta["u"], rank) for name in names]).to(device)
 
 
-def lora_init(modules, rank, seed):
+def lora_init(modules, rank, seed, device):
     """[(B, A)]: A [r, n] ~ U(-1/sqrt(n), 1/sqrt(n)), B [m, r] = 0 (LoRA Without Regret; the same as PEFT's)."""
     out = []
     for name, linear in modules.items():
         m, n = linear.weight.shape
         A = torch.from_numpy(random_state(seed, name).uniform(-1, 1, (rank, n)) / math.sqrt(n)).float()
-        out.append((torch.zeros(m, rank, device=linear.weight.device), A.to(linear.weight.device)))
+        out.append((torch.zeros(m, rank, device=device), A.to(device)))
     return out
 
 
@@ -403,7 +282,7 @@ def detach(model):
         linear.__class__ = nn.Linear
         del linear.index, linear.US, linear.Vt, linear.R
     model.adapter.hook.remove()
-    del model.adapter
+    object.__setattr__(model, "adapter", None)
     return model
 
 
@@ -435,7 +314,7 @@ def save_adapter(adapter, path, dtype="float32"):
     """Write the trained numbers and the settings that rebuild the rest: 13 numbers and a line of JSON, as safetensors.
     dtype: of the numbers in the file, float32, bfloat16 or float16. Of the ranks of a Shard all call this."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    tensors = {name: whole(p, p.to(DTYPES[dtype])) for name, p in adapter.named_parameters()}
+    tensors = {name: full_tensor(p.to(DTYPES[dtype])) for name, p in adapter.named_parameters()}
     if not is_chief():
         return
     meta = {"format": FORMAT, "settings": json.dumps(adapter.meta | {"dtype": dtype})}
@@ -460,7 +339,7 @@ def read_adapter(where):
         _, numbers, *rest = "".join(where.split()).split(":")  # a mail program may have broken the line
         alone, u = not rest, len(numbers) // 8
         if alone:
-            note(f"an adapter of {u} numbers alone: read with rank 2 and seed 0, for any base model")
+            print0_once(f"an adapter of {u} numbers alone: read with rank 2 and seed 0, for any base model")
             rest = [FORMAT, "method=tinylora", "rank=2", f"u={u}", "n_tie=0", "tie=tiled", "seed=0", "targets=all",
                     "base=", "dtype=float32"]
         where = f"the adapter '{where[:20]}...'"
@@ -509,7 +388,7 @@ def read_for(model, where):
     where, settings, tensors = read_adapter(where)
     base, _ = settings.pop("base"), settings.pop("dtype")
     modules, groups, meta = plan(model, settings)
-    here = model.adapter.meta["base"] if hasattr(model, "adapter") else fingerprint(model)
+    here = model.adapter.meta["base"] if model.adapter else fingerprint(model)
     if base and not same_base(base, here):
         raise UserError(f"{where} was trained on another base model: the fingerprint of this one's weights differs")
     rank, shapes = meta["rank"], {}
@@ -535,7 +414,7 @@ def load_adapter(model, where):
     adapter = add_adapter(model, **meta)
     with torch.no_grad():
         for name, p in adapter.named_parameters():
-            p.copy_(own_part(p, tensors[name]))
+            p.copy_(tensors[name])
     return adapter
 
 
@@ -544,8 +423,8 @@ def load_adapted(path, where="", dtype=None, device=None, shard=1):
     net = load_model(path, dtype, device, shard)
     if where:
         load_adapter(net, where)
-    if net.shard:
-        shard_model(net)
+    if shard > 1:
+        shard_model(net, shard)
     return net
 
 
@@ -566,7 +445,7 @@ def load_adapters(model, adapters):
                 key = json.dumps(meta, sort_keys=True)
                 if key not in cache:
                     cache[key] = projections(meta, modules)
-                if not hasattr(model, "adapter"):
+                if not model.adapter:
                     attached = load_adapter(model, where)
                 shared = model.adapter.meta
                 if shared["method"] == "lora" or meta["rank"] != shared["rank"] or (

@@ -3,11 +3,33 @@ standard library alone."""
 
 import json
 import os
+import sys
 from contextlib import contextmanager, suppress
 
 
 class UserError(Exception):
     """A mistake that the user can mend. A script prints it as one line and exits with code 2."""
+
+
+def one_line_errors():
+    """Have the script print a mistake of the user's as one line, and exit with code 2. Every other
+    error shows its traceback."""
+    sys.excepthook = print_error
+
+
+def print_error(kind, error, trace):
+    out_of_memory = kind.__name__ in ("OutOfMemoryError", "MemoryError")  # torch's is known by name
+    if kind is UserError:
+        code, line = 2, f"error: {error}"
+    elif out_of_memory or "can't allocate memory" in str(error):
+        reason = (str(error).splitlines() or ["on the host"])[0]
+        code, line = 2, f"error: out of memory ({reason}); lower the number of rows or tokens at a time"
+    elif kind is KeyboardInterrupt:
+        code, line = 130, "interrupted"
+    else:
+        return sys.__excepthook__(kind, error, trace)
+    print(line, file=sys.stderr)
+    raise SystemExit(code)
 
 
 @contextmanager

@@ -1,186 +1,213 @@
-"""The processes of torchrun: who works on which rows, and one copy of the weights over several of them."""
+"""The processes of torchrun: which rows each of them works on, and one copy of the weights spread
+over several GPUs.
+
+Without torchrun there is one process, and nothing here does anything. With torchrun every process
+works on its own rows; gradients and figures are summed. With shard > 1, `shard` neighbouring
+processes hold one copy of the blocks between them, by torch's fully_shard (FSDP2): a block's
+weights are gathered just before it runs and freed after it. Embedding, final norm, lm_head and
+adapters are whole on every process. Since gathering is collective, all processes must run the
+blocks equally often: one that has run out of work makes empty passes (in_step, catch_up).
+
+What this costs: an all-gather of every block in every forward pass, so a decode step moves all
+weights between the GPUs. It pays with many rows; a model that fits on one GPU should use shard = 1.
+
+Qwen2.5-72B in bfloat16 on 8 GPUs, by arithmetic alone (this was not run), in GB on each GPU: the
+80 blocks 70.2e9 * 2 bytes / 8 = 17.6; a gathered block and the next one 2 * 1.8 = 3.5; embedding
+and lm_head 2 * 152,064 * 8,192 * 2 bytes = 5.0; keys and values 80 layers * 2 * 1,024 * 2 bytes =
+0.33 MB a token, so 1.4 GB for a row of 4,300 tokens. In training, activations take 80 * 8,192 * 2
+bytes = 1.3 MB a token with recompute = True. Training all weights takes 16 bytes a parameter for
+weight, gradient and Adam's moments in float32: 144 GB a GPU for 72B, which does not fit.
+"""
 
 import math
 import os
-from dataclasses import replace
+from collections import Counter
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support import UserError
 
-
-class Shard:
-    """The `size` ranks of torch.distributed that hold one copy of the weights between them: tensor parallelism as in
-    Megatron-LM (Shoeybi et al. 2019, section 3). Of every block a rank has some of the heads and some of the MLP's
-    inner units: rows of q, k, v, gate and up, and columns of o and down, whose outputs are summed over the ranks.
-    Embeddings, norms and lm_head are whole on each. All of them work on the same rows.
-
-    Neighbouring ranks make a shard; `peers` are the ranks that hold the same part in other shards, for other rows.
-    Raises UserError where size does not divide the heads or the inner units.
-    """
-
-    def __init__(self, size, config, device, dtype):
-        self.size, self.device, self.dtype = size, device, dtype
-        most = math.gcd(config.num_key_value_heads, config.intermediate_size)
-        if most % size:
-            raise UserError(f"shard = {size} does not cut this model, with {config.num_key_value_heads} key heads and "
-                            f"{config.intermediate_size} inner units, into equal parts; use a divisor of {most}")
-        ranks = init_device_mesh(device.type, (dist.get_world_size() // size, size), mesh_dim_names=("data", "shard"))
-        self.group, self.peers = ranks.get_group("shard"), ranks.get_group("data")
-        self.rank = ranks.get_local_rank("shard")
-
-    def part(self, t, dim, dtype=None):
-        """This rank's part of t, cut along dim, on its device: a copy, as a view would keep the whole alive."""
-        return t.detach().chunk(self.size, dim)[self.rank].to(self.device, dtype or t.dtype, copy=True)
-
-    def join(self, t, dim):
-        """The whole of which every rank has the part t."""
-        parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(parts, t.contiguous(), group=self.group)
-        return torch.cat(parts, dim)
-
-    def least(self, number):
-        """The smallest of the ranks' numbers."""
-        t = torch.tensor(number, dtype=torch.float64, device=self.device)
-        dist.all_reduce(t, dist.ReduceOp.MIN, group=self.group)
-        return t.item()
-
-    def follow(self, *tensors):
-        """Overwrite the tensors with the first rank's: a last bit that differs must not make the ranks part ways."""
-        for t in tensors:
-            dist.broadcast(t, group=self.group, group_src=0)
-
-
-class SumGradient(torch.autograd.Function):
-    """What goes into linears cut by rows, on every rank the same: each knows the gradient through its own rows."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
-
-
-class SumOutput(torch.autograd.Function):
-    """What comes out of a linear cut by columns: the sum over ranks, whose gradient is each rank's own."""
-
-    @staticmethod
-    def forward(ctx, y, group):
-        y = y.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(y, group=group)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
-
-
-CUT_BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of Shard; o_proj and down_proj by columns
-
-
-def shard_model(model):
-    """Leave this rank its part of the weights that load_model has left on the host, on its own device, and its share
-    of the heads in model.config. A parameter that is cut has `cut`: the Shard and the dimension."""
-    shard, config = model.shard, model.config
-
-    def cut(linear, name, dim):
-        p = nn.Parameter(shard.part(getattr(linear, name), dim, shard.dtype), requires_grad=False)
-        p.cut = shard, dim
-        setattr(linear, name, p)
-
-    for block in model.model.layers:
-        for module in (block.self_attn, block.mlp):
-            module.register_forward_pre_hook(lambda _, args: (SumGradient.apply(args[0], shard.group), *args[1:]))
-            for name, linear in module.named_children():
-                cut(linear, "weight", 0 if name in CUT_BY_ROWS else 1)
-                if linear.bias is not None:  # of q, k and v only
-                    cut(linear, "bias", 0)
-                if name not in CUT_BY_ROWS:
-                    linear.register_forward_hook(lambda _, args, y: SumOutput.apply(y, shard.group))
-    model.to(shard.device, shard.dtype)  # what is left whole
-    model.config = model.model.config = replace(
-        config, num_attention_heads=config.num_attention_heads // shard.size,
-        num_key_value_heads=config.num_key_value_heads // shard.size,
-        intermediate_size=config.intermediate_size // shard.size)
-
-
-def own_part(p, t):
-    """Of t, laid out like the whole of the parameter p, what this rank has of p."""
-    return p.cut[0].part(t, p.cut[1]) if hasattr(p, "cut") and t.dim() else t
-
-
-def whole(p, t=None):
-    """The parameter p (or t, laid out like p: a moment of Adam's) as a whole, on the host of the rank that writes
-    files; None elsewhere. Where p is cut, all ranks of its shard must call this."""
-    t = (p if t is None else t).detach()
-    if hasattr(p, "cut") and t.dim():
-        t = p.cut[0].join(t, p.cut[1])
-    return t.cpu().contiguous() if is_chief() else None
-
-
-def whole_size(p):
-    """Numbers in the whole of the parameter p."""
-    return p.numel() * (p.cut[0].size if hasattr(p, "cut") else 1)
+PATIENCE = timedelta(hours=2)  # how long a process waits for the slowest, in evaluations too
 
 
 def is_chief():
-    """Is this the one process that writes and prints?"""
+    """Is this the one process that writes files and prints?"""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def say(text):
-    """Print it, of several ranks on one."""
+def rank_of():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(text):
     if is_chief():
         print(text)
 
 
-note = cache(say)  # once, however often it is said
+print0_once = cache(print0)  # prints each text only the first time
 
 
-def start_ranks(cfg, one_share=False):
-    """Join the processes of torchrun, if that is what started us. Returns which share of the rows this process works
-    on, of how many (ranks that share the weights work on the same rows; one_share: all must), and its device."""
-    if cfg.shard < 1:
-        raise UserError("shard must be at least 1")
-    if not dist.is_torchelastic_launched():
-        if cfg.shard > 1:
-            raise UserError(f"shard = {cfg.shard} needs as many processes; start it with torchrun --nproc_per_node="
-                            f"{cfg.shard}")
-        return 0, 1, cfg.device
-    world = int(os.environ["WORLD_SIZE"])
-    if world % cfg.shard:
-        raise UserError(f"shard = {cfg.shard} does not divide the number of processes, {world}; give torchrun a "
-                        "multiple of it")
-    if one_share and world > cfg.shard:
-        raise UserError(f"this script has one set of weights at work: give torchrun as many processes as shard "
-                        f"({cfg.shard})")
-    on_gpu = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))  # the others wait for evaluations
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device
-    return dist.get_rank() // cfg.shard, world // cfg.shard, device
+class Ranks:
+    """This process is dp_rank of dp_size: it works on every dp_size-th row."""
+
+    def __init__(self, device="auto", shard=1):
+        self.device, self.shard, self.dp_rank, self.dp_size = device, shard, 0, 1
+        launched = dist.is_torchelastic_launched()
+        world = int(os.environ["WORLD_SIZE"]) if launched else 1
+        if shard < 1 or world % shard:
+            raise UserError(f"shard = {shard} must divide the number of processes, which is {world}; "
+                            f"start with torchrun --nproc_per_node={max(1, shard)}")
+        if not launched:
+            return
+        on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+        if on_gpu:
+            self.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(self.device)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+        self.dp_rank, self.dp_size = dist.get_rank(), world
+
+    def mine(self, rows):
+        return rows[self.dp_rank :: self.dp_size]
+
+    def gather(self, rows):
+        """The rows of all processes as one list, in the order from which mine() took them."""
+        parts = all_gather(rows)
+        longest = max(len(part) for part in parts)
+        return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+    def sum(self, numbers):
+        """Add up the processes' {name: number}. A name that a process lacks counts as 0 there."""
+        total = Counter()
+        for part in all_gather(dict(numbers)):
+            total.update(part)  # not `+`, which drops numbers below 0
+        return total
+
+    def any(self, flag):
+        return any(all_gather(flag))
+
+    def leave(self):
+        """Call this last: gloo may abort a process that exits while its threads are running."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def wait_for_ranks():
-    if dist.is_initialized():
-        dist.barrier()
+def all_gather(thing):
+    """A list of what every process has, in their order."""
+    if not dist.is_initialized():
+        return [thing]
+    things = [None] * dist.get_world_size()
+    dist.all_gather_object(things, thing)
+    return things
 
 
-def leave_ranks(net):
-    """End the threads of torch.distributed, the last thing a process does: gloo joins its own only when nobody holds a
-    group any more, and one still busy dropping a tensor while Python shuts down aborts the process."""
-    if dist.is_initialized():
-        if net.shard:
-            if net.model.compiled:
-                dist.barrier()  # compiled code holds its group for good: give the thread time to drop all else
-            net.shard.group = net.shard.peers = None
-        dist.destroy_process_group()
+# ------------------------------------------------- gradients, and tensors of which each has a part
+
+def reduce_gradients(parameters, grad_clip):
+    """Sum the gradients over processes and clip their norm (0: do not clip). Returns the norm."""
+    for p in parameters:
+        if p.grad is None:  # in a process none of whose rows has a gradient
+            p.grad = torch.zeros_like(p)
+        if dist.is_initialized() and not isinstance(p.grad, DTensor):  # FSDP has summed its own
+            dist.all_reduce(p.grad)
+    norm = norm_of([p.grad for p in parameters])
+    if not math.isfinite(norm):
+        raise UserError("the gradient is not finite, so this step changes nothing; lower lr, or use "
+                        "--dtype=float32")
+    if grad_clip and norm > grad_clip:
+        for p in parameters:
+            p.grad.mul_(grad_clip / (norm + 1e-6))
+    return norm
+
+
+def norm_of(tensors):
+    """The norm of all tensors together, of those that are spread over processes all parts."""
+    parts = [t for t in tensors if isinstance(t, DTensor)]
+    others = [t for t in tensors if not isinstance(t, DTensor)]
+    norm = torch.nn.utils.get_total_norm(others).item()
+    if parts:
+        norm = math.hypot(norm, torch.nn.utils.get_total_norm(parts).full_tensor().item())
+    return norm
+
+
+def full_tensor(t):
+    """The whole of t on the host of the chief; None elsewhere. All processes must call this."""
+    t = t.detach()
+    if isinstance(t, DTensor):
+        t = t.full_tensor()
+    return t.cpu().contiguous() if is_chief() else None
+
+
+def spread_like(p, t):
+    """The tensor t, which every process has in full, spread over devices as the parameter p is."""
+    if isinstance(p, DTensor) and t.dim():
+        return distribute_tensor(t.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    return t.to(p.device) if t.dim() else t
+
+
+# ---------------------------------------------------------- one copy of the weights over processes
+
+def shard_model(model, shard):
+    """Spread the blocks, which load_model has left on the host, over `shard` neighbouring
+    processes. Rows of processes with the same part are independent replicas."""
+    device, dtype = model.device, model.dtype
+    table = torch.arange(dist.get_world_size()).view(-1, shard)
+    replicas, _ = dist.new_subgroups_by_enumeration(table.T.tolist(), timeout=PATIENCE)
+    shards, _ = dist.new_subgroups_by_enumeration(table.tolist(), timeout=PATIENCE)
+    mesh = DeviceMesh.from_group([replicas, shards], device.type, mesh=table,
+                                 mesh_dim_names=("replicate", "shard"))
+    for block in model.model.layers:
+        fully_shard(block.to(dtype), mesh=mesh)
+        block.set_gradient_divide_factor(1.0)  # sum gradients: the loss is divided by all rows
+    for part in (model.model.embed_tokens, model.model.norm, getattr(model, "lm_head", None)):
+        if part is not None:
+            part.to(device, dtype)
+    model.is_sharded = True
+
+
+@contextmanager
+def in_step(model):
+    """While this is open, forward passes may differ in number between processes: at its end, those
+    that have made fewer make empty passes until all are done."""
+    if not model.is_sharded:
+        yield
+        return
+
+    def count_busy(busy):
+        number = torch.tensor(float(busy), device=model.device)
+        dist.all_reduce(number)
+        return number.item()
+
+    hook = model.model.register_forward_pre_hook(lambda *_: count_busy(True) and None)
+    yield
+    hook.remove()
+    while count_busy(False):
+        empty_pass(model)
+
+
+def catch_up(model, made, backward=True, forwards=1):
+    """Make empty passes, as many as the busiest process has made more than this one (`made`).
+    forwards: forward passes that belong to one backward pass (2 with a reference policy)."""
+    if not model.is_sharded:
+        return
+    for _ in range(max(all_gather(made)) - made):
+        for _ in range(forwards - 1):
+            with torch.no_grad():
+                empty_pass(model)
+        hidden = empty_pass(model)
+        if backward:
+            (0 * hidden.sum()).backward()
+
+
+def empty_pass(model):
+    return model.model(torch.zeros(1, 1, dtype=torch.long, device=model.device))

@@ -8,11 +8,10 @@ from contextlib import suppress
 import numpy as np
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from support import UserError
-from support.parallel import is_chief
+from support.parallel import all_gather, is_chief, rank_of, world_size
 
 
 @torch.no_grad()
@@ -87,35 +86,31 @@ def _lanczos(M, rank, tol, block, name, limit=0):
 CACHE_FROM = 10**7  # numbers in the adapted weights; the SVD of smaller models takes less than a second or two
 
 
-def svd_factors(weights, rank, shard=None):
+def svd_factors(weights, rank, device):
     """[(US [m, r], Vt [r, n])] in fp32 of weights {name: W}; of large models from the disk cache, where they are.
 
     The cache is a file in $TINYLORA_CACHE (default: ~/.cache/tinylora) under a name that depends on every bit of the
     weights. It is renamed into place when whole, and what fails its own checksum is made again. The ranks of a shard
     (model.Shard) divide the matrices among them and move one at a time to their devices.
     """
-    path = cache_path(weights, rank, shard) if sum(W.numel() for W in weights.values()) >= CACHE_FROM else None
+    path = cache_path(weights, rank, device) if sum(W.numel() for W in weights.values()) >= CACHE_FROM else None
     tensors = read_cache(path) if path else None
-    if shard and not shard.least(tensors is not None):  # all or none: another run may be writing it just now
-        tensors = None
-    if tensors is None:
-        tensors, mine = {}, list(weights.items())[shard.rank :: shard.size] if shard else weights.items()
+    if not all(all_gather(tensors is not None)):  # another run may be writing the file just now
+        tensors = {}
+        mine = list(weights.items())[rank_of() :: world_size()]
         for name, W in tqdm(mine, desc="SVD", leave=False, disable=None if path and is_chief() else True):
-            U, S, Vt = top_svd(W.to(shard.device) if shard else W, rank, name)
+            U, S, Vt = top_svd(W.to(device), rank, name)
             tensors |= {f"{name}.US": (U * S).cpu(), f"{name}.Vt": Vt.cpu()}
-        if shard:
-            shares = [None] * shard.size
-            dist.all_gather_object(shares, tensors, group=shard.group)
-            tensors = {name: t for share in shares for name, t in share.items()}
-        if path and (not shard or shard.rank == 0):
+        tensors = {name: t for share in all_gather(tensors) for name, t in share.items()}
+        if path and is_chief():
             write_cache(path, tensors)
-    return [(tensors[f"{name}.US"].to(W.device), tensors[f"{name}.Vt"].to(W.device)) for name, W in weights.items()]
+    return [(tensors[f"{name}.US"].to(device), tensors[f"{name}.Vt"].to(device)) for name in weights]
 
 
-def cache_path(weights, rank, shard=None):
+def cache_path(weights, rank, device):
     key = hashlib.sha256(f"svd-1 {rank}".encode())
     with ThreadPoolExecutor(4) as pool:
-        checksums = pool.map(lambda W: weight_checksum(W.to(shard.device) if shard else W), weights.values())
+        checksums = pool.map(lambda W: weight_checksum(W.to(device)), weights.values())
         for (name, W), sums in zip(weights.items(), checksums):
             key.update(f"{name} {W.dtype} {list(W.shape)}".encode() + sums)
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinylora")

@@ -1,0 +1,139 @@
+"""The files of a checkpoint directory: downloading, reading and checking weights, writing them."""
+
+import json
+import os
+import re
+import shutil
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from support import UserError, foreign_file, read_json, whole_file
+from support.parallel import full_tensor, is_chief
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                   "generation_config.json", "special_tokens_map.json")
+
+
+def checkpoint_dir(path):
+    """A local directory as it is. A hub name such as Qwen/Qwen2.5-7B-Instruct is downloaded once."""
+    if os.path.isdir(path):
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+        raise UserError(f"no model directory at '{path}' (a hub name has the form owner/name)")
+    import huggingface_hub  # only here: a local directory must not need it
+
+    try:
+        return huggingface_hub.snapshot_download(
+            path, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+    except Exception as error:  # the hub client raises many kinds, and all mean the same here
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"'{path}' is no local directory and could not be downloaded ({reason}); copy "
+                        "the checkpoint here and give its directory") from None
+
+
+def read_weights(path, model, device, dtype):
+    """{name: tensor} of all weight files, each checked against the model's shapes."""
+    shapes = {name: p.shape for name, p in model.state_dict().items()}
+    embedding = "model.embed_tokens.weight"
+    shapes.setdefault("lm_head.weight", shapes[embedding])  # tied files may hold a second copy
+    tensors = {}
+    for file in weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as f:
+                for name in f.keys():
+                    if not name.endswith("rotary_emb.inv_freq"):  # old Llama 2 files store it
+                        tensor = check_tensor(file, name, f.get_tensor(name), shapes)
+                        tensors[name] = tensor.to(device, dtype)
+        except (SafetensorError, OSError) as error:
+            small = "; a 130-byte file is a git-lfs pointer" if os.path.getsize(file) < 1000 else ""
+            raise UserError(f"{file} is damaged or no safetensors file ({error}{small}); download it "
+                            "again") from None
+    if model.config.tie_word_embeddings and "lm_head.weight" in tensors:
+        copy = tensors.pop("lm_head.weight")
+        if not torch.equal(copy, tensors.get(embedding, copy)):
+            raise UserError(f"{path}: config.json ties the embeddings, but lm_head.weight is not a "
+                            f"copy of {embedding}")
+    missing = [name for name in model.state_dict() if name not in tensors]
+    if missing:
+        raise UserError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}; "
+                        "download it again, or use the config.json that belongs to these weights")
+    return tensors
+
+
+def weight_files(path):
+    index = os.path.join(path, "model.safetensors.index.json")
+    names = ["model.safetensors"]
+    if os.path.exists(index):
+        with foreign_file(index):
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            if not names or any(os.path.basename(name) != name for name in names):
+                raise UserError(f"{index}: weight_map is empty or names a file outside the directory")
+    for file in [os.path.join(path, name) for name in names]:
+        if not os.path.isfile(file):
+            pickled = [n for n in os.listdir(path) if n.endswith((".bin", ".pt", ".pth"))]
+            cure = f"{pickled[0]} is a pickle and is never read; convert it to safetensors" if pickled \
+                else "download it again"
+            raise UserError(f"{file} is missing; {cure}")
+        yield file
+
+
+def check_tensor(file, name, tensor, shapes):
+    cure = "use the config.json that belongs to these weights"
+    if name not in shapes:
+        raise UserError(f"{file}: unexpected tensor {name}; {cure}")
+    if tensor.shape != shapes[name]:
+        raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, config.json says "
+                        f"{list(shapes[name])}; {cure}")
+    if tensor.dtype not in DTYPES.values():
+        raise UserError(f"{file}: {name} is {tensor.dtype}; use the checkpoint in {', '.join(DTYPES)}")
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():  # the sum may overflow
+        raise UserError(f"{file}: {name} holds NaN or infinity; the file is damaged, download it again")
+    return tensor
+
+
+def save_model(model, path, tokenizer_from=None, max_file_bytes=5 * 10**9):
+    """Write a directory that transformers loads: config.json and model.safetensors, in several
+    files above max_file_bytes.
+
+    tokenizer_from: a checkpoint directory or hub name whose tokenizer files are copied along.
+    If the weights are spread over processes, all of them must call this; one of them writes.
+    """
+    os.makedirs(path, exist_ok=True)
+    files, size = [{}], 0
+    for name, p in model.state_dict(keep_vars=True).items():
+        if size and size + p.nbytes > max_file_bytes:
+            files.append({})
+            size = 0
+        files[-1][name] = p
+        size += p.nbytes
+    names = ["model.safetensors"]
+    if len(files) > 1:
+        names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    for file, parameters in zip(names, files):
+        tensors = {name: full_tensor(p) for name, p in parameters.items()}
+        if is_chief():
+            with whole_file(os.path.join(path, file)) as aside:
+                save_file(tensors, aside, {"format": "pt"})
+    if not is_chief():
+        return
+    documents = {"config.json": model.config.raw | {"dtype": str(model.dtype)[6:]}}
+    if len(files) > 1:
+        weight_map = {name: file for file, tensors in zip(names, files) for name in tensors}
+        total = sum(p.nbytes for p in model.parameters())
+        documents["model.safetensors.index.json"] = {"metadata": {"total_size": total},
+                                                     "weight_map": weight_map}
+    for name, document in documents.items():
+        with whole_file(os.path.join(path, name)) as aside, open(aside, "w", encoding="utf-8") as f:
+            json.dump(document, f, indent=2)
+    for name in sorted(os.listdir(path), reverse=True):  # an earlier save would be read instead
+        weights = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name)
+        if weights and name not in names and name not in documents:
+            os.remove(os.path.join(path, name))
+    source = checkpoint_dir(tokenizer_from) if tokenizer_from else path
+    for name in TOKENIZER_FILES:
+        file = os.path.join(source, name)
+        if os.path.exists(file) and os.path.abspath(source) != os.path.abspath(path):
+            shutil.copy(file, path)

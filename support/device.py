@@ -1,0 +1,61 @@
+"""Which device to compute on, and how much memory it has."""
+
+import ctypes
+import platform
+import resource
+import sys
+
+import torch
+
+from support import UserError
+
+# MKL chooses the code of these functions in their first call. If two threads make that call at the
+# same time, one of them may get code that is accurate to 4 digits only (pytorch issue 188792), and
+# the first step of a run is not reproducible. So the first calls are made here, on one thread.
+for function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt):
+    function(torch.ones(1))
+
+LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def pick_device(device="auto"):
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(1, device=device).device  # with its number: "cuda" becomes "cuda:0"
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device '{device}' is not available here; use --device=auto, cpu or cuda") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # cuDNN's attention, the first choice on Hopper, was seen to be wrong with fewer than 8 key
+        # heads and to give NaN with masks (pytorch issues 193893, 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    elif LIBC:
+        # By default glibc returns freed memory to the system and fetches it again page by page,
+        # which is a twentieth of the toy's update. Keep blocks of up to 32 MB.
+        LIBC.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        LIBC.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+    return device
+
+
+def free_memory(device):
+    """Bytes that can still be allocated on a GPU, or on the host (4 GB if the system is silent)."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    if LIBC:
+        LIBC.malloc_trim(0)  # give back what glibc keeps, so that it counts as free
+    try:
+        with open("/proc/meminfo") as f:
+            sizes = dict(line.split(":") for line in f)
+        return int(sizes["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 4 * 10**9
+
+
+def peak_gb(device):
+    """Peak memory of this process so far in GB: of the GPU, or else of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,242 @@
+"""Log-probs of many sequences in one forward pass: no padding, and never all logits in memory."""
+
+import inspect
+import math
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+TOKENS_A_CALL = 256  # of completions in one attention call: more calls cost time, and so do large masks
+LOGITS_A_CHUNK = 2**26  # 256 MB in float32: 441 tokens at a vocabulary of 152k
+
+
+@dataclass
+class Rollout:
+    """A prompt and what follows it: a sampled completion, or a solution to be learnt."""
+
+    prompt: list  # token ids
+    ids: list  # token ids of the completion, as they were sampled: never encoded again from text
+    logprobs: list | None = None  # of ids, under the policy that sampled them
+    advantage: float = 0.0
+    old_logprobs: torch.Tensor | None = None  # [len(ids)], under the policy before the first pass
+    loss_mask: list | None = None  # which of ids are trained; None: all
+
+    def __post_init__(self):
+        self.loss_mask = self.loss_mask or [True] * len(self.ids)
+
+
+def micro_batches(rollouts, max_tokens):
+    """Cut rollouts into batches of at most max_tokens tokens, where a prompt counts once. A rollout
+    that is longer than that has a batch of its own."""
+    batch, tokens = [], 0
+    for rollout in sorted(rollouts, key=lambda rollout: rollout.prompt):
+        alone = len(rollout.prompt) + len(rollout.ids)
+        shares_prompt = batch and batch[-1].prompt == rollout.prompt
+        added = len(rollout.ids) if shares_prompt else alone
+        if batch and tokens + added > max_tokens:
+            yield batch
+            batch, tokens, added = [], 0, alone
+        batch.append(rollout)
+        tokens += added
+    if batch:
+        yield batch
+
+
+def completion_logprobs(net, batch, temperature=1.0):
+    """Log-probs and entropies of the trained tokens of a batch of Rollouts, and the loss mask:
+    three tensors [B, T], where T is the longest completion. They are 0 where the mask is False."""
+    packed = Packed(batch, net.device)
+    hidden = net.model(packed.ids, packed.positions, packed)[0]  # [total, D]
+    masks = [torch.tensor(rollout.loss_mask) for rollout in batch]
+    flat_mask = torch.cat(masks)
+    places = torch.tensor(packed.before)[flat_mask].to(net.device)
+    targets = [torch.tensor(rollout.ids) for rollout in batch]
+    targets = torch.cat(targets)[flat_mask].to(net.device)
+    # Not hidden[places]: several rollouts share the last token of their prompt, and the backward
+    # pass of indexing adds up their gradients in a nondeterministic order.
+    logprobs, entropy = token_logprobs(F.embedding(places, hidden), net.head, targets, temperature)
+    loss_mask = pad_sequence(masks, batch_first=True).to(net.device)
+    zeros = logprobs.new_zeros(loss_mask.shape)
+    logprobs = zeros.masked_scatter(loss_mask, logprobs)
+    return logprobs, zeros.masked_scatter(loss_mask, entropy), loss_mask
+
+
+# -------------------------------------------------------------------------------------- attention
+
+def attention(q, k, v, mask=None):
+    """q [B, heads, T, hd], k and v [B, kv_heads, S, hd] -> [B, heads, T, hd]. Causal unless there
+    is a mask, [T, S] or [B, 1, T, S]."""
+    # In float32 on a GPU, the only kernel that does not store all scores cannot group heads.
+    grouped = not (q.is_cuda and q.dtype == torch.float32)
+    if not grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    causal = mask is None
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+
+
+class Packed:
+    """Rollouts in one row: every prompt once, followed by the completions to it. A token attends to
+    its prompt and to its own completion, up to itself. A completion's last token is left out, since
+    nothing follows it. Passed to the model in the place of a cache.
+
+    ids, positions [1, total]: the row. before: for every token of every completion, the place in
+    the row of the token it follows.
+    """
+
+    def __init__(self, batch, device):
+        ids, positions = [], []
+        self.before = []
+        self.groups = []  # (length of a prompt, [[length of a completion, ...] for each call])
+        for prompt, group in groupby(batch, key=lambda rollout: rollout.prompt):
+            calls = []
+            ids += prompt
+            positions += range(len(prompt))
+            last_of_prompt = len(ids) - 1
+            for rollout in group:
+                length = len(rollout.ids) - 1
+                self.before += [last_of_prompt, *range(len(ids), len(ids) + length)]
+                ids += rollout.ids[:-1]
+                positions += range(len(prompt), len(prompt) + length)
+                if not calls or sum(calls[-1]) + length > TOKENS_A_CALL:
+                    calls.append([])
+                calls[-1].append(length)
+            self.groups.append((len(prompt), calls))
+        self.ids = torch.tensor([ids], device=device)
+        self.positions = torch.tensor([positions], device=device)
+        self.masks = None  # made by the first layer for all layers, as are the spans
+        self.spans = None
+
+    def attend(self, layer, q, k, v):
+        """q [1, heads, total, hd], k and v [1, kv_heads, total, hd] -> [1, heads, total, hd]."""
+        if q.is_cuda and q.dtype.itemsize == 2 and torch.cuda.get_device_capability() >= (8, 0):
+            return self.attend_in_one_call(q, k, v)
+        if self.masks is None:
+            self.masks = [[completion_mask(q, prompt, lengths) for lengths in calls]
+                          for prompt, calls in self.groups]
+        sizes = []
+        for prompt, calls in self.groups:
+            sizes += [prompt, *map(sum, calls)]
+        # split() and not slices: the backward pass of every slice would zero-fill the whole row.
+        pieces = zip(*(x.split(sizes, dim=2) for x in (q, k, v)))
+        out = []
+        for masks in self.masks:
+            queries, prompt_keys, prompt_values = next(pieces)
+            out.append(attention(queries, prompt_keys, prompt_values))
+            for mask in masks:
+                queries, keys, values = next(pieces)
+                keys = torch.cat((prompt_keys, keys), dim=2)
+                values = torch.cat((prompt_values, values), dim=2)
+                out.append(attention(queries, keys, values, mask))
+        return torch.cat(out, dim=2)
+
+    def attend_in_one_call(self, q, k, v):
+        """The same by one kernel for 16 bits on a GPU, which wants the keys of every completion,
+        its prompt's included, one after another."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        if self.spans is None:
+            self.spans = self.find_spans(q.device)
+        key_places, *spans = self.spans
+        k = k[0].transpose(0, 1).index_select(0, key_places)  # [keys, kv_heads, hd]
+        v = v[0].transpose(0, 1).index_select(0, key_places)
+        options = {"window_size": (-1, 0)}  # causal
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 always groups
+            options["enable_gqa"] = True
+        return varlen_attn(q[0].transpose(0, 1), k, v, *spans, **options).transpose(0, 1)[None]
+
+    def find_spans(self, device):
+        """The places of all keys, where each span's queries and keys end, and their largest number
+        in a span. A span is a prompt, or a completion."""
+        key_places, queries, keys = [], [], []
+        start = 0
+        for prompt, calls in self.groups:
+            of_prompt = range(start, start + prompt)
+            start += prompt
+            key_places += of_prompt
+            queries.append(prompt)
+            keys.append(prompt)
+            for lengths in calls:
+                for length in lengths:
+                    key_places += [*of_prompt, *range(start, start + length)]
+                    start += length
+                    queries.append(length)
+                    keys.append(prompt + length)
+        query_ends = torch.tensor([0, *queries]).cumsum(0, dtype=torch.int32).to(device)
+        key_ends = torch.tensor([0, *keys]).cumsum(0, dtype=torch.int32).to(device)
+        key_places = torch.tensor(key_places, device=device)
+        return key_places, query_ends, key_ends, max(queries), max(keys)
+
+
+def completion_mask(like, prompt, lengths):
+    """What is added to the scores [T, P + T] of completions with these lengths: 0 for the prompt
+    and for a token's own completion up to itself, else -inf."""
+    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(like.device)
+    visible = (owner[:, None] == owner).tril()
+    mask = like.new_zeros(len(owner), prompt + len(owner))
+    mask[:, prompt:].masked_fill_(~visible, -math.inf)
+    return mask
+
+
+# --------------------------------------------------------------------------------------- log-probs
+
+def token_logprobs(hidden, head, targets, temperature, chunk=0):
+    """Log-probs of targets [n] and entropies [n] under softmax(hidden head^T / T), hidden [n, D].
+    They are float32, or float64 if hidden is. Only the logits of one chunk of tokens exist at a
+    time. chunk: tokens, 0 for as many as have 256 MB of logits."""
+    chunk = chunk or max(1, LOGITS_A_CHUNK // len(head))
+    if not head.requires_grad:
+        return FrozenHead.apply(hidden, head, targets, temperature, chunk)
+
+    def without_p(*args):  # so that the probabilities of no other chunk stay in memory
+        return chunk_logprobs(*args)[:2]
+
+    parts = [checkpoint(without_p, h, head, t, temperature, use_reentrant=False,
+                        preserve_rng_state=False)  # nothing here is random
+             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    logprobs, entropies = zip(*parts)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def chunk_logprobs(hidden, head, targets, temperature):
+    """Log-probs and entropies of a chunk of tokens, and the probabilities [chunk, vocab]."""
+    logits = F.linear(hidden, head).to(torch.promote_types(head.dtype, torch.float32))
+    all_logprobs = torch.log_softmax(logits.div_(temperature), dim=-1)
+    logprobs = all_logprobs.gather(1, targets[:, None]).squeeze(1)
+    with torch.no_grad():
+        p = torch.exp(all_logprobs, out=logits)  # reuses the memory of the logits
+        if logprobs.requires_grad:
+            entropy = -(p * all_logprobs).sum(-1)
+        else:
+            entropy = -all_logprobs.mul_(p).sum(-1)  # in place: one copy less
+    return logprobs, entropy, p
+
+
+class FrozenHead(torch.autograd.Function):
+    """token_logprobs for a head that is not trained. The gradient is computed in the forward pass,
+    while the probabilities are in memory; computing the logits again would be a third product.
+    d log p / d hidden = (head[target] - sum_w p_w head[w]) / T."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, temperature, chunk):
+        logprobs, entropies, slopes = [], [], []
+        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+            logprob, entropy, p = chunk_logprobs(h, head, t, temperature)
+            logprobs.append(logprob)
+            entropies.append(entropy)
+            if ctx.needs_input_grad[0]:
+                # Subtract 1 before rounding to 16 bits: 1 - p of the target may be small.
+                p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), -1.0))
+                slopes.append((p.to(head.dtype) @ head).div_(-temperature))
+        if slopes:
+            ctx.slope = torch.cat(slopes)
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return (ctx.slope * grad[:, None]).to(ctx.slope.dtype), None, None, None, None

@@ -1,0 +1,232 @@
+"""A training run: what it keeps in its out_dir, and how it stops and resumes.
+
+    log.jsonl               a line for each step, and one for each evaluation
+    checkpoint.safetensors  all that resuming needs: trained numbers, optimiser, step, history
+    settings.py             a config file that repeats the run
+
+The checkpoint is written under another name and renamed, and it records how long the log was. So a
+run that is killed at any moment resumes from its last checkpoint, to the same numbers and log.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import time
+from dataclasses import asdict
+from glob import glob
+from itertools import count
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from support import UserError, whole_file
+from support.parallel import full_tensor, is_chief, print0, spread_like
+
+
+class Run:
+    def __init__(self, cfg, ranks, parameters, optimizer, identity):
+        """parameters: {name: parameter} that the optimizer trains. identity: the settings without
+        which these numbers would mean something else; a checkpoint with others is refused."""
+        self.cfg, self.ranks = cfg, ranks
+        self.parameters, self.optimizer = parameters, optimizer
+        self.identity = identity | {"code of the config": cfg.code}
+        self.log_path = os.path.join(cfg.out_dir, "log.jsonl")
+        self.checkpoint = os.path.join(cfg.out_dir, "checkpoint.safetensors")
+        self.step = 0  # where the run begins
+        self.saved_step = None  # the step of the checkpoint on disk
+        self.history = {"first": {}, "last": {}, "best": None, "evaluated": None, "seconds": 0.0,
+                        "log_bytes": 0, "test set": [cfg.eval_dataset, cfg.eval_size]}
+        if cfg.init_from == "resume":
+            self.resume()
+        self.began = time.time() - self.history["seconds"]
+        if is_chief():
+            self.lock = claim(cfg.out_dir, "log.jsonl", fresh=cfg.init_from == "scratch")
+            self.log_file = open(self.log_path, "a", encoding="utf-8")
+            if os.path.getsize(self.log_path) > self.history["log_bytes"]:
+                self.log_file.truncate(self.history["log_bytes"])  # steps that will be repeated
+            self.reports = open_reports(cfg, self.step)
+        self.signal, self.signalled_at = 0, 0.0
+        self.old_handlers = {number: signal.signal(number, self.on_signal)
+                             for number in (signal.SIGINT, signal.SIGTERM)}
+
+    # --- when to evaluate, to save and to stop
+
+    def evaluation_due(self, step):
+        return self.history["evaluated"] != step and self.due(step, self.cfg.eval_interval)
+
+    def save_due(self, step):
+        return self.saved_step != step and self.due(step, self.cfg.save_interval)
+
+    def due(self, step, interval):
+        """Before the first step, after the last one, and every `interval` steps."""
+        return step in (0, self.cfg.max_steps) or interval > 0 and step % interval == 0
+
+    def on_signal(self, number, frame):
+        """Ctrl-C and SIGTERM stop the run after the current step; a second one stops it at once."""
+        if not self.signal:
+            self.signal, self.signalled_at = number, time.time()
+            os.write(2, b"\nstopping after this step; press again to stop without saving\n")
+        elif time.time() - self.signalled_at > 1:  # torchrun passes on the first one a second time
+            raise SystemExit(128 + number)
+
+    def stop_asked(self):
+        """Has any process had a signal? All of them get the same answer and stop together."""
+        if self.ranks.any(self.signal > 0):
+            self.signal = self.signal or signal.SIGINT
+        return self.signal > 0
+
+    # --- what is written
+
+    def log(self, step, record):
+        if is_chief():
+            self.log_file.write(json.dumps({"step": step} | record) + "\n")
+            self.log_file.flush()
+            for report in self.reports:
+                report(step, flatten(record))
+
+    def log_evaluation(self, step, figures, score):
+        """Log figures of an evaluation. Returns whether training has improved on the best score."""
+        self.log(step, {"eval": figures})
+        best = self.history["best"]
+        if best is None or score > best:
+            self.history["best"] = score
+        self.history["first"] = self.history["first"] or figures
+        self.history |= {"last": figures, "evaluated": step}
+        return best is not None and score > best
+
+    def save(self, step):
+        """Write the checkpoint. All processes call this, since they may hold parts of the
+        parameters; one of them writes."""
+        tensors = {}
+        for name, p in self.parameters.items():
+            tensors[f"weights/{name}"] = full_tensor(p)
+            for moment, t in self.optimizer.state[p].items():
+                tensors[f"{moment}/{name}"] = full_tensor(t)
+        self.saved_step = step
+        if not is_chief():
+            return
+        os.fsync(self.log_file.fileno())
+        self.history["seconds"] = time.time() - self.began
+        self.history["log_bytes"] = os.path.getsize(self.log_path)
+        info = {"step": step, "history": self.history, "identity": self.identity,
+                "settings": comparable(self.cfg)}
+        with whole_file(self.checkpoint) as aside:
+            save_file(tensors, aside, {key: json.dumps(value) for key, value in info.items()})
+
+    def resume(self):
+        started = os.path.exists(os.path.join(self.cfg.out_dir, "settings.py"))
+        if started and not os.path.exists(self.checkpoint):
+            return print0(f"{self.cfg.out_dir} has no checkpoint yet: this starts at step 0")
+        try:
+            with safe_open(self.checkpoint, framework="pt") as f:
+                info = {key: json.loads(value) for key, value in f.metadata().items()}
+                tensors = {name: f.get_tensor(name) for name in f.keys()}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot resume from {self.checkpoint}: {error}; leave out init_from to "
+                            "start anew") from None
+        if different := changes(info.get("identity", {}), self.identity):
+            raise UserError(f"cannot resume: {self.checkpoint} was made with another {different}; repeat "
+                            f"its settings with {self.cfg.out_dir}/settings.py, or start anew")
+        if different := changes(info["settings"], comparable(self.cfg)):
+            print0(f"note: the run goes on with another {different}")
+        self.step = self.saved_step = info["step"]
+        if info["history"]["test set"] != self.history["test set"]:  # what it measured cannot be compared
+            kept = {key: info["history"][key] for key in ("seconds", "log_bytes")}
+            info["history"] = self.history | kept
+        self.history = info["history"]
+        for key, t in tensors.items():
+            kind, _, name = key.partition("/")
+            p = self.parameters[name]
+            if kind == "weights":
+                p.data.copy_(spread_like(p, t))
+            else:
+                self.optimizer.state[p][kind] = spread_like(p, t)
+
+    def close(self, what):
+        """Print the last line. A run that was stopped exits with the code of its signal."""
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        seconds = time.time() - self.began
+        name = os.path.basename(os.path.normpath(self.cfg.out_dir))
+        for key, label in (("accuracy", "greedy accuracy"), ("reward", "greedy reward"),
+                           ("loss", "held-out loss")):
+            if key in self.history["last"]:
+                first, last = self.history["first"].get(key), self.history["last"][key]
+                change = f"{last:.3f}" if first is None else f"{first:.3f} -> {last:.3f}"
+                print0(f"{name}: {label} {change} with {what} in {seconds:.0f} s")
+                break
+        self.ranks.leave()
+        if is_chief():
+            self.log_file.close()
+        if self.signal:
+            print0(f"stopped: go on with --out_dir={self.cfg.out_dir} --init_from=resume")
+            raise SystemExit(128 + self.signal)
+
+
+def claim(out_dir, evidence, fresh):
+    """Make out_dir and lock it: other runs are kept out while the file that this returns is open.
+    A fresh run moves a directory that holds the file `evidence` aside, so nothing is overwritten."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        lock = open(os.path.join(out_dir, ".lock"), "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in glob(os.path.join(out_dir, "**", "*.tmp*"), recursive=True):
+            os.remove(left)  # a killed run may leave what it was writing
+        if not fresh or not os.path.exists(os.path.join(out_dir, evidence)):
+            return lock
+        names = (f"{os.path.normpath(out_dir)}.{i}" for i in count(1))
+        aside = next(name for name in names if not os.path.exists(name))
+        os.rename(out_dir, aside)
+    except BlockingIOError:
+        raise UserError(f"another run is writing to out_dir '{out_dir}'; wait for it, or choose "
+                        "another") from None
+    except OSError as error:
+        raise UserError(f"out_dir '{out_dir}' cannot be written: {error}") from None
+    print(f"moved the earlier run in {out_dir} to {aside}")
+    return claim(out_dir, evidence, fresh)
+
+
+def open_reports(cfg, step):
+    """Where else the log goes: functions of (step, {name: number})."""
+    reports = []
+    if cfg.wandb_log:
+        import wandb
+
+        name = os.path.basename(os.path.normpath(cfg.out_dir))
+        run = wandb.init(project="tinylora", name=name, dir=cfg.out_dir, config=asdict(cfg))
+        reports.append(lambda step, numbers: run.log(numbers, step=step))
+    if cfg.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(cfg.out_dir, purge_step=step + 1)  # a resumed run repeats these
+
+        def report(step, numbers):
+            for name, number in numbers.items():
+                writer.add_scalar(name, number, step)
+
+        reports.append(report)
+    return reports
+
+
+def flatten(record, prefix=""):
+    """{name: number} of a record; {outer/name: number} of a record inside it."""
+    numbers = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            numbers |= flatten(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)):
+            numbers[prefix + key] = value
+    return numbers
+
+
+def comparable(cfg):
+    """The settings that a resumed run is expected to share."""
+    values = asdict(cfg)
+    for key in ("init_from", "max_steps", "out_dir"):
+        del values[key]
+    return values
+
+
+def changes(before, now):
+    return ", ".join(key for key in now if before.get(key) != now[key])
