@@ -213,9 +213,10 @@ def rope_frequencies(config):
     return (1 - smooth) * inv_freq / scaling["factor"] + smooth * inv_freq
 
 
-def random_model(path, seed, device="auto"):
+def random_model(path, seed, device="auto", shard=1):
     """A model of the shape that a directory's config.json gives, with fresh weights in float32:
-    N(0, 0.02), and residual projections scaled down by depth as in GPT-2. For pre-training."""
+    N(0, 0.02), and residual projections scaled down by depth as in GPT-2. For pre-training. With
+    shard > 1 it stays on the host, as in load_model."""
     model = Transformer(load_config(checkpoint_dir(path)))
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -227,6 +228,9 @@ def random_model(path, seed, device="auto"):
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 / math.sqrt(2 * model.config.num_hidden_layers) if residual else 0.02
             nn.init.normal_(p, 0.0, std, generator=generator)
+    if shard > 1:
+        model.target = pick_device(device), torch.float32
+        return model
     return model.to(pick_device(device))
 
 

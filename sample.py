@@ -338,7 +338,7 @@ class Sampler:
             finished(i, j, row_ids[:count], row_logprobs[:count])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0, seed=0, top_k=0, top_p=1.0,
              prompt_ids=None, progress=None, adapters=None, on_done=None, on_token=None):
     """Sample n completions of every prompt.
@@ -362,9 +362,10 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     if adapters is not None and len(adapters) != len(prompts):
         raise UserError(f"adapters must be one per prompt: {len(adapters)} for {len(prompts)} prompts")
     if not prompts:
-        return []
+        with in_step(model):
+            return []
     plain = not model.adapter
-    with torch.inference_mode(False):  # what is attached may be trained later
+    if True:  # what is attached may be trained later
         R = tinylora.load_adapters(model, adapters) if adapters else None  # [N, prompts, r, r]
     prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
     max_new_tokens = min(max_new_tokens, context - min(map(len, prompts)))  # nothing is sized for more than there is

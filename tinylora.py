@@ -458,3 +458,26 @@ def load_adapters(model, adapters):
         raise
     none = torch.zeros_like(next(R for R in out if R is not None))
     return torch.stack([none if R is None else R for R in out], dim=1).to(model.device)
+
+
+def attach(net, cfg):
+    if cfg.lr == 0:
+        cfg.lr = learning_rate_rule(net.config, cfg.method, cfg.max_steps)
+    if cfg.method == "full":
+        identity = {"method": "full", "base": fingerprint(net)}
+    else:
+        adapter = add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed, cfg.targets, cfg.alpha)
+        identity = adapter.meta
+    if cfg.shard > 1:
+        shard_model(net, cfg.shard)
+    if cfg.method == "full":
+        return dict(net.requires_grad_(True).named_parameters()), identity
+    return dict(adapter.named_parameters()), identity
+
+
+def save(net, cfg, best=False):
+    if cfg.method == "full":
+        from support.checkpoint import save_model
+        save_model(net, os.path.join(cfg.out_dir, "best" if best else "model"), cfg.model)
+    else:
+        save_adapter(net.adapter, os.path.join(cfg.out_dir, "best.safetensors" if best else "adapter.safetensors"), cfg.save_dtype)

@@ -81,6 +81,9 @@ def sampling_form(model, per_row=False, join_below=50_000_000):
     """While weights and adapter stand still, every linear is a Product. q, k, v and gate, up are joined in a model of
     fewer weights than join_below: where a step's time goes into calls, and a second copy of the weights is small.
     per_row: every row of a batch has its own R, which stands in adapter.rows at each forward pass."""
+    if model.is_sharded:
+        yield
+        return
     adapter = getattr(model, "adapter", None)
     joined = sum(p.numel() for p in model.model.layers.parameters()) < join_below
     changed = []  # (object, name of the method that its attribute hides, the Product)

@@ -6,7 +6,7 @@ works on its own rows; gradients and figures are summed. With shard > 1, `shard`
 processes hold one copy of the blocks between them, by torch's fully_shard (FSDP2): a block's
 weights are gathered just before it runs and freed after it. Embedding, final norm, lm_head and
 adapters are whole on every process. Since gathering is collective, all processes must run the
-blocks equally often: one that has run out of work makes empty passes (in_step, catch_up).
+blocks equally often: one that has run out of work makes empty passes (in_step, keep_pace).
 
 What this costs: an all-gather of every block in every forward pass, so a decode step moves all
 weights between the GPUs. It pays with many rows; a model that fits on one GPU should use shard = 1.
@@ -94,7 +94,10 @@ class Ranks:
         return total
 
     def any(self, flag):
-        return any(all_gather(flag))
+        return any(all_gather(bool(flag)))
+
+    def max(self, number):
+        return max(all_gather(number))
 
     def leave(self):
         """Call this last: gloo may abort a process that exits while its threads are running."""
@@ -167,8 +170,10 @@ def shard_model(model, shard):
     mesh = DeviceMesh.from_group([replicas, shards], device.type, mesh=table,
                                  mesh_dim_names=("replicate", "shard"))
     for block in model.model.layers:
-        fully_shard(block.to(dtype), mesh=mesh)
-        block.set_gradient_divide_factor(1.0)  # sum gradients: the loss is divided by all rows
+        fully_shard(block.to(dtype), mesh=mesh, reshard_after_forward=True)
+        # Sum the gradients, since the loss is already divided by the rollouts of all processes.
+        block.set_gradient_divide_factor(1.0)
+        block.set_force_sum_reduction_for_comms(True)
     for part in (model.model.embed_tokens, model.model.norm, getattr(model, "lm_head", None)):
         if part is not None:
             part.to(device, dtype)
@@ -195,17 +200,19 @@ def in_step(model):
         empty_pass(model)
 
 
-def catch_up(model, made, backward=True, forwards=1):
-    """Make empty passes, as many as the busiest process has made more than this one (`made`).
-    forwards: forward passes that belong to one backward pass (2 with a reference policy)."""
-    if not model.is_sharded:
-        return
-    for _ in range(max(all_gather(made)) - made):
-        for _ in range(forwards - 1):
-            with torch.no_grad():
+def keep_pace(model, batches, forwards=1):
+    """Yield the batches. Then make empty passes, as many as the busiest process has batches more.
+    forwards: forward passes for each batch (2 with a reference policy); the last one has a backward
+    pass, unless gradients are off."""
+    batches = list(batches)
+    missing = max(all_gather(len(batches))) - len(batches) if model.is_sharded else 0
+    yield from batches
+    for _ in range(missing):
+        with torch.no_grad():
+            for _ in range(forwards - 1):
                 empty_pass(model)
         hidden = empty_pass(model)
-        if backward:
+        if torch.is_grad_enabled():
             (0 * hidden.sum()).backward()
 
 

@@ -143,24 +143,24 @@ class Run:
             else:
                 self.optimizer.state[p][kind] = spread_like(p, t)
 
-    def close(self, what):
+    def close(self, label, what):
         """Print the last line. A run that was stopped exits with the code of its signal."""
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         seconds = time.time() - self.began
         name = os.path.basename(os.path.normpath(self.cfg.out_dir))
-        for key, label in (("accuracy", "greedy accuracy"), ("reward", "greedy reward"),
-                           ("loss", "held-out loss")):
-            if key in self.history["last"]:
-                first, last = self.history["first"].get(key), self.history["last"][key]
-                change = f"{last:.3f}" if first is None else f"{first:.3f} -> {last:.3f}"
-                print0(f"{name}: {label} {change} with {what} in {seconds:.0f} s")
-                break
-        self.ranks.leave()
-        if is_chief():
-            self.log_file.close()
+        first, last = self.history["first"], self.history["last"]
+        key = "reward" if "reward" in last else "loss"
+        if last:
+            before = "" if first is last else f"{first[key]:.3f} -> "
+            print0(f"{name}: {label} {before}{last[key]:.3f} with {what} in {seconds:.0f} s")
         if self.signal:
             print0(f"stopped: go on with --out_dir={self.cfg.out_dir} --init_from=resume")
+        if is_chief():
+            self.log_file.close()
+            self.lock.close()
+        self.ranks.leave()
+        if self.signal:
             raise SystemExit(128 + self.signal)
 
 
