@@ -10,6 +10,7 @@ r"""Maths problems: data sets and prompts by name, scores, and as a script the b
 support/answers.py finds the answer that a response states, and compares it with the reference.
 """
 
+import atexit
 import hashlib
 import json
 import math
@@ -23,7 +24,7 @@ from configurator import at_least, configure, save_settings
 from model import load_tokenizer
 from sample import encode_prompt, generate
 from support import UserError, whole_file
-from support.answers import ANSWER_FORMATS, extract_answer, last_number, same_answer
+from support.answers import ANSWER_FORMATS, extract_answer, lenient_correct, same_answer
 from support.answers import is_correct as is_correct  # eval_math.is_correct
 from support.data import is_local, load_hub, read_file, read_responses, write_responses, write_rows
 from support.parallel import Ranks, all_gather, is_chief, print0
@@ -80,7 +81,8 @@ DATASETS = {  # name: (hub path, configuration, prompt, {our name of a split: th
     "gaokao2023en": ("MARIO-Math-Reasoning/Gaokao2023-Math-En", None, "boxed", {"test": "train"}),
     "svamp": ("ChilleD/SVAMP", None, "boxed", {"train": "train", "test": "train+test"}),
 }
-QUESTIONS, ANSWERS = ("question", "problem", "prompt"), ("answer", "final_answer", "solution")
+QUESTION_COLUMNS = ("question", "problem", "prompt")
+ANSWER_COLUMNS = ("answer", "final_answer", "solution")
 
 # ------------------------------------------------------------------------------------ reading data
 
@@ -128,7 +130,7 @@ def read_hub(name, split):
         raise UserError(f"data set '{name}' has no split '{split}', only {' and '.join(splits)}")
     rows = []
     for i, row in enumerate(load_hub(name, path, configuration, splits[split])):
-        if name == "svamp":
+        if "Body" in row:  # SVAMP
             row |= {"question": f"{row['Body']} {row['Question']}", "answer": row["Answer"]}
         rows.append((f"{path}, row {i}", row))
     return rows, levels
@@ -137,13 +139,13 @@ def read_hub(name, split):
 def as_problem(place, row):
     """The row with three texts: 'question', 'answer' (the final one), and 'solution' (the worked
     answer if the data has one, else the answer)."""
-    questions = [row[key] for key in QUESTIONS if type(row.get(key)) is str and row[key].strip()]
-    answers = {key: as_text(row[key]) for key in ANSWERS if as_text(row.get(key)).strip()}
+    questions = [row[c] for c in QUESTION_COLUMNS if isinstance(row.get(c), str) and row[c].strip()]
+    answers = {key: as_text(row[key]) for key in ANSWER_COLUMNS if as_text(row.get(key)).strip()}
     if not questions or not answers:
         found = ", ".join(f"{key} = {repr(value)[:30]}" for key, value in row.items()) or "nothing"
-        raise UserError(f"{place}: needs a question ({', '.join(QUESTIONS)}: a text, no messages) "
-                        f"and an answer ({', '.join(ANSWERS)}: a text, number or list, no bool); it "
-                        f"has {found}")
+        raise UserError(f"{place}: needs a question ({', '.join(QUESTION_COLUMNS)}), which must be "
+                        f"a text, and an answer ({', '.join(ANSWER_COLUMNS)}), which must be a "
+                        f"text, a number or a list, and no bool; it has {found}")
     check_system(place, row)
     answer = next(iter(answers.values()))
     return row | {"question": questions[0], "answer": final_answer(answer),
@@ -156,8 +158,8 @@ def as_text(value):
         value = ", ".join(str(part).strip().strip("$") for part in value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    is_given = type(value) in (str, int, float) and value == value  # not NaN
-    return str(value) if is_given else ""
+    is_missing = type(value) not in (str, int, float) or value != value  # NaN differs from itself
+    return "" if is_missing else str(value)
 
 
 def final_answer(text):
@@ -215,33 +217,29 @@ def score(response, truncated, reference, answer_format):
     """Verdicts on a response.
 
     strict: it has ended, and the answer that it states in the format asked for is right.
-    lenient: any of its statements is right, or its last number is, even if it was cut off. That is
-        how other harnesses count, and never less than the last number alone would give.
+    lenient: what it states in any format is right, or its last number is, even if it was cut off.
+        Other harnesses count so, and those that read the last number never count more.
     extracted: the answer that strict has read, or None.
     """
     stated = None if truncated else extract_answer(response, answer_format)
-    readings = {extract_answer(response, name) for name in ANSWER_FORMATS} | {last_number(response)}
     return {"strict": stated is not None and same_answer(stated, reference),
-            "lenient": any(same_answer(found, reference) for found in readings - {None}),
-            "extracted": stated}
+            "lenient": lenient_correct(response, reference), "extracted": stated}
 
 
 def pass_at_k(n, right, k):
-    """The chance that k of n answers, of which `right` are right, hold a right one: unbiased, as in
-    Chen et al. 2021, eq. 1."""
+    """Chance that one of k answers is right where `right` of n are (Chen et al. 2021, eq. 1)."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def majority(rows):
     """Is the answer right that most rows state? Where several lead, the share of right ones among
     them. Equal answers count together, however they are written."""
-    is_right = {row["extracted"]: row["strict"] for row in rows if row["extracted"] is not None}
-    votes = Counter(row["extracted"] for row in rows if row["extracted"] is not None)
-    totals = {a: sum(votes[b] for b in votes if same_answer(a, b)) for a in votes}
-    leaders = [a for a in votes if totals[a] == max(totals.values())]
-    # Leading answers have equally many votes, so a share of their votes is a share of the answers.
-    right = sum(votes[a] for a in leaders if is_right[a])
-    return right / sum(votes[a] for a in leaders) if leaders else 0.0
+    stated = [row for row in rows if row["extracted"] is not None]
+    counts = Counter(row["extracted"] for row in stated)
+    votes = {a: sum(counts[b] for b in counts if same_answer(a, b)) for a in counts}
+    # Answers that lead have equally many votes, so their share of votes is their share of answers.
+    leaders = [row for row in stated if votes[row["extracted"]] == max(votes.values())]
+    return sum(row["strict"] for row in leaders) / len(leaders) if leaders else 0.0
 
 
 def summarise(groups):
@@ -396,6 +394,7 @@ def main():
                         net.config.max_position_embeddings)
     if is_chief():
         lock = claim(cfg.out_dir, "settings.py", fresh=cfg.init_from == "scratch")
+        atexit.register(lock.close)  # until then, no other run writes there
         save_settings(cfg, os.path.join(cfg.out_dir, "settings.py"))
     summaries = {}
     try:
@@ -410,7 +409,6 @@ def main():
         with whole_file(path) as aside, open(aside, "w", encoding="utf-8") as f:
             json.dump(summaries, f, indent=1)
         print(*table(summaries), sep="\n")
-        lock.close()
     ranks.leave()
 
 
