@@ -146,7 +146,8 @@ def as_problem(place, row):
         raise UserError(f"{place}: needs a question ({', '.join(QUESTION_COLUMNS)}), which must be "
                         f"a text, and an answer ({', '.join(ANSWER_COLUMNS)}), which must be a "
                         f"text, a number or a list, and no bool; it has {found}")
-    check_system(place, row)
+    if not isinstance(row.get("system") or "", str):
+        raise UserError(f"{place}: system must be a text, not {str(row['system'])[:40]!r}")
     answer = next(iter(answers.values()))
     return row | {"question": questions[0], "answer": final_answer(answer),
                   "solution": answers.get("solution", answer)}
@@ -170,11 +171,6 @@ def final_answer(text):
     if not found and "####" in last_line:
         found = extract_answer(last_line, "hash")
     return found or text.strip()
-
-
-def check_system(place, row):
-    if not isinstance(row.get("system") or "", str):
-        raise UserError(f"{place}: system must be a text, not {str(row['system'])[:40]!r}")
 
 
 # ----------------------------------------------------------------------------------------- prompts
