@@ -1,209 +1,146 @@
-"""eval_math.py below the checker: problems from files, prompts, scores and the script."""
+"""eval_math.py and support/data.py: problems from files and the hub, prompts, scores and the script."""
 
+import csv
+import gzip
 import itertools
 import json
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
-import torch
 from conftest import SHARED, assert_refused
 from forks import fork_script
 
 import eval_math
-import sample
 import tinylora
-from configurator import UserError
-from eval_math import is_correct
+from eval_math import Settings, load_problems
 from sample import Completion
+from support import UserError
+from support.data import read_responses, write_responses
 
 
-def write(tmp_path, *rows):
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def write(path, *rows):
+    """A .jsonl file of rows, which are dicts or lines."""
+    lines = [row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
     return str(path)
 
 
-def test_problems_come_from_files_and_folders_in_the_usual_columns(tmp_path):
-    rows = [{"question": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": 4}, "\r\n",
-            {"question": "3+3?", "answer": "Well, 3+3=<<3+3=6>>6.\n#### 6"},
-            {"problem": "4+4?", "solution": "It is $\\boxed{8}$. Check: the answer: 9 - 1."}]
-    path = write(tmp_path, *rows)
-    problems = eval_math.load_problems(path)
-    pairs = [(p["question"], p["answer"]) for p in problems]
-    assert pairs == [("1+1?", "2"), ("2+2?", "4"), ("3+3?", "6"), ("4+4?", "8")]
-    assert problems[2]["solution"] == "Well, 3+3=<<3+3=6>>6.\n#### 6" and problems[0]["solution"] == "2"
-    (tmp_path / "data.jsonl").rename(tmp_path / "test.jsonl")
-    assert eval_math.load_problems(str(tmp_path), "test") == problems
+# -------------------------------------------------------------------------------------- problems from files
+
+@pytest.mark.parametrize("row, answer, solution", [
+    ({"question": "q", "answer": "2"}, "2", "2"),
+    ({"problem": "q", "answer": 4}, "4", "4"),
+    ({"prompt": "q", "final_answer": 8.0}, "8", "8"),
+    ({"question": "q", "final_answer": ["$1$", "$-1$"]}, "1, -1", "1, -1"),
+    ({"question": "q", "answer": None, "solution": "7"}, "7", "7"),
+    ({"question": None, "problem": "q", "answer": math.nan, "final_answer": "5"}, "5", "5"),
+    ({"question": "q", "answer": "3+3=<<3+3=6>>6.\n#### 6\n"}, "6", "3+3=<<3+3=6>>6.\n#### 6\n"),
+    ({"problem": "q", "solution": r"It is $\boxed{8}$. Check: the answer: 9 - 1."}, "8", None),
+    ({"problem": "q", "answer": "18", "solution": "So 18.\n#### 19"}, "18", "So 18.\n#### 19"),
+    # What the data did not mean is not read into the reference.
+    ({"question": "q", "answer": "x = 1\n# answer: x\nprint(x)"}, "x = 1\n# answer: x\nprint(x)", None),
+    ({"question": "q", "solution": "print(x)\n# answer: x"}, "print(x)\n# answer: x", None),
+    ({"question": "q", "answer": "#### Steps\nfirst this\nthen that"}, "#### Steps\nfirst this\nthen that", None),
+    ({"question": "q", "answer": r"Write \boxed{} around it."}, r"Write \boxed{} around it.", None),
+])
+def test_the_final_answer_and_the_solution_of_a_row(row, answer, solution):
+    problem = eval_math.as_problem("here", row | {"level": 3})
+    assert (problem["question"], problem["answer"], problem["level"]) == ("q", answer, 3)
+    assert problem["solution"] == (solution or row.get("solution") or row["answer"])
 
 
-@pytest.mark.parametrize(
-    "rows, words",
-    [
-        ([], "holds no problems"),
-        (["{}\n"], "line 1: needs a question"),
-        ([{"question": "x", "answer": "1"}, {"question": "y", "reply": "1"}], "line 2: needs a question"),
-        ([{"question": "x", "answer": "1"}, "{nonsense\n"], "line 2: no JSON"),
-        (["[1]\n"], "line 1: a row must be a JSON object"),
-        ([{"question": "x", "answer": "  "}], "line 1: needs a question"),
-        ([{"question": " ", "answer": "1"}], "line 1: needs a question"),
-        ([{"question": "x", "answer": True}], "line 1: needs a question"),
-        (['{"question": "x", "answer": NaN}\n'], "line 1: needs a question"),
-    ],
-)
+ROWS = [{"question": "1,000 + 1?\nSay it.", "answer": "1001"}, {"question": 'A "NA"?', "answer": "007"},
+        {"question": "None?", "answer": "None"}, {"question": "é?", "answer": "123456789012345678901.50"}]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", "lines.json", ".csv", ".parquet"])
+def test_every_kind_of_file_gives_the_same_problems(tmp_path, ending):
+    path = tmp_path / f"test{ending}"
+    if ending == ".json":
+        path.write_text("\ufeff\n" + json.dumps(ROWS, indent=1), encoding="utf-8")
+    elif ending == ".csv":
+        with open(path, "w", encoding="utf-8-sig", newline="") as f:
+            writer = csv.DictWriter(f, ROWS[0])
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif ending == ".parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(str(path))
+    else:
+        write(path, "\ufeff", ROWS[0], "\r\n", *ROWS[1:])
+    problems = load_problems(str(path))
+    assert [(p["question"], p["answer"]) for p in problems] == [(r["question"], r["answer"]) for r in ROWS]
+    assert ending == "lines.json" or load_problems(str(tmp_path), "test") == problems
+
+
+@pytest.mark.parametrize("rows, words", [
+    ([], "holds no problems"), (["{}\n"], "line 1: needs a question"), (["[1]\n"], "a row must be a JSON object"),
+    (["\n", {"question": "x", "answer": "1"}, {"question": "y", "reply": "1"}], "line 3: needs a question"),
+    ([{"question": "x", "answer": "1"}, "{nonsense\n"], "line 2: no JSON"), (["[" * 100_000], "line 1: no JSON"),
+    ([{"question": "x", "answer": "  "}], "it has question = 'x', answer = '  '"),
+    ([{"question": " ", "answer": "1"}], "line 1: needs a question"),
+    ([{"question": "x", "answer": True}], "a number or a list, and no bool; it has question = 'x', answer = True"),
+    (['{"question": "x", "answer": NaN}\n'], "answer = nan"),
+    ([{"prompt": [{"role": "user", "content": "?"}], "solution": "7"}], "prompt), which must be a text, and"),
+    ([{"question": "x", "answer": "1", "system": 7}], "line 1: system must be a text, not '7'")])
 def test_a_row_that_cannot_be_used_is_named_by_file_and_line(tmp_path, rows, words):
     with pytest.raises(UserError, match=re.escape(words)):
-        eval_math.load_problems(write(tmp_path, *rows))
+        load_problems(write(tmp_path / "data.jsonl", *rows))
 
 
-def test_unknown_names_and_missing_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="known names: gsm8k"):
-        eval_math.load_problems("gsm9k")
-    with pytest.raises(UserError, match="no problems can be read"):
-        eval_math.load_problems(str(tmp_path / "nowhere.jsonl"))
+@pytest.mark.parametrize("name, content, words", [
+    ("x.jsonl.gz", gzip.compress(b'{"question": "x", "answer": "1"}\n'), "unpack a compressed file"),
+    ("x.txt", b"1+1=2", "does not end in .jsonl, .json, .csv, .parquet"),
+    ("x.json", b'[{"question": "x", "answer": "1"},', "x.json is malformed (JSONDecodeError"),
+    ("x.json", b"[1]", "row 1: a row must be a JSON object"),
+    ("x.csv", b"question,answer\nHow many, then?,3\n", "row 1 has too many fields: put quotes around"),
+    ("x.csv", b"question;answer\n1+1?;2\n", "it has question;answer = '1+1?;2'"),
+    ("x.csv", b"question,answer\n\xff,2\n", "x.csv is malformed (UnicodeDecodeError"),
+    ("x.parquet", b"PAR1", "x.parquet is malformed"),
+    ("nowhere.jsonl", None, "no data can be read from"),
+    ("directory", None, "directory/train.jsonl"),
+    ("gsm9k", None, "known names: gsm8k"),
+    ("x.jsonl@hard", b"", "levels are written as @3-5"),
+])
+def test_files_and_names_that_cannot_be_read_are_refused_with_the_reason(tmp_path, monkeypatch, name, content, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "directory").mkdir()
+    if content is not None:
+        (tmp_path / name.partition("@")[0]).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_problems(name)
 
 
-def test_gsm8k_as_published_loads():
-    path = SHARED / "data" / "gsm8k"
-    if not path.exists():
-        pytest.skip("needs ../shared/data")
-    assert len(eval_math.load_problems(str(path), "test")) == 1319
+def test_levels_choose_problems(tmp_path):
+    levels = [1, 3, "Level 4", "Level 5", "Level ?", None, 35]
+    path = write(tmp_path / "a.jsonl", *({"question": "?", "answer": i, "level": x} for i, x in enumerate(levels)))
+    assert [p["answer"] for p in load_problems(path + "@3-5")] == ["1", "2", "3"] and len(load_problems(path)) == 7
+    with pytest.raises(UserError, match="no problems of level 7-8"):
+        load_problems(path + "@7-8")
 
 
-@pytest.mark.parametrize(
-    "response, truncated, answer_format, strict, lenient",
-    [
-        ("1+1=2. #### 2", False, "hash", True, True),
-        ("#### 2", True, "hash", False, True),  # cut off: had not finished, though others would count it
-        ("so it is 2", False, "hash", False, True),
-        (r"\boxed{2}", False, "hash", False, True),  # right, but not as asked
-        (r"\boxed{2}", False, "boxed", True, True),
-        ("2 + 2 is 4", False, "any", False, False),
-        ("#### 5. The answer is 2", False, "hash", False, True),  # the line after #### says something else
-        ("", False, "any", False, False),
-    ],
-)
-def test_scores(response, truncated, answer_format, strict, lenient):
-    verdict = eval_math.score(response, truncated, "2", answer_format)
-    assert (verdict["strict"], verdict["lenient"]) == (strict, lenient)
+SIZES = {"gsm8k/train": 7473, "gsm8k/test": 1319, "math/train": 7500, "math/test": 5000, "math500/test": 500,
+         "aime24/test": 30, "aime25/test": 30, "amc23/test": 40, "minerva_math/test": 272,
+         "olympiadbench/test": 675, "gaokao2023en/test": 385, "svamp/test": 1000}
 
 
-def test_braces_of_a_template_stay_text(tokenizer):
-    template = "{question}\nPut your answer within \\boxed{}."
-    [ids] = eval_math.encode_problems(tokenizer, [{"question": "{0} {x}?"}], "Be brief.", template)
-    assert "{0} {x}?\nPut your answer within \\boxed{}.<|im_end|>" in tokenizer.decode(ids)
-    assert tokenizer.decode(ids).startswith("<|im_start|>system\nBe brief.<|im_end|>")
-    [own] = eval_math.encode_problems(tokenizer, [{"question": "x", "system": "Think."}], "Be brief.", template)
-    assert tokenizer.decode(own).startswith("<|im_start|>system\nThink.<|im_end|>")
-    with pytest.raises(UserError, match="file, line 3: system must be a text, not '7'"):
-        eval_math.as_problem("file, line 3", {"question": "x", "answer": "1", "system": 7})
-    with pytest.raises(UserError, match="must contain"):
-        eval_math.encode_problems(tokenizer, [{"question": "x"}], "", "no question")
+@pytest.mark.parametrize("name", SIZES)
+def test_the_benchmarks_load_with_the_references_that_they_have(name):
+    directory, split = name.split("/")
+    if not (SHARED / "data" / directory).exists():
+        pytest.skip("needs the benchmarks in ../shared/data")
+    problems = load_problems(str(SHARED / "data" / directory), split)
+    lines = (SHARED / "data" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
+    assert [p["answer"] for p in problems] == [r["answer"].strip() for r in rows] and len(rows) == SIZES[name]
+    if directory in ("gsm8k", "math500"):  # worked solutions alone give the same references
+        alone = [eval_math.as_problem("here", {"question": "?", "answer": r["solution"]}) for r in rows]
+        assert all(eval_math.is_correct(p["answer"], r["answer"]) for p, r in zip(alone, rows))
 
 
-class FakeNet:
-    """Answers by the script of a test: texts[problem][sample]."""
-
-    head = torch.zeros(1)
-
-
-def answer_with(monkeypatch, texts, truncated=()):
-    def fake(net, tokenizer, prompts, n, *_, prompt_ids, on_done, **__):
-        for i, index in enumerate(prompt_ids):
-            on_done(i, [Completion([5] * 4, [0.0] * 4, text, text in truncated) for text in texts[index]])
-
-    monkeypatch.setattr(sample, "generate", fake)
-
-
-CFG = SimpleNamespace(system_prompt="", prompt_template="{question}", answer_format="hash", max_new_tokens=9, seed=0)
-
-
-def test_accuracy_and_its_standard_error_by_hand(tokenizer, monkeypatch):
-    """Three problems, two answers each: 2, 1 and 0 right."""
-    answer_with(monkeypatch, [["#### 1", "#### 1"], ["#### 1", "#### 2"], ["3", "#### 2"]])
-    result = eval_math.evaluate(FakeNet, tokenizer, [{"question": "?", "answer": "1"}] * 3, CFG, n=2)
-    assert result["strict"] == 0.5 and result["length"] == 4 and result["truncated"] == 0
-    assert result["stderr"] == pytest.approx(math.sqrt(0.25 / 3))  # per-problem scores 1, 0.5, 0
-    assert result["pass@2"] == pytest.approx(2 / 3) and result["maj@2"] == pytest.approx((1 + 0.5 + 0) / 3)
-
-
-@pytest.mark.parametrize("n, right, k", [(8, 0, 4), (8, 1, 1), (8, 3, 2), (8, 5, 4), (8, 8, 8), (5, 4, 3)])
-def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_answer(n, right, k):
-    draws = list(itertools.combinations([True] * right + [False] * (n - right), k))
-    assert eval_math.pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
-
-
-@pytest.mark.parametrize(
-    "answers, share",
-    [
-        (["5", "5", "7"], 1.0),
-        (["1/2", "0.5", "7", "7", "\\frac12"], 0.0),  # three spellings of one wrong answer outvote 7
-        (["5", "5.0", "7", "7", "\\frac{10}2"], 1.0),  # and of the right one
-        (["7", "7", "5", "5"], 0.5),  # a draw
-        (["7", None, None, None], 0.0),  # no answer is no vote
-        ([None, None], 0.0),
-    ],
-)
-def test_the_majority_counts_equal_answers_together(answers, share):
-    rows = [{"extracted": a, "strict": a is not None and eval_math.same_answer(a, "5")} for a in answers]
-    assert eval_math.majority(rows) == share
-
-
-def test_a_base_model_that_runs_on_is_judged_by_its_own_problem(tokenizer, monkeypatch):
-    run_on = "It is 4.\n#### 4\n\nQuestion:\nAnd 3+3?\nAnswer:\n#### 6"
-    answer_with(monkeypatch, [[run_on]], truncated=[run_on])
-    base = SimpleNamespace(**vars(CFG) | {"system_prompt": None})
-    result = eval_math.evaluate(FakeNet, tokenizer, [{"question": "2+2?", "answer": "4"}], base)
-    assert result["strict"] == 1 and result["truncated"] == 0
-    assert eval_math.evaluate(FakeNet, tokenizer, [{"question": "2+2?", "answer": "4"}], CFG)["strict"] == 0
-
-
-@pytest.mark.parametrize("n, marks", [(1, []), (2, [2]), (3, [2, 3]), (4, [2, 4]), (6, [2, 4, 6]), (8, [2, 4, 8])])
-def test_pass_is_told_for_powers_of_two_and_for_all_answers(n, marks):
-    group = [{"strict": False, "lenient": False, "truncated": False, "tokens": 1, "extracted": None}] * n
-    found = [key for key in eval_math.summarise([group]) if "@" in key]
-    assert found == [f"pass@{k}" for k in marks] + [f"maj@{n}"] * (n > 1)
-
-
-def test_problems_keep_their_numbers_and_the_random_numbers_that_go_with_them(tokenizer, monkeypatch):
-    """A share of the problems, numbers 7 and 3: the rows, the calls, and what generate is asked."""
-    asked, told = [], []
-
-    def fake(net, tokenizer, prompts, *arguments, prompt_ids, progress, on_done):
-        asked.append((*arguments, list(prompt_ids)))
-        for i in reversed(range(len(prompts))):
-            on_done(i, [Completion([5], [0.0], f"#### {i + j}", False) for j in range(2)])
-
-    monkeypatch.setattr(sample, "generate", fake)
-    cfg = SimpleNamespace(**vars(CFG) | {"seed": 11})
-    problems = [{"question": "a", "answer": "0"}, {"question": "b", "answer": "2"}]
-    result = eval_math.evaluate(FakeNet, tokenizer, problems, cfg, 2, 0.7, [7, 3], lambda *pair: told.append(pair))
-    assert asked == [(2, 9, 0.7, 11, [7, 3])]
-    rows = [(row["index"], row["sample"], row["question"], row["extracted"], row["strict"]) for row in result["rows"]]
-    assert rows == [(7, 0, "a", "0", True), (7, 1, "a", "1", False), (3, 0, "b", "1", False), (3, 1, "b", "2", True)]
-    assert told == [(3, result["rows"][2:]), (7, result["rows"][:2])]
-
-
-def test_a_base_model_is_asked_without_a_chat_template(tokenizer):
-    [ids] = eval_math.encode_problems(tokenizer, [{"question": "1+1?"}], None, "Question:\n{question}\nAnswer:\n")
-    assert ids == tokenizer.encode("Question:\n1+1?\nAnswer:\n")
-
-
-def test_a_prompt_that_fills_the_context_is_refused(tokenizer):
-    [ids] = eval_math.encode_problems(tokenizer, [{"question": "1+1?"}], "", "{question}")
-    for context in (len(ids), len(ids) + 1):
-        net = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context))
-        if context > len(ids):
-            assert eval_math.checked_prompts(net, tokenizer, [{"question": "1+1?"}], CFG, "data") == [ids]
-        else:
-            with pytest.raises(UserError, match=f"data: problem 1 has a prompt of {len(ids)} tokens"):
-                eval_math.checked_prompts(net, tokenizer, [{"question": "1+1?"}], CFG, "data")
-
-
-# --- benchmarks by name -----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------- problems from the hub
 
 PUBLISHED = {  # the first row of each data set, in the columns it has on the hub
     "gsm8k": {"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"},
@@ -220,205 +157,316 @@ PUBLISHED = {  # the first row of each data set, in the columns it has on the hu
 }
 
 
-@pytest.mark.parametrize("name", eval_math.DATASETS)
-def test_every_data_set_loads_by_name_from_its_published_columns(name, monkeypatch):
+def hub_of(monkeypatch, *rows):
+    """A hub that holds these rows. Returns the list of what it is asked for."""
     asked = []
 
-    def load_dataset(path, configuration, split):
-        asked.append((path, configuration, split))
-        return datasets.Dataset.from_list([PUBLISHED[name]])
+    def load_dataset(*arguments, split):
+        asked.append((*arguments, split))
+        return datasets.Dataset.from_list(list(rows))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    split = "train" if name in ("math", "deepmath") else "test"
-    [problem] = eval_math.load_problems(name, split)
-    assert problem["question"] in ("2+2?", "Two and two. How many?") and is_correct(problem["answer"], "4")
+    return asked
+
+
+@pytest.mark.parametrize("name", eval_math.DATASETS)
+def test_every_data_set_loads_by_name_from_its_published_columns(name, monkeypatch):
+    asked = hub_of(monkeypatch, PUBLISHED[name])
+    [problem] = load_problems(name, "train" if name in ("math", "deepmath") else "test")
+    assert problem["question"] in ("2+2?", "Two and two. How many?")
+    assert eval_math.is_correct(problem["answer"], "4")
     assert "@" not in asked[0][0] and asked[0][2] in ("train", "test", "train+test")
     with pytest.raises(UserError, match="has no split 'dev'"):
-        eval_math.load_problems(name, "dev")
+        load_problems(name, "dev")
 
 
-def test_a_data_set_with_other_columns_than_published_is_refused(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([{"q": "x", "a": "1"}]))
-    with pytest.raises(UserError, match="gsm8k.*has changed"):
-        eval_math.load_problems("gsm8k", "test")
-    with pytest.raises(UserError, match="row 0: needs a question"):
-        eval_math.load_problems("owner/name", "test")
-
-
-def test_levels_choose_problems(tmp_path):
-    rows = [{"question": "?", "answer": str(i), "level": level} for i, level in
-            enumerate([1, 3, "Level 4", "Level 5", "Level ?"])]
-    path = write(tmp_path, *rows, {"question": "?", "answer": "9"})
-    assert [p["answer"] for p in eval_math.load_problems(path + "@3-5")] == ["1", "2", "3"]
-    assert len(eval_math.load_problems(path)) == 6
-    for suffix, words in (("@hard", "levels are written as @3-5"), ("@7-8", "no problems of level 7-8")):
-        with pytest.raises(UserError, match=words):
-            eval_math.load_problems(path + suffix)
-
-
-def test_math_is_its_levels_3_to_5_unless_others_are_asked_for(monkeypatch):
-    rows = [PUBLISHED["math"] | {"level": f"Level {i}", "solution": f"$\\boxed{{{i}}}$"} for i in range(1, 6)]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+def test_other_data_sets_other_columns_and_levels(monkeypatch):
+    asked = hub_of(monkeypatch, {"problem": "x", "solution": "1"})
+    assert load_problems("owner/name", "dev")[0]["answer"] == "1" and asked == [("owner/name", None, "dev")]
+    hub_of(monkeypatch, {"q": "x", "a": "1"})
+    for name in ("gsm8k", "owner/name"):
+        with pytest.raises(UserError, match="row 0: needs a question"):
+            load_problems(name, "test")
+    hub_of(monkeypatch, *({"problem": "?", "level": f"Level {i}", "solution": str(i)} for i in range(1, 6)))
     for name, levels in (("math", "345"), ("math@1-2", "12"), ("math@5-5", "5")):
-        assert "".join(p["answer"] for p in eval_math.load_problems(name, "train")) == levels
+        assert "".join(p["answer"] for p in load_problems(name, "train")) == levels
 
 
-@pytest.mark.parametrize(
-    "dataset, template, answer_format",
-    [
-        ("gsm8k", "gsm8k", "hash"),
-        ("data/gsm8k", "gsm8k", "hash"),
-        ("data/math500/test.jsonl", "boxed", "boxed"),
-        ("data/olympiadbench/", "boxed", "boxed"),
-        ("math@1-5", "boxed", "boxed"),
-        ("data/math/test.jsonl@3-5", "boxed", "boxed"),
-        ("data/gsm8k_final", "gsm8k", "hash"),
-        ("toy/test.jsonl", "plain", "any"),
-        ("owner/name", "plain", "any"),
-    ],
-)
-def test_auto_means_the_conventions_of_the_data_set(dataset, template, answer_format):
-    auto = SimpleNamespace(prompt_template="auto", system_prompt="auto", answer_format="auto")
-    chosen = eval_math.choose_prompt(auto, dataset)
-    assert (chosen.system_prompt, chosen.prompt_template) == eval_math.PROMPTS[template][:2]
-    assert chosen.answer_format == answer_format
-    own = SimpleNamespace(prompt_template="Q: {question}", system_prompt="Be brief.", answer_format="boxed")
+# ----------------------------------------------------------------------------------------------- prompts
+
+@pytest.mark.parametrize("dataset, template", [
+    ("gsm8k", "gsm8k"), ("data/gsm8k", "gsm8k"), ("data/gsm8k_final", "gsm8k"), ("gsm8k.csv", "gsm8k"),
+    ("data/math500/test.jsonl", "boxed"), ("data/olympiadbench/", "boxed"), ("math@1-5", "boxed"),
+    ("data/math/test.jsonl@3-5", "boxed"), ("toy/test.jsonl", "plain"), ("owner/name", "plain"),
+    ("gsm8k/mine/test.jsonl", "plain")])
+def test_auto_means_the_conventions_of_the_data_set(dataset, template):
+    chosen = eval_math.choose_prompt(Settings(), dataset)
+    assert (chosen.system_prompt, chosen.prompt_template, chosen.answer_format) == eval_math.PROMPTS[template]
+    own = Settings(prompt_template="Q: {question}", system_prompt="Be brief.", answer_format="boxed")
     assert eval_math.choose_prompt(own, dataset) == own
-    with pytest.raises(UserError, match="must contain {question}"):
-        eval_math.choose_prompt(SimpleNamespace(**vars(auto) | {"prompt_template": "boxd"}), dataset)
+    named = eval_math.choose_prompt(Settings(prompt_template="base", answer_format="hash"), dataset)
+    assert (named.system_prompt, named.answer_format) == (None, "hash")
 
 
-# --- the script -------------------------------------------------------------------------------------------------------
+def test_prompts_are_the_template_with_the_question_as_text(tokenizer):
+    def texts(problem, system, template):
+        [ids] = eval_math.encode_problems(tokenizer, [problem], system, template)
+        return tokenizer.decode(ids)
 
-def test_the_script_prints_a_table_and_writes_responses(checkpoint, problems, tmp_path):
-    """Two data sets, interrupted in the second, and resumed: the same rows as in one go."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    copy = tmp_path / "other.jsonl"
-    copy.write_text(Path(problems).read_text())
-    arguments = [f"--model={checkpoint}", f"--dataset={problems},{copy}", "--num_problems=6", "--n=4",
-                 "--max_new_tokens=4", "--device=cpu"]
-    done = fork_script("eval_math.py", *arguments, f"--out_dir={whole}")
-    assert re.search(r"pass@2 +pass@4 +maj@4 +cut off", done.stdout), done.stderr
-    results = json.loads((whole / "results.json").read_text())
-    assert set(results) == {str(problems), str(copy)} and results[str(copy)]["problems"] == 6
-    files = sorted(p.name for p in whole.glob("*.jsonl"))
-    lines = {name: (whole / name).read_text().splitlines() for name in files}
-    assert [len(v) for v in lines.values()] == [1 + 24] * 2
-    row = json.loads(lines[files[0]][1])
-    assert {"question", "answer", "response", "extracted", "strict", "lenient", "truncated"} <= row.keys()
+    text = texts({"question": "{0} {x}?"}, "Be brief.", "{question}\nPut your answer within \\boxed{}.")
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert "{0} {x}?\nPut your answer within \\boxed{}.<|im_end|>" in text
+    own = texts({"question": "x", "system": "Think."}, "Be brief.", "{question}")
+    assert own.startswith("<|im_start|>system\nThink.<|im_end|>")
+    [ids] = eval_math.encode_problems(tokenizer, [{"question": "1+1?"}], None, "Question:\n{question}\nAnswer:\n")
+    assert ids == tokenizer.encode("Question:\n1+1?\nAnswer:\n")  # no chat template
+    with pytest.raises(UserError, match="must contain {question}, but is 'boxd'; .* boxed"):
+        eval_math.encode_problems(tokenizer, [{"question": "x"}], "", "boxd")
 
-    broken.mkdir()
-    (broken / files[0]).write_text("\n".join(lines[files[0]]) + "\n")
-    (broken / files[1]).write_text("\n".join(lines[files[1]][:12]) + "\n" + lines[files[1]][12][:40])  # killed here
-    done = fork_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume")
-    assert "6 of them answered already" in done.stdout and "2 of them answered already" in done.stdout, done.stderr
-    again = eval_math.read_responses(str(broken / files[1]))[1]
-    assert again == eval_math.read_responses(str(whole / files[1]))[1]
-    changed = copy.read_text().splitlines()
-    copy.write_text("\n".join([changed[0].replace('"question": "', '"question": "Now: '), *changed[1:]]) + "\n")
-    done = fork_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume")
-    assert "5 of them answered already" in done.stdout, done.stderr  # the changed problem is asked anew
-    assert_refused(fork_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume", "--seed=5"),
-                   "made with another seed (1337, now 5)")
 
-    answers = sorted((broken / files[0]).read_text().splitlines())
-    done = fork_script("eval_math.py", *arguments, f"--out_dir={broken}", "--init_from=resume", "--num_problems=2")
-    assert "2 of them answered already" in done.stdout, done.stderr
-    assert sorted((broken / files[0]).read_text().splitlines()) == answers  # what is not asked now is kept
-    (broken / "log.jsonl").touch()
-    assert_refused(fork_script("eval_math.py", *arguments, f"--out_dir={broken}"), "holds a training run")
-    assert_refused(fork_script("eval_math.py", f"--model={checkpoint}", f"--dataset={problems}",
-                               "--prompt_template=" + "{question}" * 40), "problems.jsonl: problem 1 has a prompt of")
+def test_a_prompt_that_fills_the_context_is_refused(tokenizer):
+    arguments = tokenizer, [{"question": "1+1?"}], "", "{question}"
+    [ids] = eval_math.encode_problems(*arguments)
+    assert eval_math.encode_problems(*arguments, context=len(ids) + 1) == [ids]
+    with pytest.raises(UserError, match=re.escape(f"a prompt of {len(ids)} tokens fills") + ".*'1[+]1[?]"):
+        eval_math.encode_problems(*arguments, context=len(ids))
 
-    first = (whole / files[0]).read_bytes()
-    done = fork_script("eval_math.py", *arguments, f"--out_dir={whole}")
-    assert "moved the earlier run" in done.stdout and (tmp_path / "whole.1" / files[0]).read_bytes() == first
-    assert_refused(fork_script("eval_math.py", f"--model={checkpoint}", "--dataset=nowhere.jsonl"), "nowhere.jsonl")
-    assert_refused(fork_script("eval_math.py", f"--dataset={problems},{problems}"), "each once")
-    assert_refused(fork_script("eval_math.py", "--n=4", "--temperature=0"), "all the same at temperature 0")
+
+# ------------------------------------------------------------------------------------------------ scores
+
+@pytest.mark.parametrize("response, truncated, answer_format, strict, lenient", [
+    ("1+1=2. #### 2", False, "hash", True, True),
+    ("#### 2", True, "hash", False, True),  # cut off: had not finished, though others would count it
+    ("so it is 2", False, "hash", False, True),
+    (r"\boxed{2}", False, "hash", False, True),  # right, but not as asked
+    (r"\boxed{2}", False, "boxed", True, True),
+    ("2 + 2 is 4", False, "any", False, False),
+    ("#### 5. The answer is 2", False, "hash", False, True),  # the line after #### says something else
+    (r"\boxed{x} and 2", False, "boxed", False, True),  # the last number, beside a statement
+    ("", False, "any", False, False),
+])
+def test_scores(response, truncated, answer_format, strict, lenient):
+    verdict = eval_math.score(response, truncated, "2", answer_format)
+    assert (verdict["strict"], verdict["lenient"]) == (strict, lenient)
+    assert verdict["extracted"] is None or not truncated
+
+
+@pytest.mark.parametrize("n, right, k", [(8, 0, 4), (8, 1, 1), (8, 3, 2), (8, 5, 4), (8, 8, 8), (5, 4, 3)])
+def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_answer(n, right, k):
+    draws = list(itertools.combinations([True] * right + [False] * (n - right), k))
+    assert eval_math.pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+@pytest.mark.parametrize("answers, share", [
+    (["5", "5", "7"], 1.0),
+    (["1/2", "0.5", "7", "7", "\\frac12"], 0.0),  # three spellings of one wrong answer outvote 7
+    (["5", "5.0", "7", "7", "\\frac{10}2"], 1.0),  # and of the right one
+    (["7", "7", "5", "5.0"], 0.5),  # a draw
+    (["7", "8", "5"], pytest.approx(1 / 3)),
+    (["7", None, None, None], 0.0),  # no answer is no vote
+    ([None, None], 0.0),
+])
+def test_the_majority_counts_equal_answers_together(answers, share):
+    rows = [{"extracted": a, "strict": a is not None and eval_math.same_answer(a, "5")} for a in answers]
+    assert eval_math.majority(rows) == share
 
 
 def row_of(index, **changes):
-    return {"index": index, "question": str(index), "answer": "1", "response": "#### 1", "tokens": 10, "strict": True,
-            "lenient": True, "truncated": False, "extracted": "1"} | changes
+    return {"index": index, "question": str(index), "answer": "1", "tokens": 10, "truncated": False, "strict": True,
+            "lenient": True, "extracted": "1", "response": "#### 1"} | changes
+
+
+def test_figures_by_hand():
+    """Three problems, two answers each: 2, 1 and 0 right."""
+    wrong = dict(strict=False, extracted="2", tokens=4)
+    groups = [[row_of(0), row_of(0)], [row_of(1), row_of(1, **wrong)], [row_of(2, **wrong), row_of(2, **wrong)]]
+    figures = eval_math.summarise(groups)
+    assert figures["strict"] == 0.5 and figures["lenient"] == 1 and figures["length"] == 7
+    assert figures["stderr"] == pytest.approx(math.sqrt(0.25 / 3))  # of 1, 0.5 and 0
+    assert figures["pass@2"] == pytest.approx(2 / 3) and figures["maj@2"] == pytest.approx((1 + 0.5 + 0) / 3)
+    for n, marks in ((1, []), (2, [2]), (3, [2, 3]), (4, [2, 4]), (6, [2, 4, 6]), (8, [2, 4, 8])):
+        found = [key for key in eval_math.summarise([[row_of(0)] * n]) if "@" in key]
+        assert found == [f"pass@{k}" for k in marks] + [f"maj@{n}"] * (n > 1)
 
 
 def test_the_table_by_hand():
-    summary = eval_math.summarise([[row_of(0)], [row_of(1, strict=False, truncated=True)], [row_of(2, strict=False)]])
-    other = eval_math.summarise([[row_of(0, strict=False, lenient=False, tokens=30)]]) | {"tokens_per_second": 1234.5}
-    lines = [line.split() for line in eval_math.table({"one": summary, "two": other})]
-    assert lines[1:] == [["one", "3", "0.333", "+-", "0.333", "1.000", "33.3%", "10", "-"],
-                         ["two", "1", "0.000", "+-", "0.000", "0.000", "0.0%", "30", "1,234"],
-                         ["mean", "of", "the", "data", "sets", "0.167", "0.500"]]
+    one = eval_math.summarise([[row_of(0)], [row_of(1, strict=False, truncated=True)], [row_of(2, strict=False)]])
+    two = eval_math.summarise([[row_of(0, strict=False, lenient=False, tokens=30)]])
+    lines = [line.split() for line in eval_math.table({"one": one, "two": two})]
+    assert lines == [["problems", "n", "strict", "stderr", "lenient", "truncated", "length"],
+                     ["one", "3", "1", "0.333", "0.333", "1.000", "33.3%", "10"],
+                     ["two", "1", "1", "0.000", "0.000", "0.000", "0.0%", "30"],
+                     ["mean", "0.167", "0.500"]]
 
 
-def test_speed_is_that_of_the_answers_of_this_run_and_a_cut_is_warned_of(tmp_path, monkeypatch, capsys):
-    path, clock = tmp_path / "data.jsonl", iter([100.0, 104.0])
-    eval_math.write_responses(str(path), {"seed": 1}, {0: [row_of(0, tokens=1000)]})
-    monkeypatch.setattr(eval_math, "time", SimpleNamespace(time=lambda: next(clock)))
-    monkeypatch.setattr(eval_math, "evaluate", lambda *a: a[-1](1, [row_of(1, truncated=True, tokens=20)]))
-    cfg, net = SimpleNamespace(n=1, temperature=0.0, max_new_tokens=20), SimpleNamespace(shard=None)
-    problems = [{"question": "0", "answer": "1"}, {"question": "1", "answer": "1"}]
-    summary = eval_math.ask(net, None, "data", problems, cfg, [1], str(path), 0, 1)
-    assert summary["tokens_per_second"] == 5.0 and summary["length"] == 510 and summary["problems"] == 2
-    assert "warning: 50% of the answers to data were cut off" in capsys.readouterr().out
+def evaluate(monkeypatch, tokenizer, problems, indices, completions, **settings):
+    """(what generate is asked, the rows that come of completions[problem])."""
+    asked, told = [], []
+
+    def generate(net, tokenizer, prompts, *arguments, prompt_ids, progress, on_done):
+        asked.append((*arguments, prompt_ids))
+        for i in reversed(range(len(prompts))):
+            on_done(i, completions[i])
+
+    monkeypatch.setattr(eval_math, "generate", generate)
+    cfg = Settings(prompt_template="{question}", answer_format="hash", **settings)
+    eval_math.evaluate(None, tokenizer, problems, cfg, indices, told.append)
+    return asked, told
 
 
-def test_answers_are_gone_on_with_where_all_that_made_them_is_the_same(checkpoint, tmp_path):
-    """Another adapter, by its numbers or by what they mean, is another run; the same from a file is the same."""
-    cfg = SimpleNamespace(**dict.fromkeys(("model", "split", "prompt_template", "system_prompt", "answer_format", "n",
-                                           "max_new_tokens", "temperature", "seed"), 1))
-    digests = []
-    for text in ("", "hex:3c23d70a", "hex:3c23d70b", "hex:3c23d70a3c23d70a", "hex:3c23d70a"):
-        net = tinylora.load_adapted(checkpoint, text, "float32", "cpu")
-        digests.append(eval_math.identity(net, "data", cfg))
-    assert digests[1] == digests[4] and len({d["adapter"] for d in digests}) == 4
-    net.adapter.meta["seed"] += 1
-    assert eval_math.identity(net, "data", cfg)["adapter"] not in {d["adapter"] for d in digests}
-    other = eval_math.identity(tinylora.load_adapted(checkpoint, "", "bfloat16", "cpu"), "data", cfg)
-    assert other != digests[0] and set(vars(cfg)) < set(other)
-
-    path, problems = str(tmp_path / "data.jsonl"), [{"question": str(i), "answer": "1"} for i in range(4)]
-    unjudged = {k: v for k, v in row_of(2).items() if k != "strict"}
-    eval_math.write_responses(path, {"n": 2}, {0: [row_of(0)] * 2, 1: [row_of(1)], 2: [unjudged] * 2,
-                                               3: [row_of(3, answer="2")] * 2, 9: [row_of(9)] * 2})
-    assert set(eval_math.earlier_answers(path, {"n": 2}, problems)) == {0, 9}
+def test_problems_keep_their_numbers_and_the_random_numbers_that_go_with_them(tokenizer, monkeypatch):
+    """A part of the problems, with the numbers 7 and 3."""
+    completions = [[Completion([5, 6], [0.0, 0.0], f"#### {i + j}", False) for j in range(2)] for i in range(2)]
+    problems = [{"question": "a", "answer": "0"}, {"question": "b", "answer": "2"}]
+    asked, told = evaluate(monkeypatch, tokenizer, problems, [7, 3], completions, system_prompt="", n=2,
+                           max_new_tokens=9, temperature=0.7, seed=11)
+    assert asked == [(2, 9, 0.7, 11, [7, 3])]
+    keys = ("index", "sample", "question", "extracted", "strict", "tokens")
+    assert [[tuple(row[key] for key in keys) for row in rows] for rows in told] == [
+        [(3, 0, "b", "1", False, 2), (3, 1, "b", "2", True, 2)],
+        [(7, 0, "a", "0", True, 2), (7, 1, "a", "1", False, 2)]]
 
 
-def test_regrading_counts_every_verdict_that_changes_and_leaves_out_what_is_not_whole(tmp_path, capsys):
-    path = tmp_path / "a.jsonl"
-    rows = [row_of(0), row_of(0, lenient=False), row_of(1, strict=False), row_of(1), row_of(2)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    eval_math.grade_again(str(path), "auto")
-    out = capsys.readouterr().out
-    assert "left out of the table: 1 problems with fewer than 2 responses" in out and "; 2 verdicts changed" in out
-    assert re.search(r"^a.jsonl +2 +1.000", out, re.M)
+@pytest.mark.parametrize("system, strict", [(None, True), ("", False)])
+def test_a_base_model_that_runs_on_is_judged_by_its_own_problem(tokenizer, monkeypatch, system, strict):
+    run_on = "It is 4.\n#### 4\n\nQuestion:\nAnd 3+3?\nAnswer:\n#### 6"
+    _, [[row]] = evaluate(monkeypatch, tokenizer, [{"question": "2+2?", "answer": "4"}], [0],
+                          [[Completion([5], [0.0], run_on, True)]], system_prompt=system)
+    assert row["strict"] == strict and row["truncated"] == (not strict) and ("3+3" in row["response"]) != strict
 
 
-def test_a_broken_line_before_the_last_is_named(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"response": "4", "answer": "4"}\n{"response": "4", "ans\n{"response": "4", "answer": "4"}\n')
-    with pytest.raises(UserError, match="line 2: no JSON"):
-        eval_math.read_responses(str(path))
+# -------------------------------------------------------------------------------------------- the script
 
+STOP = """
+import signal, support.data
+real, calls = support.data.write_rows, []
+def write_rows(path, rows, mode="ab"):
+    real(path, rows, mode)
+    calls.append(path)
+    if len(calls) == 3:  # after the settings and two problems
+        os.kill(os.getpid(), signal.SIGINT)
+support.data.write_rows = write_rows
+"""
+
+
+@pytest.fixture
+def evaluation(checkpoint, problems, tmp_path):
+    """Arguments for two data sets of 6 problems, and the second one's file."""
+    copy = tmp_path / "other.jsonl"
+    copy.write_text(Path(problems).read_text())
+    return ["eval_math.py", f"--model={checkpoint}", f"--dataset={problems},{copy}", "--num_problems=6", "--n=4",
+            "--max_new_tokens=4", "--device=cpu"], copy
+
+
+def test_a_run_that_is_stopped_or_killed_goes_on_to_the_same_answers(evaluation, tmp_path):
+    arguments, copy = evaluation
+    out = tmp_path / "out"
+    done = fork_script(*arguments, f"--out_dir={out}")
+    assert re.search(r"strict +stderr +lenient +pass@2 +pass@4 +maj@4 +truncated", done.stdout), done.stderr
+    assert "of the answers were cut off" in done.stdout and re.search(r"^ +mean ", done.stdout, re.M)
+    results = json.loads((out / "results.json").read_text())
+    assert results[str(copy)]["problems"] == 6 and results[str(copy)]["n"] == 4
+    first, second = sorted(out.glob("*.jsonl"))
+    whole = {path: read_responses(str(path)) for path in (first, second)}
+    lines = second.read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 24 and {"question", "extracted", "lenient"} <= json.loads(lines[1]).keys()
+
+    def resume(kept, *changes):
+        done = fork_script(*arguments, f"--out_dir={out}", "--init_from=resume", *changes)
+        assert f"problems, {kept} of them answered already" in done.stdout, done.stderr + done.stdout
+        assert {path: read_responses(str(path)) for path in whole} == whole
+
+    second.write_text("".join(lines[:12]) + lines[12][:40])  # killed while it wrote
+    resume(2)
+    resume(2, "--num_problems=2")  # answers that are not asked for now are kept
+    resume(6)
+    refused = fork_script(*arguments, f"--out_dir={out}", "--init_from=resume", "--seed=5")
+    assert_refused(refused, "was made with another seed")
+    copy.write_text(copy.read_text().replace("?", "??", 1))
+    refused = fork_script(*arguments, f"--out_dir={out}", "--init_from=resume")
+    assert_refused(refused, "was made with another adapter or problems")
+    before = first.read_bytes()
+    done = fork_script(*arguments, f"--out_dir={out}")
+    assert "moved the earlier run" in done.stdout and (tmp_path / "out.1" / first.name).read_bytes() == before
+
+
+def test_ctrl_c_says_how_to_go_on_and_keeps_the_answers(evaluation, tmp_path):
+    arguments, _ = evaluation
+    arguments = [*arguments, f"--out_dir={tmp_path}/out"]
+    done = fork_script(*arguments, setup=STOP)
+    assert done.returncode == 130 and f"--out_dir={tmp_path}/out --init_from=resume" in done.stdout, done.stderr
+    done = fork_script(*arguments, "--init_from=resume")
+    assert "6 problems, 2 of them answered already" in done.stdout and done.returncode == 0
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--dataset=DATA,DATA"], "each once"),
+    (["--dataset= ,"], "must name data sets"),
+    (["--n=4", "--temperature=0"], "all the same at temperature 0"),
+    (["--n=0"], "n must be at least 1"),
+    (["--temperature=-0.5"], "temperature must be at least 0"),
+    (["--answer_format=latex"], "must be one of auto, any, boxed"),
+    (["--dataset=nowhere.jsonl"], "no data can be read from 'nowhere.jsonl'"),
+    (["--dataset=DATA", "--prompt_template=" + "{question}" * 40], "fills the model's context"),
+    (["--dataset=DATA", "--prompt_template=boxd"], "must contain {question}"),
+    (["--out_dir=RUN"], "holds a training run"),
+    (["--regrade=RUN/log.jsonl"], "has no responses"),
+    (["--regrade=RUN/nowhere.jsonl"], "no data can be read"),
+])
+def test_mistakes_get_one_line(checkpoint, problems, tmp_path, arguments, words):
+    (tmp_path / "log.jsonl").touch()
+    given = [a.replace("DATA", problems).replace("RUN", str(tmp_path)) for a in arguments]
+    out_dir = [] if "--out_dir=RUN" in arguments else [f"--out_dir={tmp_path}/out"]
+    assert_refused(fork_script("eval_math.py", f"--model={checkpoint}", *given, *out_dir), words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_answers_depend_on_the_numbers_of_the_adapter_and_on_their_meaning(checkpoint):
+    problems, cfg = [{"question": "?", "answer": "1"}], Settings()
+
+    def identity(adapter, dtype="float32", problems=problems, seed=None):
+        net = tinylora.load_adapted(checkpoint, adapter, dtype, "cpu")
+        if seed:
+            net.adapter.meta["seed"] = seed
+        return tuple(eval_math.identity(net, problems, cfg).values())
+
+    same = identity("hex:3c23d70a")
+    assert same == identity("hex:3c23d70a")
+    others = [identity(""), identity("hex:3c23d70b"), identity("hex:3c23d70a3c23d70a"),
+              identity("hex:3c23d70a", seed=9), identity("hex:3c23d70a", "bfloat16"),
+              identity("hex:3c23d70a", problems=problems * 2)]
+    assert len({same, *others}) == 7
+
+
+# ------------------------------------------------------------------------------------------------ regrade
 
 def test_regrading_needs_no_model_and_reads_files_of_others(tmp_path):
-    path = tmp_path / "theirs.jsonl"
     rows = [{"response": r"\boxed{4}", "answer": "4", "strict": False}, {"response": "#### 5\ud800", "answer": "5"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = fork_script("eval_math.py", f"--regrade={path}", "--answer_format=boxed")
-    assert "2 verdicts changed" in done.stdout and "0.500 +- 0.500" in done.stdout, done.stderr
-    settings, groups = eval_math.read_responses(str(tmp_path / "theirs.regraded.jsonl"))
+    path = Path(write(tmp_path / "theirs.jsonl", *rows))
+    done = fork_script("eval_math.py", f"--regrade={path}", "--answer_format=boxed", "--model=nowhere")
+    assert "2 verdicts changed" in done.stdout and re.search(r"2 +1 +0.500 +0.500 +1.000", done.stdout), done.stderr
+    settings, groups = read_responses(str(tmp_path / "theirs.regraded.jsonl"))
     assert [row["strict"] for [row] in groups.values()] == [True, False] and settings == {"answer_format": "boxed"}
-    assert [json.loads(line) for line in path.read_text().splitlines()] == rows  # the original stays as it was
-    path.write_text('{"response": "4", "answer": "4"}')  # whole, if without an end
-    assert len(eval_math.read_responses(str(path))[1]) == 1
-    path.write_bytes('{"response": "4", "answer": "4"}\n{"response": "é'.encode()[:-1])  # cut inside a character
-    assert len(eval_math.read_responses(str(path))[1]) == 1
-    path.write_text('{"reply": "4"}\n')
-    assert_refused(fork_script("eval_math.py", f"--regrade={path}"), "line 1: 'response' must be str")
-    for wrong in ('"truncated": "False"', '"index": [1]', '"tokens": null'):
-        path.write_text('{"response": "4", "answer": "4", ' + wrong + "}\n")
-        assert_refused(fork_script("eval_math.py", f"--regrade={path}"), "line 1: '")
-    path.write_text('{"settings": {"answer_format": "xyz"}}\n{"response": "4", "answer": "4"}\n')
-    assert_refused(fork_script("eval_math.py", f"--regrade={path}"), "'xyz' is unknown")
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows  # the original stays
+
+
+def test_regrading_counts_changed_verdicts_and_leaves_out_what_is_not_complete(tmp_path, capsys):
+    groups = [[row_of(0), row_of(0, lenient=False)], [row_of(1, strict=False), row_of(1)], [row_of(2)]]
+    write_responses(tmp_path / "a.jsonl", {"answer_format": "hash"}, groups)
+    eval_math.grade_again(str(tmp_path / "a.jsonl"), "auto")
+    out = capsys.readouterr().out
+    assert "strict reads 'hash'; 2 verdicts changed" in out and "leaves out 1 problems with fewer than 2" in out
+    assert re.search(r"^a.jsonl +2 +2 +1.000", out, re.M)
+
+
+@pytest.mark.parametrize("line, words", [
+    ('{"reply": "4"}', "line 1: 'response' must be str, not None"),
+    ('{"response": "4", "answer": "4", "truncated": "False"}', "line 1: 'truncated' must be bool"),
+    ('{"response": "4", "answer": "4", "index": [1]}', "line 1: 'index' must be int"),
+    ('{"response": "4", "answer": "4", "tokens": null}', "line 1: 'tokens' must be int"),
+    ('{"response": "4", "ans', "line 1: no JSON"),
+    ('{"settings": {"answer_format": "xyz"}}\n{"response": "4", "answer": "4"}', "'xyz' is unknown"),
+])
+def test_responses_that_cannot_be_read_are_named_by_file_and_line(tmp_path, line, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        eval_math.grade_again(write(tmp_path / "a.jsonl", line + "\n"), "auto")

@@ -1,0 +1,115 @@
+"""Files of data and of responses, and data sets on the hub."""
+
+import csv
+import io
+import json
+import os
+
+from support import UserError, foreign_file, whole_file
+
+FILES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def is_local(name):
+    """Is this a file or a directory, rather than a name on the hub?"""
+    return os.path.exists(name) or name.endswith(FILES)
+
+
+def read_file(path, split=""):
+    """[(place, row)] of a data file, or of the file in a directory that is named after the split.
+    Raises UserError, naming the file and the line, for what cannot be read."""
+    if os.path.isdir(path):
+        paths = [os.path.join(path, split + ending) for ending in FILES]
+        path = next(filter(os.path.exists, paths), paths[0])
+    try:
+        with open(path, "rb") as f:
+            data = f.read()
+    except OSError as error:
+        raise UserError(f"no data can be read from '{path}': {error}") from None
+    is_array = data[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    if path.endswith(".jsonl") or path.endswith(".json") and not is_array:
+        return json_lines(path, data)
+    with foreign_file(path):
+        if path.endswith(".json"):
+            rows = json.loads(data)
+        elif path.endswith(".csv"):  # pandas would turn the answer 007 into 7, and NA into nothing
+            rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline="")))
+        elif path.endswith(".parquet"):
+            import pyarrow.parquet  # only here; the datasets library brings it
+
+            rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+        else:
+            raise UserError(f"'{path}' does not end in {', '.join(FILES)}: unpack a compressed "
+                            "file, and convert any other")
+    places = [f"{path}, row {i}" for i in range(1, len(rows) + 1)]
+    for place, row in zip(places, rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: a row must be a JSON object")
+        if None in row:  # where DictReader puts the fields for which the header has no name
+            raise UserError(f"{place} has too many fields: put quotes around a text with commas")
+    return list(zip(places, rows))
+
+
+def json_lines(path, data):
+    """A JSON object a line; blank lines are skipped."""
+    rows = []
+    for i, line in enumerate(data.split(b"\n"), 1):
+        place = f"{path}, line {i}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place}: no JSON: {error}; each line must be an object") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: a row must be a JSON object")
+        rows.append((place, row))
+    return rows
+
+
+def load_hub(name, path, configuration, split, **options):
+    """datasets.load_dataset; whatever goes wrong is a UserError. name: as the user wrote it."""
+    try:
+        import datasets  # only here: local files do not need it
+
+        return datasets.load_dataset(path, configuration, split=split, **options)
+    except Exception as error:  # of many kinds: the network, the hub, a damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"data set '{name}' ({path}, {split}) could not be loaded ({reason}); give "
+                        "a .jsonl file or a directory instead") from None
+
+
+# -------------------------------------------------------------------------------------- responses
+
+def read_responses(path):
+    """(settings, {index: rows}) of a file that write_responses began, or of any .jsonl file with
+    responses and answers."""
+    types = {"response": str, "answer": str, "tokens": int, "truncated": bool, "index": int}
+    settings, groups = {}, {}
+    for place, row in read_file(path):
+        if isinstance(row.get("settings"), dict):
+            settings = row["settings"]
+            continue
+        row = {"tokens": 0, "truncated": False, "index": len(groups)} | row
+        for key, kind in types.items():
+            if type(row.get(key)) is not kind:
+                raise UserError(f"{place}: '{key}' must be {kind.__name__}, not {row.get(key)!r}")
+        groups.setdefault(row["index"], []).append(row)
+    return settings, groups
+
+
+def write_responses(path, settings, groups):
+    """A line of settings, then a line for each response."""
+    with whole_file(path) as aside:
+        write_rows(aside, [{"settings": settings}, *(row for rows in groups for row in rows)], "wb")
+
+
+def write_rows(path, rows, mode="ab"):
+    """Append all lines at once, so that those of several processes do not mix."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        with open(path, mode) as f:
+            f.write(lines.encode("utf-8", errors="backslashreplace"))  # half of a surrogate pair
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}; make room, then go on with "
+                        "--init_from=resume") from None
