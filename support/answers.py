@@ -1,10 +1,10 @@
 r"""The answer checker: which answer does a completion state, and does it equal the reference?
 
-The rules follow the conventions behind published numbers: the last \boxed{} of hendrycks/math,
-the "####" of GSM8K, the "final answer is" of lm-eval's minerva_math, and the <answer> tags of
-R1-style prompts. The comparison is stricter than most. Numbers are exact, nothing in an answer is
-ever executed, and what cannot be decided within fixed bounds of time and size counts as wrong.
-Only the standard library is imported.
+The rules follow the conventions behind published numbers: the last \boxed{} of hendrycks/math, the
+"####" of GSM8K, the "final answer is" of lm-eval's minerva_math, the <answer> tags of R1-style
+prompts. The comparison is stricter than most: numbers are exact, nothing in an answer is ever
+executed, and what cannot be decided within fixed bounds of time and size counts as wrong. Only the
+standard library is imported.
 """
 
 import cmath
@@ -23,15 +23,14 @@ ANSWER_FORMATS = ("any", "boxed", "hash", "phrase", "tags")
 MAX_ANSWER = 1000  # characters; a longer answer is compared as a string only
 MAX_RESPONSE = 100_000  # characters, counted from the end: bounds the cost of a runaway completion
 END_MARKER = re.compile(r"<(?:\|(?:im_end|endoftext|eot_id|end_of_text)\|>|\|im_start\|>user|/s>)")
-
-GAP = r"[\s*_]*+"  # white space, and the * and _ of markdown's emphasis
 FILLER = "therefore|thus|then|now|simply|equal to|actually|indeed|in fact|instead|just|still"
-VALUE_FOLLOWS = rf"{GAP}:?+{GAP}(?:(?:{FILLER})\b[\s*_:]*+)?+(?:(?:\$\$|\\\[)\s*+)?+"
-PHRASE = rf"(?i:answers?(?:{GAP}:|[\s*_]++(?:is|are)(?![a-z])){VALUE_FOLLOWS})"
-REWORDED = (r"(?i:answers?(?: to (?:the|this) (?:question|problem))?"
-            rf"{GAP}(?:=|[-–—→]\s|is(?![a-z])|equals|(?:should|would|must|will) be){VALUE_FOLLOWS})")
-HEADING = (r"(?im:^[#*_ \t]*+(?:(?:the|my|our|final|correct)[ \t]++){0,3}answer[*_ \t]*+\n"
-           rf"{VALUE_FOLLOWS})")
+GAP = r"[\s*_]*+"  # white space, and the * and _ of markdown's emphasis
+TO_VALUE = rf"{GAP}:?+{GAP}(?:(?:{FILLER})\b[\s*_:,]*+)?+(?:(?:\$\$|\\\[)\s*+)?+"
+PHRASE = rf"(?i:answers?(?:{GAP}:|[\s*_]++(?:is|are)(?![a-z])){TO_VALUE})"
+REWORDED = (rf"(?i:answers?(?: to (?:the|this) (?:question|problem))?{GAP}(?:=|[-–—→]\s|is(?![a-z])"
+            rf"|equals|(?:should|would|must|will) be){TO_VALUE})")
+HEADING = (r"(?im:^[^\w\n]*+_*+(?:(?:step )?[0-9]+[.:)] *+)?[*_]*+(?:(?:the|my|our|final|correct) ++)"
+           rf"{{0,3}}answer[*_ \t]*+\n{TO_VALUE})")
 REMARK = (r"(?:correct|consistent|reasonable|valid|unique|verified|confirmed|an integer"
           r"|in [a-z ]{0,30}(?:form|terms))\b")
 STATEMENTS = {
@@ -50,16 +49,14 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-
 def extract_answer(response: str, fmt: str = "any") -> str | None:
     r"""The final answer that a completion states, or None. Nothing outside a statement is read.
 
-    A statement is the content of the last `\boxed{...}` or `\fbox{...}`, the rest of the line
-    after the last `####`, the rest of the sentence after the last "answer is" or "answer:" or of
-    the line below a heading "Final Answer", or the content of the last `<answer>...</answer>`.
-    The statement that ends latest wins, so "the answer is \boxed{5}" is the box. `fmt`, one of
-    ANSWER_FORMATS, can admit one kind of statement only.
-
-    A last box that is empty or cut off is no answer, and nothing earlier replaces it. The phrase
-    "the answer is correct" and a heading such as "#### Conclusion" are read only where nothing
-    else is stated. Text after the first end marker and a think block are ignored. Of a statement
-    in words the value alone is returned where exactly one is stated (see _value_alone).
+    A statement is the content of the last `\boxed{...}` or `\fbox{...}`; the rest of the line after
+    the last `####`; the rest of the sentence after the last "answer is" or "answer:", or the line
+    below a heading "Final Answer"; or the content of the last `<answer>...</answer>`. The one that
+    ends latest wins, so "the answer is \boxed{5}" is the box. `fmt`, one of ANSWER_FORMATS, can
+    admit one kind only. A last box that is empty or cut off is no answer, and nothing earlier
+    replaces it. "The answer is correct" and headings such as "#### Conclusion" are read only where
+    nothing else is stated. Text after the first end marker and a think block are ignored. Where a
+    statement in words holds one value, that value is the answer (see _value_alone).
 
     Pass the completion alone: a prompt may contain `\boxed{}` itself.
     """
@@ -67,7 +64,7 @@ def extract_answer(response: str, fmt: str = "any") -> str | None:
 
 
 def last_number(response: str) -> str | None:
-    """The last number of the text, as VERL and lm-eval read it leniently. Not for rewards."""
+    """The last number of the text, the lenient reading of VERL and lm-eval. Not for rewards."""
     numbers = NUMBER.findall(_completion(response))
     return numbers[-1].replace(",", "") if numbers else None
 
@@ -78,15 +75,14 @@ def extract_lenient(response: str) -> str | None:
 
 
 def lenient_correct(response: str, reference: str) -> bool:
-    """Is the stated answer right, or else the last number? So no lower than "last number" alone."""
+    """Is the stated answer right, or the last number? Never below the last number alone."""
     readings = (extract_answer(response), last_number(response))
     return any(reading and same_answer(reading, reference) for reading in readings)
 
 
 def _completion(response: str) -> str:
     """The part of a completion that can hold the answer."""
-    ended = END_MARKER.split(response, maxsplit=1)[0]
-    thinking, _, rest = ended.rpartition("</think>")
+    thinking, _, rest = END_MARKER.split(response, maxsplit=1)[0].rpartition("</think>")
     return (rest if rest.strip() else thinking)[-MAX_RESPONSE:]
 
 
@@ -99,7 +95,7 @@ def _last_statement(text: str, fmt: str = "any") -> tuple[bool, str | None]:
                 last = deque(pattern.finditer(text), maxlen=1)
                 found += [_content(kind, text, match.end()) for match in last]
         if found:
-            return True, _undecorated(_value_alone(max(found)[1])) or None
+            return True, _bare(_value_alone(max(found)[1])) or None
     return False, None
 
 
@@ -110,9 +106,7 @@ def _content(kind: str, text: str, start: int) -> tuple[int, str]:
     if kind == "tags":
         content, closing, _ = text[start:].partition("</answer>")
         stated, answer = _last_statement(content)
-        if not closing:
-            return start, ""
-        return start + len(content), (answer or "") if stated else content
+        return start + len(content), (answer if stated else content) or "" if closing else ""
     line = text[start:start + 2 * MAX_ANSWER].partition("\n")[0].partition("</answer>")[0]
     return start, _sentence(line) if kind == "phrase" else line
 
@@ -133,66 +127,69 @@ def _box(text: str, start: int) -> tuple[int, str]:
 
 def _sentence(line: str) -> str:
     """The line up to the first dot before white space that is outside braces and $...$."""
-    for dot in re.finditer(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)\.(?=\s|$)", line):
+    for dot in re.finditer(r"(?<!\bM[rs])(?<!\bMrs)(?<!\b[DS]r)(?<!\bsq)(?<!\b[ie]\.[eg])\.(?=\s|$)", line):
         before, after = line[:dot.start()], line[dot.end():]
-        in_math = before.count("$") % 2 != before.count(r"\$") % 2
-        if not re.match(r"\s+[A-Z][a-z]", after):  # "$18. She has $5 left" is no formula
-            in_math &= "$" in after
-        else:
+        in_math = before.count("$") % 2 != before.count(r"\$") % 2 and "$" in after
+        if re.match(r"\s+[A-Z][a-z]", after):  # "$18. She has $5 left" is no formula
             in_math = False
         if before.count("{") == before.count("}") and not in_math:
             return before
     return line
 
 
-def _undecorated(answer: str) -> str:
-    """Without dollar signs, emphasis and the final dot around it."""
+def _bare(answer: str) -> str:
+    """The answer without the dollar signs, emphasis and final dot around it."""
     for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
-        answer = answer.strip(" \t\r\n*$`")
-        if not answer.endswith("..."):
-            answer = answer.rstrip(" \t\r\n*$`.")
-        if answer.endswith("_"):
-            answer = answer.strip("_ ")
+        answer = answer.strip(" \t\r\n*$`").lstrip("=")
+        answer = answer if answer.endswith("...") else answer.rstrip(" \t\r\n*$`.")
         answer = answer.removeprefix(opening).removesuffix(closing)
     return answer.strip()
 
 
 # --- statements in words: "Tom has 7 apples, because 3 + 4 = 7" states 7 ------------------------
 
-TEXT = re.compile(r"\\(?:text[a-z]*|[mh]box|mathrm)\*? ?\{([^{}]*)\}")
-EMPHASIS = re.compile(r"(?<![\w\\}*])(\*\*|__?)(?=[^\s*_{])([^*_\n]{1,200})(?<=\S)\1(?![\w{*])")
-WORD = re.compile(r"(?<![\\A-Za-z{])(?!(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc|exp|ln|log|sqrt|pi)|[A-Z]{2,4})\b)"
-                  r"(?:[A-Za-z]{2,}|[AaI](?= [A-Za-z]))[A-Za-z'’-]*")
-RESTATED = re.compile(rf"[\s*_$#]*(?i:(?:so|thus|hence|therefore|the|my|our|final|correct)\b"
-                      rf"[\s,*_]*){{0,4}}(?:{PHRASE}|{REWORDED})")
+TEXT = re.compile(r"\\(?:text[a-z]*|[mh]box|math(?:rm|bf|it))\*? ?\{([^{}]*)\}")
+EMPHASIS = re.compile(r"(?<![\w)\]}])(?:_+(?=[^\s{_])|\*\*)|(?<=\S)_+(?![\w{\\])|\*\*(?![\w({\\+-])")
+WORD = re.compile(  # of prose, not of a formula
+    r"(?<![\\A-Za-z{])(?!(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc|exp|ln|log|sqrt|pi|infinity)"
+    r"|[A-Z]{2,4})\b)(?:[A-Za-z]{2,}|[AaI](?= [A-Za-z]))[A-Za-z'’-]*")
+RESTATED = re.compile(rf"[\s*_$\\#]*(?:(?i:(?:so|thus|hence|therefore|the|my|our|final|correct)\b"
+                      rf"[\s,*_]*){{0,4}}(?:{PHRASE}|{REWORDED})|(?<=#)(?=[^#]))")
 OPENING = re.compile(  # "exactly", "for sure", "In 5 days, "
-    rf"(?i)(?:(?:{FILLER}|exactly|precisely|approximately|only|clearly|definitely|certainly|of course"
-    r"|for sure|finally|so|hence|that|given by|found to be|going to be)\b[,:]? ?"
-    r"|(?:in|on|after|for|with|by|since|when|because|given|over|during|within)\b[^,;]*, (?=[A-Za-z]))+")
+    rf"(?i)(?:(?:{FILLER}|exactly|precisely|approximately|only|clearly|definitely|certainly|finally"
+    r"|of course|for sure|so|hence|that|given by|found to be|going to be)\b[,:]? ?|(?:in|on|after|for"
+    r"|with|by|since|when|because|given|over|during|within)\b[^,;]*, (?=[A-Za-z]))+")
 ASIDE = re.compile(r" [(\[]([^()\[\]]*)[)\]](?=[ .,;!]|$)")
-REASON = "because|since|given that|due to|rather than|instead of|not counting"
-REMARK_BEGINS = re.compile(  # what follows the value, with a reason or only with more words
-    rf"(?i)[,;:]? \(?(?P<reason>(?:{REASON}|(?<=[,;] )(?:as|where|not))\b)"
-    r"|(?<!\\)[,;] (?!(?:or|and|but|nor|if|unless|else|otherwise|then|plus|minus|to|less|more)\b)"
-    r"(?=[A-Za-z]{2}|I )| [-–—]+ (?=[A-Za-z]{2})| (?=(?:so|which|that is|i\.e\.) )")
-COPULA = re.compile(r"(?i)(?:\b(?:is|are|was|were|be|equals?|becomes?|totals?)"
-                    rf"(?: (?:{FILLER}|exactly|precisely|approximately|only|to|by|given|found|a|an|the|option|"
-                    r"choice|total|sum|number|value|of))*|[=:])[ :]*$")
-DENIED = (r"\b(?:not|no|none|never|neither|nor|false|doubt|if|whether|unless|either|wrong"
-                    r"|incorrect|cannot)\b|n['’]t\b|\?")
-DENIAL = re.compile(f"(?i){DENIED}")
-VETO = re.compile(
-    rf"(?i)\b(?:or|and|between|except|without|but|less|fewer|greater|under|over|above|below|beyond|least"
-    r"|most|than|plus|minus|negative|times|divided|multiplied|half|third|quarter|twice|double|triple"
-    r"|dozen|hundred|thousand|[mb]illion|trillion|lakh|crore|squared|cubed|root|power|factorial"
-    r"|remainder|mod|modulo|base|maybe|perhaps|possibly|probably|might|may|could|would|should|almost"
-    r"|nearly|about|around|roughly|too|impossible|invalid|out|up)\b|{DENIED}")
-LABEL = re.compile(r"(?i)\b(?:of|after|before|by|to|at|on|from|past|until|near|against|step|part|case|section"
-                   r"|question|problem|exercise|example|method|figure|table|equation|page|day|option|line"
-                   r"|number|version|grade|year|room|level|stage|phase|round|type|class|row|column) $")
-FINITE = re.compile(r"(?i)(?:is|are|was|were|isn|does|did|has|had|will|fails|works)\b")
-DOUBT = re.compile(r"(?i)\b(?:wrong|incorrect|actually|wait|should|could|might|may|maybe|perhaps|possibly"
-                   r"|probably|but|however|either|if|unless|otherwise|correction|mistake|sorry|else|ignore)\b")
+REMARK_BEGINS = re.compile(  # what follows the value; after a reason any number may stand
+    r"(?i)(?:[,;:]| [-–—]+)? \(?(?P<reason>(?:because|since|given that|due to|rather than|instead of"
+    r"|not counting|(?<=[,;] )(?:as|where|not)|as(?= [$\\(]*[0-9]))\b)|(?<!\\)[,;] (?!(?:or|and|but"
+    r"|nor|if|unless|else|otherwise|then|plus|minus|to|less|more)\b)(?=[A-Za-z]{2}|I )"
+    r"| [-–—]+ (?=[A-Za-z]{2})| (?=(?:so|which|that is|i\.e\.|and (?:we|this|that|it)) )")
+COPULA = re.compile(
+    r"(?i)\b(?:is|are|was|were|be|equals?|becomes?|totals?)(?: (?:exactly|precisely|approximately"
+    rf"|{FILLER}|only|to|by|given|found|an?|the|option|choice|total|sum|number|value|of))* *$")
+DENIED = "not no none never neither nor cannot whether doubt false"
+DOUBTED = ("wrong incorrect if unless either actually wait could might may maybe perhaps possibly"
+           " probably but however otherwise else correction mistake sorry ignore")
+MULTIPLE = "twice half double triple thrice plus minus negative"
+ALTERED = ("or and between except without less fewer greater under over above below beyond least"
+           " most than times dozen hundred thousand million billion trillion lakh crore squared"
+           " cubed factorial mod almost nearly too impossible undefined")
+OTHER = "divided third quarter root power remainder modulo base about around roughly up works"
+
+
+def _any_of(*words: str) -> re.Pattern:
+    return re.compile(rf"(?i)\b(?:{'|'.join(' '.join(words).split())})\b|n['’]t\b|\?")
+
+
+DOUBT, NO_NAME = _any_of(DOUBTED), _any_of(DENIED, DOUBTED, MULTIPLE)
+VETO = _any_of(DENIED, DOUBTED, MULTIPLE, ALTERED, OTHER)
+LABEL = re.compile(  # "the number after 7", "step 7"
+    r"(?i)\b(?:of|after|before|by|to|at|on|from|past|until|near|against|step|part|case|section"
+    r"|question|problem|exercise|example|method|solution|figure|table|equation|page|day|option|line"
+    r"|number|version|grade|year|room|level|stage|phase|round|type|class|row|column) *$")
+NUMERIC = re.compile(r"[0-9∞π√]|\\(?:d?frac|sqrt|pi|infty)|infinity")
+FINITE = re.compile(r"(?i)(?:(?:is|are|was|were)(?! the\b| what\b)|does|did|has|had|will|fails)\b")
 
 
 def _value_alone(content: str) -> str:
@@ -205,7 +202,7 @@ def _value_alone(content: str) -> str:
     """
     if len(content) > MAX_ANSWER:
         return content
-    content = EMPHASIS.sub(r"\2", content)
+    content = EMPHASIS.sub("", content)
     while restated := RESTATED.match(_unwrapped(content)):
         content = _unwrapped(content)[restated.end():]
     if box := STATEMENTS["boxed"].search(content):
@@ -213,7 +210,10 @@ def _value_alone(content: str) -> str:
         outside = content[:box.start()] + content[end:]
         return content if re.search("[0-9]", outside) or VETO.search(outside) else inside
     sentence = _sentence(content)
-    return _read(_unwrapped(sentence), content[len(sentence):].strip(" .")) or content
+    rest = content[len(sentence):].strip(" .")
+    if re.fullmatch(" *[0-9]", sentence) and sentence.strip() not in NUMBER.findall(rest):
+        return content  # "1. Find the total"
+    return _read(_unwrapped(sentence), rest) or content
 
 
 def _unwrapped(text: str) -> str:
@@ -228,71 +228,66 @@ def _read(sentence: str, rest: str) -> str | None:
     remarks = [(rest, True)]  # (what else is said, may it be a calculation?)
     for aside in reversed(list(ASIDE.finditer(main))):
         before, inside = main[:aside.start()], aside[1]
-        computed = re.search("[-+*/×=]", inside) and same_answer(before, inside)
-        if WORD.search(inside) or computed:
+        calculation = re.search("[-+*/×x]", inside) and (
+            re.search(r"(?<![\\a-z])[a-z]{2,}$", before) or same_answer(before, inside))
+        if WORD.search(inside) or "=" in inside or calculation:
             main = before + main[aside.end():]
             remarks.append((inside, True))
-    depths = _depths(main)
-    cuts = (cut for cut in REMARK_BEGINS.finditer(main) if depths[cut.start()] == 0)
-    cut, reason = next(cuts, None), False
-    if cut:
-        reason, remark = cut["reason"], main[cut.end():]
-        main = main[:cut.start()]
+    depths, reason = _depths(main), None
+    if cut := next((c for c in REMARK_BEGINS.finditer(main) if depths[c.start()] == 0), None):
+        main, remark, reason = main[:cut.start()], main[cut.end():], cut["reason"]
         if not reason:
             remarks.append((remark, remark.startswith(("which", "that is", "i.e."))))
-            if not re.search(r"[0-9\\]", main) and not remark[0].islower():
+            if not re.search(r"[0-9\\]", main) and not remark[:1].islower():
                 return None  # a list of words
-    value = main
-    if words := list(WORD.finditer(main)):
-        value = _only_value(main.rstrip("!"), words, bool(rest) or main != sentence)
-        if not value and reason and not re.search("[0-9]", main):
-            value = main
-    elif opening:
-        value = main.rstrip("!")
-    elif main == sentence and not rest:
-        return None
-    if not value or any(_undermines(remark, value, may_compute) for remark, may_compute in remarks):
-        return None
-    return value
+    words = list(WORD.finditer(main))
+    if opening or words:
+        main = main.rstrip("!")
+    changed = bool(rest) or main != sentence
+    value = _only_value(main, words, changed) if words else main if changed else None
+    if not value and reason and not re.search("[0-9]", main):
+        value = main  # "yes, because"
+    if value and not any(_undermines(remark, value, *may) for remark, *may in remarks):
+        return value
+    return None
 
 
-def _undermines(remark: str, value: str, may_compute: bool) -> bool:
+def _undermines(remark: str, value: str, may_calculate: bool) -> bool:
     """Could it be another answer that the remark states?"""
     numbers = NUMBER.findall(remark)
     if DOUBT.search(remark) or STATEMENTS["phrase"].search(remark):
         return True
-    if numbers and re.search(r"\bor\b", remark):
-        return True
-    if not numbers or numbers[-1] in NUMBER.findall(value)[-1:]:
+    if not numbers or same_answer(numbers[-1], value):
         return False
-    return len(numbers) == 1 or not may_compute
+    return len(numbers) == 1 or not may_calculate or " or " in remark
 
 
-def _only_value(main: str, words: list[re.Match], shortened: bool) -> str | None:
-    """The one number, formula or letter between the words of a sentence, with its unit."""
-    if len(words) > 60:
-        return None
+def _only_value(main: str, words: list[re.Match], changed: bool) -> str | None:
+    """The one number or formula between the words of a sentence, with its unit."""
     starts = [0, *(word.end() for word in words)]
     ends = [*(word.start() for word in words), len(main)]
-    gaps = [gap for gap in zip(starts, ends) if re.search(r"[\w\\∞π√]", main[slice(*gap)])]
-    numeric = [gap for gap in gaps if re.search(r"[0-9∞π√]|\\[a-z]", main[slice(*gap)])]
-    named = [gap for gap in gaps if COPULA.search(main[:gap[0]]) or main[slice(*gap)].lstrip()[0] in "=:"]
+    gaps = {start: main[start:end] for start, end in zip(starts, ends)}
+    gaps = {start: gap for start, gap in gaps.items() if re.search(r"[\w∞√]", gap)}
+    numeric = [start for start, gap in gaps.items() if NUMERIC.search(gap)]
+    named = [start for start, gap in gaps.items()
+             if gap.lstrip()[0] in "=:" or COPULA.search(main[:start])]
     stated = named or numeric
-    if len({main[slice(*gap)].strip(" =:") for gap in stated}) != 1:
+    if len({gaps[start].strip(" =:") for start in stated}) != 1 or len(words) > 60:
         return None
-    start, end = stated[-1]
-    before, value, after = main[:start], main[start:end], main[end:]
-    if any(gap[0] > start for gap in numeric) or VETO.search(after) or FINITE.match(after):
+    start, value = stated[-1], gaps[stated[-1]]
+    before, after = main[:start], main[start + len(value):]
+    if numeric and numeric[-1] > start or VETO.search(after) or FINITE.match(after):
         return None
-    if DENIAL.search(before) or not named and before and (
-            VETO.search(before) or LABEL.search(before + " ") or len(before.split()) < 2):
-        return None
-    if before and value[0] not in " =:(" or after and value[-1] != " ":
-        return None
-    if not shortened and not before and len(after.split()) <= 4:
-        return None  # a number with its unit
+    if named:
+        doubtful = NO_NAME.search(before) or re.match(r"\W*(?:[0-9]|\\frac|-)", before)
+    else:
+        alone = len(before.split()) == 1 and value.lstrip()[0] not in "=:"
+        doubtful = VETO.search(before) or LABEL.search(before) or alone
+    touching = before and value[0] not in " =:(" or after and value[-1] != " "
+    if doubtful or touching or not changed and not before and len(after.split()) <= 4:
+        return None  # the last is a number with its unit, as it should be
     unit = takewhile(lambda word: _singular(word.strip(".,").lower()) in UNITS, after.split())
-    return f"{value.strip(' ,;:=')} {' '.join(unit)}".strip()
+    return " ".join([value.strip(" ,;:="), *unit])
 
 
 # --- comparison: does an answer equal the reference? --------------------------------------------
@@ -319,20 +314,41 @@ def is_correct(response: str, reference: str) -> bool:
 def same_answer(answer: str, reference: str) -> bool:
     """is_correct for an answer that has been extracted already."""
     answer, reference = answer.strip(), reference.strip()
-    if answer == reference:
-        return bool(answer)
-    if not answer or max(len(answer), len(reference)) > MAX_ANSWER:
+    if answer == reference or not answer or max(len(answer), len(reference)) > MAX_ANSWER:
+        return answer == reference != ""
+    a, b = normalise(answer), normalise(reference)
+    if _equal(a, b):
+        return True
+    (main_a, condition_a), (main_b, condition_b) = _qualified(a), _qualified(b)
+    if (main_a, main_b) == (a, b):
         return False
-    return _equal(normalise(answer), normalise(reference))
+    agree = not condition_a or not condition_b or _equal(condition_a, condition_b)
+    return agree and _equal(main_a, main_b)
 
 
-FUNCTIONS = {
-    name: getattr(cmath, name.replace("arc", "a"))
-    for name in "sin cos tan arcsin arccos arctan sinh cosh tanh exp".split()
-} | {
-    "ln": cmath.log, "log": cmath.log10, "lg": cmath.log10, "sec": lambda x: 1 / cmath.cos(x),
-    "csc": lambda x: 1 / cmath.sin(x), "cot": lambda x: 1 / cmath.tan(x),
-}
+QUALIFIER = re.compile(
+    r'[,;]?[ "(]*(?:(?:attained|equality|with) )*(?:for|where|when|at|as|\\forall)(?![A-Za-z])"? ?'
+    r'(?!.*\b(?:otherwise|else|if|but|unless|except|not)\b)(?=["A-Za-z\\])'
+    r'([^,;]*(?:,[^,;]*)*\\ldots|[^,;]*)$')
+
+
+def _qualified(text: str) -> tuple[str, str]:
+    r"""(answer, condition) of 2^n"for"n≥1, nπ,n∈"Z", "exactly"5; a condition in words counts as none."""
+    text = re.sub('^"?(?:exactly|precisely|only|just|approximately)(?![A-Za-z])"? ?', "", text)
+    if match := QUALIFIER.search(text, 1):
+        condition = re.sub(r'^(?:all|any|every|each|some)\b|"', "", match[1]).strip()
+        return text[:match.start()], "" if re.search("[A-Za-z]{3}", condition) else condition
+    match = re.search(r"[,(]+(([A-Za-z])[∈≠<>≤≥=][^,()]*(?:\([^()]*\))?)\)?$", text)
+    if match and match[2] in text[:match.start()] and not set(text[:match.start()]) & set("<>≤≥≠∈"):
+        return text[:match.start()], match[1]
+    return text, ""
+
+
+FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in
+             "sin cos tan arcsin arccos arctan sinh cosh tanh exp".split()}
+FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "lg": cmath.log10,
+              "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
+              "cot": lambda x: 1 / cmath.tan(x)}
 # What LaTeX and unicode spell in several ways; after normalise() one symbol has one meaning.
 COMMANDS = {" ": " "} | {name: symbol for symbol, names in {
     "": "! left right big Big bigg Bigg bigl bigr Bigl Bigr middle displaystyle textstyle limits"
@@ -343,21 +359,19 @@ COMMANDS = {" ": " "} | {name: symbol for symbol, names in {
     "/": "div", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt", ">": "gt",
     "≠": "ne neq", "≈": "approx", "=": "equiv", "∈": "in", "∪": "cup bigcup", "∞": "infty",
     "±": "pm", "∓": "mp", "π": "pi", "°": "circ degree", "'": "prime", "%": "%",
-    "|": "mid vert lvert rvert", "(": "langle", ")": "rangle rfloor rceil", "floor(": "lfloor",
+    "|": "mid vert lvert rvert |", "(": "langle", ")": "rangle rfloor rceil", "floor(": "lfloor",
     "ceil(": "lceil", "⦃": "lbrace {", "⦄": "rbrace }", "⦃⦄": "emptyset varnothing",
 }.items() for name in names.split()}
-GREEK = dict(zip("αβγδεθλμνρστφχψωΔΩ", (
-    "alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi chi psi omega Delta Omega"
-).split()))
+GREEK = ("alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi chi psi omega Delta"
+         " Omega").split()
 UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "⁄": "/", "⩽": "≤",
     "⩾": "≥", "′": "'", "’": "'", "，": ",", "：": ":", "（": "(", "）": ")", "º": "°", "~": " ",
     "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∅": r"\emptyset ",
     "…": r"\ldots ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
-    **{letter: rf"\{name} " for letter, name in GREEK.items()},
-    **dict.fromkeys('"⦃⦄\u00ad\u200b\u200e\u200f\ufeff'),
-})
-COMPOSED = re.compile(r"([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)|([₀-₉]+)|[¼½¾⅐-⅞]")
+    **{letter: rf"\{name} " for letter, name in zip("αβγδεθλμνρστφχψωΔΩ", GREEK)},
+    **dict.fromkeys('"⦃⦄\u00ad\u200b\u200e\u200f\ufeff')})
+COMPOSED = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)|([₀-₉]+)|[¼½¾⅐-⅞]")
 TEXT_MACRO = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|[mh]box|math(?:rm|bf|it|sf|bb|cal)|operatorname)\*?"
     r" ?\{((?:[^{}]|\^\{-?[0-9]\})*)\}")
@@ -395,11 +409,11 @@ def _decomposed(composed: re.Match) -> str:
 def _quoted(macro: re.Match) -> str:
     """The content of a text macro: words in quotes, but not the number in 4:30 pm."""
     content = macro[1].replace('"', "").strip(" \\~")
-    if content.strip(" ,") in ("and", "or") or not re.search("[A-Za-z]", content):
-        return f" {content} "
     is_time = content == "sec" and not macro.string[macro.end():].strip(" .$")  # 5\text{ sec}
     if content in FUNCTIONS and not is_time:
         return f"\\{content} "
+    if content.strip(" ,") in ("and", "or") or not re.search("[A-Za-z]", content):
+        return f" {content} "
     if macro[0] in (r"\mathrm{e}", r"\mathrm{i}"):
         return f" {content} "
     number, words = re.fullmatch("([0-9][0-9.,:]*(?![A-Za-z0-9]))?(.*)", content).groups()
@@ -429,6 +443,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?i)\b(?:negative|minus) (?=infinity\b)", "-"),
     (r"(?i)(?<!\\)\b(?:(?:positive|plus) )?infinity\b", "∞"),
     (r"(?i)(?<=[(\[,+-])( ?)(?:inf|oo)(?= ?[,)\]])", r"\1∞"),
+    (r"(?<=\b[a-z]) in (?=[(\[])", "∈"),
     (r"\\(?:left|right)\.", ""),
     (r"\.\.\.", r"\\ldots "),
     (r"\{:\}", ":"),
@@ -482,32 +497,27 @@ LABELLED_CHOICE = re.compile(r'"?(?:(?:[Oo]ption|[Cc]hoice) )?["(]*([A-J])'
 
 def _equal(a: str, b: str, depth: int = 0) -> bool:
     """Are two normalised answers the same? They are taken apart layer by layer, from outside."""
-    if a == b:
-        return True
-    if depth > 5:
-        return False
+    if a == b or depth > 5:
+        return a == b
     depth += 1
     list_a, list_b = _members(a), _members(b)
     if len(list_a) != 1 or len(list_b) != 1:
         return _same_multiset(list_a, list_b, depth)
     (a,), (b,) = list_a, list_b
-    choice_a = CHOICE.fullmatch(a) or LABELLED_CHOICE.match(a)
-    choice_b = CHOICE.fullmatch(b) or LABELLED_CHOICE.match(b)
-    if choice_a and choice_b and (CHOICE.fullmatch(a) or CHOICE.fullmatch(b)):
-        letter_a, letter_b = choice_a[1], choice_b[1]
+    choices = [CHOICE.fullmatch(x) or LABELLED_CHOICE.match(x) for x in (a, b)]
+    if all(choices) and (CHOICE.fullmatch(a) or CHOICE.fullmatch(b)):
+        letter_a, letter_b = choices[0][1], choices[1][1]
         return letter_a == letter_b or "(" in a + b and letter_a.upper() == letter_b.upper()
-    (sides_a, signs_a), (sides_b, signs_b) = _relation(a), _relation(b)
-    if signs_a or signs_b:
-        return _same_relation(sides_a, signs_a, sides_b, signs_b, depth)
+    relation_a, relation_b = _relation(a), _relation(b)
+    if relation_a[1] or relation_b[1]:
+        return _same_relation(*relation_a, *relation_b, depth)
     if "∪" in a + b:
         return _same_multiset(_split(a, "∪"), _split(b, "∪"), depth)
     if r"\begin" in a + b:
         return _same_sequence(_matrix(a), _matrix(b), depth)
-    items_a = _split(a[1:-1], ",;") if _wrapped(a, "([", ")]") else [a]
-    items_b = _split(b[1:-1], ",;") if _wrapped(b, "([", ")]") else [b]
+    items_a, items_b = (_split(x[1:-1], ",;") if _wrapped(x, "([", ")]") else [x] for x in (a, b))
     if len(items_a) > 1 or len(items_b) > 1:
-        same_brackets = (a[0], a[-1]) == (b[0], b[-1])
-        return same_brackets and _same_sequence(items_a, items_b, depth)
+        return a[0] + a[-1] == b[0] + b[-1] and _same_sequence(items_a, items_b, depth)
     if ":" in a and ":" in b:
         return _same_sequence(_split(a, ":"), _split(b, ":"), depth)
     return _same_atom(a, b)
@@ -542,58 +552,45 @@ def _split(text: str, separators: str) -> list[str]:
 
 def _wrapped(text: str, opening: str, closing: str) -> bool:
     """Does one pair of brackets hold the whole text?"""
-    if len(text) < 2 or text[0] not in opening or text[-1] not in closing:
-        return False
-    return min(_depths(text)[:-1]) > 0
+    matching = len(text) > 1 and text[0] in opening and text[-1] in closing
+    return matching and min(_depths(text)[:-1]) > 0
 
 
 def _members(text: str) -> list[str]:
     r"""The answers that a bare list, a set or a \pm holds; one for anything else."""
-    text = _conditions_to_union(_bare_set(text))
-    if _wrapped(text, "⦃{", "⦄}"):
-        text = text[1:-1]
+    name, *rest = re.split("[∈=]", text, maxsplit=1)
+    if rest and _wrapped(rest[0], "⦃{", "⦄}") and _is_name(re.sub(r"∪|\\cap", "", name)):
+        text = rest[0]  # A∪B=⦃1,2⦄, x∈⦃1,2⦄
+    if _wrapped(text, "⦃", "⦄"):
+        text = re.sub(r"^⦃[A-Za-z](?:∈\(-∞,∞\))? ?[|:](.*)⦄$", r"\1", text)  # ⦃x|-2<x<1⦄
+    text = _conditions_to_union(text)
     members = []
-    for item in filter(None, _split(text, ",;")):
+    for item in filter(None, _split(text[1:-1] if _wrapped(text, "⦃{", "⦄}") else text, ",;")):
         exact, _, rounded = item.partition("≈")
         item = exact if exact and not _is_name(exact) else rounded or item
         if item.count("±") == 1:
             members.append(item.replace("±", "+").replace("∓", "-"))
-            members.append(item.replace("±", "-").replace("∓", "+"))
-        else:
-            members.append(item)
+            item = item.replace("±", "-").replace("∓", "+")
+        members.append(item)
     return members
-
-
-def _bare_set(text: str) -> str:
-    r"""The set alone of A∪B=⦃1,2⦄ and x∈⦃1,2⦄, and of ⦃x|-2<x<1⦄ the condition."""
-    name, *rest = re.split("[∈=]", text, maxsplit=1)
-    if rest and _wrapped(rest[0], "⦃{", "⦄}") and _is_name(re.sub(r"∪|\\cap", "", name)):
-        text = rest[0]
-    if _wrapped(text, "⦃", "⦄"):
-        return re.sub(r"^⦃[A-Za-z](?:∈\(-∞,∞\))? ?[|:](.*)⦄$", r"\1", text)
-    return text
 
 
 def _conditions_to_union(text: str) -> str:
     r"""Conditions on one name as a set: x<1 or x>3, x≥1 and x<3, x≠2,5, the reals without ⦃2,5⦄."""
-    holes = re.fullmatch(r"([A-Za-z])≠(.+)|\(-∞,∞\) ?(?:\\setminus|-)⦃(.+)⦄", text)
-    if holes:
+    if holes := re.fullmatch(r"([A-Za-z])≠(.+)|\(-∞,∞\) ?(?:\\setminus|-)⦃(.+)⦄", text):
         points = _split((holes[2] or holes[3]).replace(f"{holes[1]}≠", ""), ",")
         if all(map(_value, points)):
             ends = ["-∞", *sorted(points, key=lambda point: _value(point)[0].real), "∞"]
             return "∪".join(f"({left},{right})" for left, right in zip(ends, ends[1:]))
-    separator = ";" if ";" in text else ","
-    parts = [_relation(part) for part in _split(text, separator)]
-    if len(parts) < 2 or not all(signs for _, signs in parts):
-        return text
-    if all(signs == "=" for _, signs in parts):
+    parts = [_relation(part) for part in _split(text, ";" if ";" in text else ",")]
+    all_signs = [signs for _, signs in parts]
+    if len(parts) < 2 or not all(all_signs) or set(all_signs) == {"="}:
         return text
     names, values = zip(*(_meaning(*part) for part in parts))
-    if len(set(names)) > 1 or not all(len(value) == 1 for value in values):
+    if len(set(names)) > 1 or any(len(value) != 1 for value in values):
         return text
-    sets = [f"⦃{value}⦄" if signs == "=" else value
-            for (value,), (_, signs) in zip(values, parts)]
-    if separator == ";":
+    sets = [f"⦃{value}⦄" if sign == "=" else value for (value,), sign in zip(values, all_signs)]
+    if ";" in text:
         return "∪".join(sets)
     low, high = sorted(sets, key=lambda ray: ray.startswith("(-∞"))[:2]
     if len(sets) == 2 and low.endswith(",∞)") and high.startswith("(-∞,"):
@@ -611,70 +608,64 @@ def _relation(text: str) -> tuple[list[str], str]:
     return sides, signs
 
 
-ARGUMENTS = re.compile(  # P(X>2) is a name, but f(x+1) is another function
-    r"([fghpqE-HPQ]'*(?:\^\{-1\})?|\\(?:sin|cos|tan|log|ln))\((?![a-z][-+])[^()]*\)")
-SUBSCRIPT = re.compile(r"_(?:\{[^{}]*\}|\w)")
-RATIO = re.compile(r"\\frac\{[^{}0-9^]+\}\{[^{}0-9^]+\}")  # of names: \frac{AM}{MB}
+NAMES = [(re.compile(pattern), replacement) for pattern, replacement in (
+    # Arguments: P(X>2) is a name, but f(x+1) is another function.
+    (r"([fghpqE-HPQ]'*(?:\^\{-1\})?|\\(?:sin|cos|tan|log|ln))\((?![a-z][-+])[^()]*\)", r"\1"),
+    (r"_(?:\{[^{}]*\}|\w)", ""),
+    (r'"[^"]*" ?', "Q"),
+    (r"\\frac\{[^{}0-9^]+\}\{[^{}0-9^]+\}", "R"),  # \frac{AM}{MB}
+    (r"\|[^|0-9=<>^]+\|", "A"),  # |z|
+)]
 
 
 def _is_name(text: str, compound: bool = False) -> bool:
     r"""Can this stand before "=" as what was asked for? x, f(3), (x,y), \angle ABC, "Total cost",
-    \frac{AM}{MB}, |z|, but not 2x. With `compound` also m+n and AB*BC, but not 2x+z."""
+    \frac{AM}{MB}, |z|, not 2x. With `compound` also m+n, AB*BC and \int f, not x+1."""
     if len(text) > 80 or not re.search('[A-Za-z"]', text) or text.strip(' "') in NOT_UNITS:
         return False
-    text = SUBSCRIPT.sub("", ARGUMENTS.sub(r"\1", text))
-    text = RATIO.sub("R", re.sub(r'"[^"]*" ?', "Q", text))
-    text = re.sub(r"\|([^|0-9=<>^]+)\|", "A", text)
+    if NO_NAME.search(text) or compound and text.startswith((r"\lim", r"\int", r"\sum")):
+        return not NO_NAME.search(text)
+    for pattern, replacement in NAMES:
+        text = pattern.sub(replacement, text)
     if compound:
-        text = re.sub(r"(?<=\w)[-+*](?=[\w\\])", "", text) 
+        text = re.sub(r"(?<=[A-Za-z)\]}])[-+*](?=[A-Za-z\\\[])", "", text)
     if text[:1] in "QfghABCM":
         text = re.sub(r"\^\{?-1\}?(?=\(|$)", "", text)  # f^{-1}(x), A^{-1}
-    return not re.search(r"^[0-9.]|\\frac|\\sqrt|\\\$|[-+*/^|!%=<>≤≥∪π]|(?<![\\A-Za-z])[A-Za-z]{2,} ", text)
+    return not re.search(r"^[0-9.]|\\(?:frac|sqrt|binom|\$)|[-+*/^|!%=<>≤≥∪π]|(?<![\\A-Za-z])[A-Za-z]{2,} ", text)
 
 
 def _meaning(sides: list[str], signs: str, compound: bool = False) -> tuple[str, list[str]]:
-    """(name, values): ('x', ['5']) for x = 5 and ('x', ['[2,∞)']) for x ≥ 2; a chain of equal
-    sides has no name."""
-    opening = "[" if signs[0] == "≤" else "("
-    closing = "]" if signs[-1] == "≤" else ")"
-    if set(signs) <= set("<≤") and len(signs) == 2 and _is_name(sides[1]):
+    """(name, values): ('x', ['5']) for x = 5, ('x', ['[2,∞)']) for x ≥ 2; equal sides without a
+    name have the name ''."""
+    opening = "[" if signs[:1] == "≤" else "("
+    closing = "]" if signs[-1:] == "≤" else ")"
+    if len(signs) == 2 and set(signs) <= set("<≤") and _is_name(sides[1]):
         return sides[1], [f"{opening}{sides[0]},{sides[2]}{closing}"]
-    if signs in ("<", "≤") and _is_name(sides[0]):
-        return sides[0], [f"(-∞,{sides[1]}{closing}"]
+    if signs in ("<", "≤", "∈") and _is_name(sides[0]):
+        return sides[0], [sides[1] if signs == "∈" else f"(-∞,{sides[1]}{closing}"]
     if signs in ("<", "≤") and _is_name(sides[1]):
         return sides[1], [f"{opening}{sides[0]},∞)"]
-    if signs == "∈" and _is_name(sides[0]):
-        return sides[0], [sides[1]]
-    if set(signs) == {"="} and not all(map(_words, sides)):  # LRAC = SRMC is no value of LRAC
-        if _is_name(sides[0], compound):
-            return sides[0], sides[1:]
-        return (sides[-1], sides[:-1]) if _is_name(sides[-1]) else ("", sides)
-    return "", []
+    if set(signs) > {"="} or all(map(_words, sides)) and signs:  # LRAC = SRMC is no value of LRAC
+        return "", []
+    if signs and _is_name(sides[0], compound):
+        return sides[0], sides[1:]
+    return (sides[-1], sides[:-1]) if signs and _is_name(sides[-1]) else ("", sides)
 
 
 def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b: str,
                    depth: int) -> bool:
     """Equations, inequalities and memberships against one another or a bare value or set."""
-    if not signs_b:
-        _, values = _meaning(sides_a, signs_a, compound=True)
-        return bool(values) and all(_equal(value, sides_b[0], depth) for value in values)
-    if not signs_a:
-        _, values = _meaning(sides_b, signs_b)
-        return bool(values) and all(_equal(value, sides_a[0], depth) for value in values)
-    (name_a, values_a), (name_b, values_b) = _meaning(sides_a, signs_a), _meaning(sides_b, signs_b)
+    name_a, values_a = _meaning(sides_a, signs_a, compound=True)
+    name_b, values_b = _meaning(sides_b, signs_b)
     y_is_f = r"y[a-z]\([a-z]\)|[a-z]\([a-z]\)y"  # y = 2x is f(x) = 2x
-    if name_a == name_b or re.fullmatch(y_is_f, name_a + name_b):
+    if not signs_a or not signs_b or name_a == name_b or re.fullmatch(y_is_f, name_a + name_b):
         pairs = [(x, y) for x in values_a for y in values_b]
         if pairs and all(_equal(x, y, depth) for x, y in pairs):
             return True
     if signs_a == signs_b == "=" and all(map(_words, sides_a + sides_b)):
         return _same_multiset(sides_a, sides_b, depth)
-    if signs_a != signs_b:
-        return False
-    if _same_sequence(sides_a, sides_b, depth):
-        return True
-    if len(signs_a) > 1:
-        return False
+    if signs_a != signs_b or len(signs_a) > 1 or _same_sequence(sides_a, sides_b, depth):
+        return signs_a == signs_b and _same_sequence(sides_a, sides_b, depth)
     difference = _value("({})-({})".format(*sides_a))
     ratio = _value("(({})-({}))/(({})-({}))".format(*sides_a, *sides_b))  # constant: 2x=4, x-2=0
     if not difference or not ratio or _same_number(*difference) or not _same_number(*ratio):
@@ -684,16 +675,11 @@ def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b
 
 def _matrix(text: str) -> list[str]:
     r"""The rows of a matrix (not of a determinant) as tuples, each entry times a factor before."""
-    factor, _, rest = text.partition(r"\begin{")
-    kind, _, rest = rest.partition("}")
-    body, _, end = rest.rpartition(r"\end{" + kind)
-    if not re.fullmatch("[pbB]?matrix|array", kind) or not re.fullmatch(r"\}[])]?", end):
+    matrix = re.fullmatch(r"(.*?)\[?\\begin\{([pbB]?matrix|array)\}(.*)\\end\{\2\}[])]?", text)
+    if not matrix or r"\begin" in matrix[3]:
         return []
-    if r"\begin" in body:
-        return []
-    if kind == "array":
-        body = re.sub(r"^\{[^{}]*\}", "", body)
-    factor = factor.rstrip("[(*").replace("-", "-1") if factor.rstrip("[(*") == "-" else factor.rstrip("[(*")
+    factor = matrix[1].rstrip("[(*").replace("-", "-1")
+    body = re.sub(r"^\{[^{}]*\}", "", matrix[3]) if matrix[2] == "array" else matrix[3]
     rows = []
     for row in re.split(r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", body):
         if row.strip():
@@ -712,16 +698,14 @@ UNITS = {name: names.split()[0] for names in (
     "lb pound", "oz ounce", "l liter litre", "ml milliliter millilitre", "day", "week",
     "month", "year", "2 square sq", "3 cubic cu") for name in names.split()}
 NOT_UNITS = FUNCTIONS.keys() | set(
-    "is are was be not no if but so because since then the this it either neither sqrt pi mod"
-    " squared cubed factorial half times more less dozen hundred thousand million billion"
-    " trillion lakh crore".split())
+    f"{DENIED} {DOUBTED} {ALTERED} is are was be so because since then the this it sqrt pi half"
+    " more".split())
 
 
 def _same_atom(a: str, b: str) -> bool:
     words_a, words_b = _words(a), _words(b)
-    if words_a == words_b != "" or max(len(words_a), len(words_b)) > 3:
-        return words_a == words_b
-    if words_a and words_b and (a + b).isupper():
+    in_capitals = words_a and words_b and (a + b).isupper()
+    if words_a == words_b != "" or max(len(words_a), len(words_b)) > 3 or in_capitals:
         return words_a == words_b
     (a, unit_a), (b, unit_b) = _split_unit(a), _split_unit(b)
     if unit_a and unit_b and unit_a != unit_b:
@@ -743,23 +727,22 @@ def _plain(text: str) -> str:
     return re.sub(r'(?<![0-9]) | (?![0-9])|"', "", re.sub(r"\{(\w)\}", r"\1", text))
 
 
-def _split_unit(text: str) -> tuple[str, str]:
-    r"""(value, unit) of 5"cm"^2, 5 square cm, \$5, 5°, 5%.
+def _singular(word: str) -> str:
+    return word.removesuffix("s") if len(word) > 2 else word
 
-    In plain text a unit is a known one, or words after a space.
-    """
+
+def _split_unit(text: str) -> tuple[str, str]:
+    r"""(value, unit) of 5"cm"^2, 5 square cm, \$5, 5°, 5%. In plain text a unit is a known one, or
+    words after a space."""
     if money := re.match(r"(-?)(\\\$|€|£)", text):
         amount = text[money.end():]
         value, unit = _split_unit(amount)  # \$18 per day
         if unit == "k":
             value, unit = amount, ""
         return money[1] + value, " ".join(sorted({money[2][-1], *unit.split()}))
-    power = re.search(r"\^\{?[23]\}?$", text)
-    quote = text.find('"')
-    if quote > 0:
-        head = text[:quote]
-    else:
-        head = re.sub(r"[A-Za-z/. €£]{0,40}$", "", text[:power.start()] if power else text)
+    power, quote = re.search(r"\^\{?[23]\}?$", text), text.find('"')
+    head = re.sub(r"[A-Za-z/. €£]{0,40}$", "", text[:power.start()] if power else text)
+    head = text[:quote] if quote > 0 else head
     tail = re.sub(r"\.(?=[A-Za-z]{2})", " ", text[len(head):])
     tail = tail.replace(".", "").replace("mph", "mi/h")
     words = [_singular(word) for word in re.findall("[a-z€£]+|/", tail.lower())]
@@ -767,8 +750,7 @@ def _split_unit(text: str) -> tuple[str, str]:
     if quote > 0:
         is_unit = re.fullmatch(r'(?:"[^"]*"(?:\^\{?-?[0-9]\}?)?[ /*]?)+', tail)
     elif words and known:  # one letter may be a variable: only m^2 and m^3 are taken for units
-        is_square = power and words == ["m"]
-        is_rate = tail[0] == " " and "/" in tail
+        is_square, is_rate = power and words == ["m"], tail[0] == " " and "/" in tail
         is_unit = len(words[0]) > 1 or words[0] in "€£" or is_square or is_rate
     else:
         is_unit = tail.startswith(" ") and max(map(len, words), default=0) > 2
@@ -777,10 +759,6 @@ def _split_unit(text: str) -> tuple[str, str]:
         return text, text[-1] if text.endswith(("°", "%")) else ""
     powers = re.findall("-?[0-9]", tail)
     return head, " ".join(sorted(UNITS.get(word, word) for word in words + powers))
-
-
-def _singular(word: str) -> str:
-    return word.removesuffix("s") if len(word) > 2 else word
 
 
 # --- expressions: read and computed at once, exactly as long as possible ------------------------
@@ -798,8 +776,7 @@ PROSE = re.compile(rf"(?<![\\A-Za-z])(?!(?:{KNOWN}|pi)\b)"
                    r"(?:(?:[A-Za-z]{3,}|no) |not|(?<= )[A-Za-z]{3,})")
 LEVEL = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5, "°": 5, "%": 5}  # 2x: level 2 too
 CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
-OPAQUE = {r"\prod", r"\int", r"\lim", r"\cdots", r"\ldots", r"\dots", r"\cap", r"\setminus",
-          r"\pmod"}
+OPAQUE = set(r"\prod \int \lim \cdots \ldots \dots \cap \setminus \pmod".split())
 Number = Fraction | complex
 
 
@@ -831,19 +808,19 @@ def _power(base: Number, exponent: Number) -> Number:
         return complex(base) ** complex(exponent)
     p, n = exponent.as_integer_ratio()
     bits = base.numerator.bit_length() + base.denominator.bit_length()
-    if abs(p) * bits > MAX_BITS or n > 1000:
-        if n == 1 or base < 0:
-            raise ValueError("too large")
-        return complex(base) ** float(exponent)  # names are fractions: a^{mn}
+    small = abs(p) * bits <= MAX_BITS and n <= 1000  # names are fractions: a^{mn} is not
+    if not small and (n == 1 or base < 0):
+        raise ValueError("too large")
     if n == 1:
         return base ** p
     if base < 0:
         root_of_sign = Fraction((-1) ** p) if n % 2 else complex(-1) ** float(exponent)
         return root_of_sign * _power(-base, exponent)
-    root = Fraction(*(math.isqrt(k) if n == 2 else round(float(k) ** (1 / n))
-                      for k in base.as_integer_ratio()))
-    if root.numerator.bit_length() * n <= MAX_BITS and root ** n == base:
-        return root ** p
+    if small:
+        root = Fraction(*(math.isqrt(k) if n == 2 else round(float(k) ** (1 / n))
+                          for k in base.as_integer_ratio()))
+        if root.numerator.bit_length() * n <= MAX_BITS and root ** n == base:
+            return root ** p
     return complex(base) ** float(exponent)
 
 
@@ -852,13 +829,9 @@ class _Expression:
     numbers."""
 
     def __init__(self, text: str, point: str):
-        self.tokens = list(TOKEN.finditer(text))
-        self.at = 0  # the next token
-        self.point = point  # which of the two values the names take
-        self.names = 0  # read so far
-        self.nesting = 0
-        self.bars = 0  # open |
-        self.work = 0  # bits so far
+        self.tokens, self.at = list(TOKEN.finditer(text)), 0
+        self.point = point  # which of its two values a name takes
+        self.names = self.nesting = self.bars = self.work = 0  # names so far, open | and bits
         self.degree = Fraction(1)
 
     def whole(self) -> Number:
@@ -897,20 +870,15 @@ class _Expression:
             elif sign == "^":
                 value = _power(value, self.read(3))
             elif sign in ("+", "-"):
-                value = self.sum(value, self.read(1) if sign == "+" else -self.read(1))
-            elif sign == "/":
-                value = value / self.read(2)
+                before, term = value, self.read(1) if sign == "+" else -self.read(1)
+                value = before + term
+                if isinstance(value, complex) and before and term:
+                    if not 1e-9 < abs(before) / abs(term) < 1e9:
+                        raise ValueError("a term is lost in rounding")
             else:
-                value = value * self.read(2)
+                value = value / self.read(2) if sign == "/" else value * self.read(2)
             value = self.bounded(value)
         return value
-
-    def sum(self, value: Number, term: Number) -> Number:
-        total = value + term
-        if isinstance(total, complex) and value and term:
-            if not 1e-9 < abs(value) / abs(term) < 1e9:
-                raise ValueError("a term is lost in rounding")
-        return total
 
     def starts_factor(self) -> bool:
         """Does a factor without a sign follow? A number must be a power: 2^6 3^5, not 1 2 or x2."""
@@ -922,10 +890,8 @@ class _Expression:
         return bool(token["word"] or token[0] in "([{" or token[0] == "|" and not self.bars)
 
     def marked(self, value: Number, mark: str) -> Number:
-        if mark == "°":
-            return value * self.degree
-        if mark == "%":
-            return value
+        if mark != "!":
+            return value * self.degree if mark == "°" else value
         if isinstance(value, Fraction) and value.denominator == 1 and 0 <= value <= 170:
             return Fraction(math.factorial(int(value)))
         if isinstance(value, Fraction) and value.denominator > 1 and abs(value) < 100:
@@ -939,21 +905,17 @@ class _Expression:
             raise ValueError("too deep")
         token, names = self.take(), self.names
         word = (token["word"] or "").strip("\\")
-        if token[0] == "+":
-            value = self.read(3)
-        elif token[0] == "-":
-            value = -self.read(3)
+        if token[0] in ("+", "-"):
+            value = self.read(3) if token[0] == "+" else -self.read(3)
         elif token["number"]:
             value = self.number(token)
-        elif token[0] == "|":
-            self.bars += 1
-            value = self.read()
-            self.take("|")
-            self.bars -= 1
-            value = self.absolute(value, self.names > names)
         elif token[0] in CLOSING:
+            self.bars += token[0] == "|"
             value = self.read()
             self.take(CLOSING[token[0]])
+            if token[0] == "|":  # with names, a name for the square: |x| is x at positive points
+                self.bars -= 1
+                value = self.name(f"|{value * value}|") if self.names > names else abs(value)
         elif word == "frac":
             value = self.argument() / self.argument()
         elif word == "sqrt":
@@ -966,29 +928,20 @@ class _Expression:
         elif word == "binom":
             n, k = self.argument(), self.argument()
             value = self.marked(n, "!") / (self.marked(k, "!") * self.marked(n - k, "!"))
-        elif not word or token["word"] in OPAQUE:
-            raise ValueError("not an expression")
-        elif NOT_UNITS & set(re.findall("[a-z]+", token[0].lower())):
-            raise ValueError("prose")
-        else:
+        elif word and token["word"] not in OPAQUE and not NOT_UNITS & set(re.findall("[a-z]+", token[0].lower())):
             value = CONSTANTS.get(token[0]) or self.name(re.sub('["{}]', "", token[0]))
+        else:
+            raise ValueError("not an expression")
         self.nesting -= 1
         return self.bounded(value)
-
-    def absolute(self, value: Number, has_names: bool) -> Number:
-        """With names in it |x| is a name for its square: at the positive points it would be x."""
-        if has_names:
-            return self.name(f"|{value * value}|")
-        return abs(value) if isinstance(value, Fraction) else complex(abs(value))
 
     def argument(self) -> Number:
         r"""What follows \frac or \sqrt: a group or one token; of a number one digit: \frac12."""
         if self.next() in ("", "+", "-"):
             raise ValueError("not an expression")
-        token = self.tokens[self.at]
-        if len(token[0]) > 1 and token[0].isdigit():
-            digit, rest = TOKEN.match(token[0][0]), TOKEN.match(token[0][1:])
-            self.tokens[self.at:self.at + 1] = [digit, rest]
+        text = self.next()
+        if len(text) > 1 and text.isdigit():
+            self.tokens[self.at:self.at + 1] = TOKEN.match(text[0]), TOKEN.match(text[1:])
         return self.primary()
 
     def number(self, token: re.Match) -> Number:
