@@ -10,12 +10,13 @@ standard library is imported.
 import cmath
 import math
 import re
-import unicodedata
 import zlib
 from collections import deque
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate, takewhile
+
+from support.notation import RELATIONS, normalise
 
 # --- extraction: which part of a completion is the answer? --------------------------------------
 
@@ -27,10 +28,10 @@ FILLER = "therefore|thus|then|now|simply|equal to|actually|indeed|in fact|instea
 GAP = r"[\s*_]*+"  # white space, and the * and _ of markdown's emphasis
 TO_VALUE = rf"{GAP}:?+{GAP}(?:(?:{FILLER})\b[\s*_:,]*+)?+(?:(?:\$\$|\\\[)\s*+)?+"
 PHRASE = rf"(?i:answers?(?:{GAP}:|[\s*_]++(?:is|are)(?![a-z])){TO_VALUE})"
-REWORDED = (rf"(?i:answers?(?: to (?:the|this) (?:question|problem))?{GAP}(?:=|[-–—→]\s|is(?![a-z])"
-            rf"|equals|(?:should|would|must|will) be){TO_VALUE})")
-HEADING = (r"(?im:^[^\w\n]*+_*+(?:(?:step )?[0-9]+[.:)] *+)?[*_]*+(?:(?:the|my|our|final|correct) ++)"
-           rf"{{0,3}}answer[*_ \t]*+\n{TO_VALUE})")
+REWORDED = (r"(?i:answers?(?: to (?:the|this) (?:question|problem))?"
+            rf"{GAP}(?:=|[-–—→]\s|is(?![a-z])|equals|(?:should|would|must|will) be){TO_VALUE})")
+HEADING = (r"(?im:^[^\w\n]*+_*+(?:(?:step )?[0-9]+[.:)] *+)?[*_]*+"
+           rf"(?:(?:the|my|our|final|correct) ++){{0,3}}answer[*_ \t]*+\n{TO_VALUE})")
 REMARK = (r"(?:correct|consistent|reasonable|valid|unique|verified|confirmed|an integer"
           r"|in [a-z ]{0,30}(?:form|terms))\b")
 STATEMENTS = {
@@ -55,8 +56,8 @@ def extract_answer(response: str, fmt: str = "any") -> str | None:
     ends latest wins, so "the answer is \boxed{5}" is the box. `fmt`, one of ANSWER_FORMATS, can
     admit one kind only. A last box that is empty or cut off is no answer, and nothing earlier
     replaces it. "The answer is correct" and headings such as "#### Conclusion" are read only where
-    nothing else is stated. Text after the first end marker and a think block are ignored. Where a
-    statement in words holds one value, that value is the answer (see _value_alone).
+    nothing else is stated. Text after the first end marker and a think block are ignored. Of a
+    statement in words that holds one value only the value is returned (see _value_alone).
 
     Pass the completion alone: a prompt may contain `\boxed{}` itself.
     """
@@ -116,8 +117,7 @@ def _box(text: str, start: int) -> tuple[int, str]:
     if not text.startswith("{", start):  # \boxed 7 is TeX for \boxed{7}
         token = re.compile(r"[\w.,-]{0,50}").match(text, start)
         return token.end(), token[0]
-    depth = 0
-    braces = re.compile(r"\\.|[{}]", re.S)  # \{ is no brace
+    depth, braces = 0, re.compile(r"\\.|[{}]", re.S)  # \{ is no brace
     for brace in braces.finditer(text, start, start + 10 * MAX_ANSWER):
         depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0 and brace[0] == "}":
@@ -127,7 +127,7 @@ def _box(text: str, start: int) -> tuple[int, str]:
 
 def _sentence(line: str) -> str:
     """The line up to the first dot before white space that is outside braces and $...$."""
-    for dot in re.finditer(r"(?<!\bM[rs])(?<!\bMrs)(?<!\b[DS]r)(?<!\bsq)(?<!\b[ie]\.[eg])\.(?=\s|$)", line):
+    for dot in re.finditer(r"(?<!\bM[rs])(?<!\bDr)(?<!\bsq)(?<!\b[ie]\.[eg])\.(?=\s|$)", line):
         before, after = line[:dot.start()], line[dot.end():]
         in_math = before.count("$") % 2 != before.count(r"\$") % 2 and "$" in after
         if re.match(r"\s+[A-Z][a-z]", after):  # "$18. She has $5 left" is no formula
@@ -148,47 +148,52 @@ def _bare(answer: str) -> str:
 
 # --- statements in words: "Tom has 7 apples, because 3 + 4 = 7" states 7 ------------------------
 
-TEXT = re.compile(r"\\(?:text[a-z]*|[mh]box|math(?:rm|bf|it))\*? ?\{([^{}]*)\}")
-EMPHASIS = re.compile(r"(?<![\w)\]}])(?:_+(?=[^\s{_])|\*\*)|(?<=\S)_+(?![\w{\\])|\*\*(?![\w({\\+-])")
-WORD = re.compile(  # of prose, not of a formula
-    r"(?<![\\A-Za-z{])(?!(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc|exp|ln|log|sqrt|pi|infinity)"
-    r"|[A-Z]{2,4})\b)(?:[A-Za-z]{2,}|[AaI](?= [A-Za-z]))[A-Za-z'’-]*")
-RESTATED = re.compile(rf"[\s*_$\\#]*(?:(?i:(?:so|thus|hence|therefore|the|my|our|final|correct)\b"
-                      rf"[\s,*_]*){{0,4}}(?:{PHRASE}|{REWORDED})|(?<=#)(?=[^#]))")
-OPENING = re.compile(  # "exactly", "for sure", "In 5 days, "
-    rf"(?i)(?:(?:{FILLER}|exactly|precisely|approximately|only|clearly|definitely|certainly|finally"
-    r"|of course|for sure|so|hence|that|given by|found to be|going to be)\b[,:]? ?|(?:in|on|after|for"
-    r"|with|by|since|when|because|given|over|during|within)\b[^,;]*, (?=[A-Za-z]))+")
-ASIDE = re.compile(r" [(\[]([^()\[\]]*)[)\]](?=[ .,;!]|$)")
-REMARK_BEGINS = re.compile(  # what follows the value; after a reason any number may stand
-    r"(?i)(?:[,;:]| [-–—]+)? \(?(?P<reason>(?:because|since|given that|due to|rather than|instead of"
-    r"|not counting|(?<=[,;] )(?:as|where|not)|as(?= [$\\(]*[0-9]))\b)|(?<!\\)[,;] (?!(?:or|and|but"
-    r"|nor|if|unless|else|otherwise|then|plus|minus|to|less|more)\b)(?=[A-Za-z]{2}|I )"
-    r"| [-–—]+ (?=[A-Za-z]{2})| (?=(?:so|which|that is|i\.e\.|and (?:we|this|that|it)) )")
-COPULA = re.compile(
-    r"(?i)\b(?:is|are|was|were|be|equals?|becomes?|totals?)(?: (?:exactly|precisely|approximately"
-    rf"|{FILLER}|only|to|by|given|found|an?|the|option|choice|total|sum|number|value|of))* *$")
 DENIED = "not no none never neither nor cannot whether doubt false"
-DOUBTED = ("wrong incorrect if unless either actually wait could might may maybe perhaps possibly"
-           " probably but however otherwise else correction mistake sorry ignore")
+DOUBTED = ("wrong incorrect if unless either actually wait maybe perhaps possibly probably but"
+           " however otherwise else correction mistake sorry ignore")
 MULTIPLE = "twice half double triple thrice plus minus negative"
 ALTERED = ("or and between except without less fewer greater under over above below beyond least"
            " most than times dozen hundred thousand million billion trillion lakh crore squared"
            " cubed factorial mod almost nearly too impossible undefined")
 OTHER = "divided third quarter root power remainder modulo base about around roughly up works"
+RELATED = (  # "the number after 7", "step 7"
+    "of after before by to at on from past until near against step part case section question"
+    " problem exercise example method solution figure table equation page day option line number"
+    " version grade year room level stage phase round type class row column")
 
 
-def _any_of(*words: str) -> re.Pattern:
-    return re.compile(rf"(?i)\b(?:{'|'.join(' '.join(words).split())})\b|n['’]t\b|\?")
+def _any_of(words: str, after: str = r"\b|n['’]t\b|\?") -> re.Pattern:
+    words = f"{words} {words.title()}"  # but not in capitals: NO is a line, too
+    return re.compile(rf"\b(?:{words.replace(' ', '|')}){after}")
 
 
-DOUBT, NO_NAME = _any_of(DOUBTED), _any_of(DENIED, DOUBTED, MULTIPLE)
-VETO = _any_of(DENIED, DOUBTED, MULTIPLE, ALTERED, OTHER)
-LABEL = re.compile(  # "the number after 7", "step 7"
-    r"(?i)\b(?:of|after|before|by|to|at|on|from|past|until|near|against|step|part|case|section"
-    r"|question|problem|exercise|example|method|solution|figure|table|equation|page|day|option|line"
-    r"|number|version|grade|year|room|level|stage|phase|round|type|class|row|column) *$")
+DOUBT = _any_of(f"{DOUBTED} could might may", r"\b|\?")
+NO_NAME = _any_of(f"{DENIED} {DOUBTED} {MULTIPLE}")
+VETO = _any_of(f"{DENIED} {DOUBTED} {MULTIPLE} {ALTERED} {OTHER} could might may")
+LABEL = _any_of(RELATED, " *$")
+TEXT = re.compile(r"\\(?:text[a-z]*|[mh]box|math(?:rm|bf|it))\*? ?\{([^{}]*)\}")
+EMPHASIS = re.compile(
+    r"(?<![\w)\]}])(?:_+(?=[^\s{_])|\*\*)|(?<=\S)_+(?![\w{\\])|\*\*(?![\w({\\+-])")
+WORD = (r"(?-i:(?<![\\A-Za-z{])(?!(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc|exp|ln|log|sqrt|pi|infinity)"
+        r"|[A-Z]{2,4})\b)(?:[A-Za-z]{2,}|[AaI](?= [A-Za-z]))[A-Za-z'’-]*)")  # not of a formula
 NUMERIC = re.compile(r"[0-9∞π√]|\\(?:d?frac|sqrt|pi|infty)|infinity")
+RESTATED = re.compile(rf"[\s*_$\\#]*(?:(?i:(?:so|thus|hence|therefore|the|my|our|final|correct)\b"
+                      rf"[\s,*_]*){{0,4}}(?:{PHRASE}|{REWORDED})|(?<=#)(?=[^#]))")
+OPENING = re.compile(  # "exactly", "for sure", "In 5 days, "
+    rf"(?i)^(?:(?:{FILLER}|exactly|precisely|approximately|only|clearly|definitely|certainly|of course"
+    r"|finally|for sure|so|hence|that|given by|found to be|going to be)\b[,:]? ?|(?:in|on|after|for"
+    r"|with|by|since|when|because|given|over|during|within)\b[^,;]*, (?=[A-Za-z]))+")
+ASIDE = re.compile(rf" [(\[](?!(?:or|not|base|{DOUBTED.replace(' ', '|')})\b)[^()\[\]0-9]*{WORD}[^()\[\]0-9]*[)\]]")
+REMARK_BEGINS = re.compile(  # what follows the value; after a reason any number may stand
+    r"(?i)(?:[,;:]| [-–—]+)? \(?(?P<reason>(?:because|since|given that|due to|rather than|instead of"
+    r"|not counting|(?<=[,;] )(?:as|where|not)|as(?= [$\\(]*[0-9]))\b)|(?<!\\)[,;] (?!(?:or|and|but"
+    r"|nor|if|unless|else|otherwise|then|plus|minus|to|less|more)\b)(?=[A-Za-z]{2}|I )"
+    r"| [-–—]+ (?=[A-Za-z]{2})| (?=(?:so|which|that is|i\.e\.|and (?:we|this|that|it)) )"
+    rf"| (?=\((?:[^()]*(?:=|{WORD})|(?-i:[0-9][^(),A-Za-wyz]*[-+*×/x][^(),A-Za-wyz]*\)$)))")
+COPULA = re.compile(
+    r"(?i)\b(?:is|are|was|were|equals?|becomes?|totals?"
+    r"|(?<!could )(?<!might )(?<!may )be)(?: (?:exactly|precisely|approximately"
+    rf"|{FILLER}|only|to|by|given|found|an?|the|option|choice|total|sum|number|value|of))* *$")
 FINITE = re.compile(r"(?i)(?:(?:is|are|was|were)(?! the\b| what\b)|does|did|has|had|will|fails)\b")
 
 
@@ -221,62 +226,43 @@ def _unwrapped(text: str) -> str:
     return " ".join(TEXT.sub(r" \1", text).split())
 
 
-def _read(sentence: str, rest: str) -> str | None:
+def _read(sentence: str, remark: str) -> str | None:
     """The only value that a sentence states, or None where that is not certain."""
-    opening = OPENING.match(sentence)
-    main = sentence[opening.end():] if opening else sentence
-    remarks = [(rest, True)]  # (what else is said, may it be a calculation?)
-    for aside in reversed(list(ASIDE.finditer(main))):
-        before, inside = main[:aside.start()], aside[1]
-        calculation = re.search("[-+*/×x]", inside) and (
-            re.search(r"(?<![\\a-z])[a-z]{2,}$", before) or same_answer(before, inside))
-        if WORD.search(inside) or "=" in inside or calculation:
-            main = before + main[aside.end():]
-            remarks.append((inside, True))
+    opened = OPENING.sub("", sentence)
+    main = ASIDE.sub("", opened)
     depths, reason = _depths(main), None
     if cut := next((c for c in REMARK_BEGINS.finditer(main) if depths[c.start()] == 0), None):
         main, remark, reason = main[:cut.start()], main[cut.end():], cut["reason"]
-        if not reason:
-            remarks.append((remark, remark.startswith(("which", "that is", "i.e."))))
-            if not re.search(r"[0-9\\]", main) and not remark[:1].islower():
-                return None  # a list of words
-    words = list(WORD.finditer(main))
-    if opening or words:
+        if not reason and not NUMERIC.search(main) and not remark[:1].islower():
+            return None  # a list of words
+    if opened != sentence or re.search(WORD, main):
         main = main.rstrip("!")
-    changed = bool(rest) or main != sentence
-    value = _only_value(main, words, changed) if words else main if changed else None
-    if not value and reason and not re.search("[0-9]", main):
-        value = main  # "yes, because"
-    if value and not any(_undermines(remark, value, *may) for remark, *may in remarks):
-        return value
-    return None
-
-
-def _undermines(remark: str, value: str, may_calculate: bool) -> bool:
-    """Could it be another answer that the remark states?"""
+    changed = bool(remark) or main != sentence
+    value = _only_value(main, changed) if re.search(WORD, main) else main if changed else None
+    if reason:
+        return value or (None if re.search("[0-9]", main) else main)  # "yes, because"
     numbers = NUMBER.findall(remark)
-    if DOUBT.search(remark) or STATEMENTS["phrase"].search(remark):
-        return True
-    if not numbers or same_answer(numbers[-1], value):
-        return False
-    return len(numbers) == 1 or not may_calculate or " or " in remark
-
-
-def _only_value(main: str, words: list[re.Match], changed: bool) -> str | None:
-    """The one number or formula between the words of a sentence, with its unit."""
-    starts = [0, *(word.end() for word in words)]
-    ends = [*(word.start() for word in words), len(main)]
-    gaps = {start: main[start:end] for start, end in zip(starts, ends)}
-    gaps = {start: gap for start, gap in gaps.items() if re.search(r"[\w∞√]", gap)}
-    numeric = [start for start, gap in gaps.items() if NUMERIC.search(gap)]
-    named = [start for start, gap in gaps.items()
-             if gap.lstrip()[0] in "=:" or COPULA.search(main[:start])]
-    stated = named or numeric
-    if len({gaps[start].strip(" =:") for start in stated}) != 1 or len(words) > 60:
+    if not value or DOUBT.search(remark) or STATEMENTS["phrase"].search(remark):
         return None
-    start, value = stated[-1], gaps[stated[-1]]
-    before, after = main[:start], main[start + len(value):]
-    if numeric and numeric[-1] > start or VETO.search(after) or FINITE.match(after):
+    explains = cut is None or re.match(rf"which|that is|i\.e\.|\(.*{WORD}", remark)
+    if not numbers or explains and len(numbers) > 1 and " or " not in remark:
+        return value
+    return value if same_answer(numbers[-1], value) or same_answer(remark, value) else None
+
+
+def _only_value(sentence: str, changed: bool) -> str | None:
+    """The one number or formula between the words of a sentence, with its unit."""
+    parts = re.split(f"({WORD})", sentence)  # every second part is a word
+    gaps = [i for i in range(0, len(parts), 2) if re.search(r"[\w∞√]", parts[i])]
+    numeric = [i for i in gaps if NUMERIC.search(parts[i])]
+    named = [i for i in gaps
+             if parts[i].lstrip()[0] in "=:" or COPULA.search("".join(parts[:i]))]
+    stated = named or numeric
+    if len({parts[i].strip(" =:") for i in stated}) != 1 or len(parts) > 120:
+        return None
+    i = stated[-1]
+    before, value, after = "".join(parts[:i]), parts[i], "".join(parts[i + 1:])
+    if numeric and numeric[-1] > i or VETO.search(after) or FINITE.match(after):
         return None
     if named:
         doubtful = NO_NAME.search(before) or re.match(r"\W*(?:[0-9]|\\frac|-)", before)
@@ -329,7 +315,7 @@ def same_answer(answer: str, reference: str) -> bool:
 QUALIFIER = re.compile(
     r'[,;]?[ "(]*(?:(?:attained|equality|with) )*(?:for|where|when|at|as|\\forall)(?![A-Za-z])"? ?'
     r'(?!.*\b(?:otherwise|else|if|but|unless|except|not)\b)(?=["A-Za-z\\])'
-    r'([^,;]*(?:,[^,;]*)*\\ldots|[^,;]*)$')
+    r'((?:[^,;]|\(-∞,∞\))*(?:,[^,;]*)*\\ldots|(?:[^,;]|\(-∞,∞\))*)$')
 
 
 def _qualified(text: str) -> tuple[str, str]:
@@ -349,142 +335,6 @@ FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in
 FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "lg": cmath.log10,
               "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
               "cot": lambda x: 1 / cmath.tan(x)}
-# What LaTeX and unicode spell in several ways; after normalise() one symbol has one meaning.
-COMMANDS = {" ": " "} | {name: symbol for symbol, names in {
-    "": "! left right big Big bigg Bigg bigl bigr Bigl Bigr middle displaystyle textstyle limits"
-        " hline phantom rm bf it boldsymbol bm large Large ( ) [ ]",
-    " ": ", ; : quad qquad", r"\frac": "dfrac tfrac cfrac nicefrac sfrac",
-    r"\binom": "dbinom tbinom", r"\phi": "varphi", r"\epsilon": "varepsilon",
-    r"\setminus": "backslash", "∧": "land wedge", "∨": "lor vee", "*": "times cdot ast",
-    "/": "div", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt", ">": "gt",
-    "≠": "ne neq", "≈": "approx", "=": "equiv", "∈": "in", "∪": "cup bigcup", "∞": "infty",
-    "±": "pm", "∓": "mp", "π": "pi", "°": "circ degree", "'": "prime", "%": "%",
-    "|": "mid vert lvert rvert |", "(": "langle", ")": "rangle rfloor rceil", "floor(": "lfloor",
-    "ceil(": "lceil", "⦃": "lbrace {", "⦄": "rbrace }", "⦃⦄": "emptyset varnothing",
-}.items() for name in names.split()}
-GREEK = ("alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi chi psi omega Delta"
-         " Omega").split()
-UNICODE = str.maketrans({
-    "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "⁄": "/", "⩽": "≤",
-    "⩾": "≥", "′": "'", "’": "'", "，": ",", "：": ":", "（": "(", "）": ")", "º": "°", "~": " ",
-    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∅": r"\emptyset ",
-    "…": r"\ldots ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
-    **{letter: rf"\{name} " for letter, name in zip("αβγδεθλμνρστφχψωΔΩ", GREEK)},
-    **dict.fromkeys('"⦃⦄\u00ad\u200b\u200e\u200f\ufeff')})
-COMPOSED = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)|([₀-₉]+)|[¼½¾⅐-⅞]")
-TEXT_MACRO = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|[mh]box|math(?:rm|bf|it|sf|bb|cal)|operatorname)\*?"
-    r" ?\{((?:[^{}]|\^\{-?[0-9]\})*)\}")
-ACCENT = re.compile(r"\\(d?dot|bar|hat|tilde|vec|overline|overrightarrow) ?"
-                    r"(?:\{ ?([A-Za-z]+) ?\}|([a-z])(?![a-z]))")
-RECURRING = re.compile(
-    r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?\{ ?([0-9]+) ?\}")
-
-
-def normalise(text: str) -> str:
-    r"""One spelling for what LaTeX, unicode and prose spell in several ways.
-
-    Braces stay: 2^{n+1} is not 2^n+1. \text{cm} becomes "cm" in quotes, the braces of a set become
-    ⦃ and ⦄, `and` a comma, `or` a semicolon.
-    """
-    text = COMPOSED.sub(_decomposed, text).translate(UNICODE)
-    for pattern, replacement in REWRITES:
-        text = pattern.sub(replacement, text)
-    if not set(RELATIONS).isdisjoint(text):
-        text = text.replace("∧", ",").replace("∨", ";")
-    return text
-
-
-def _decomposed(composed: re.Match) -> str:
-    """LaTeX for superscripts, subscripts and fractions of unicode. Alone NFKC makes 52 of 5²."""
-    plain = unicodedata.normalize("NFKC", composed[0])
-    if composed[1]:
-        return f"^{{{plain}}}"
-    if composed[2]:
-        return f"_{{{plain}}}"
-    numerator, _, denominator = plain.partition("⁄")
-    return rf"\frac{{{numerator}}}{{{denominator}}}"
-
-
-def _quoted(macro: re.Match) -> str:
-    """The content of a text macro: words in quotes, but not the number in 4:30 pm."""
-    content = macro[1].replace('"', "").strip(" \\~")
-    is_time = content == "sec" and not macro.string[macro.end():].strip(" .$")  # 5\text{ sec}
-    if content in FUNCTIONS and not is_time:
-        return f"\\{content} "
-    if content.strip(" ,") in ("and", "or") or not re.search("[A-Za-z]", content):
-        return f" {content} "
-    if macro[0] in (r"\mathrm{e}", r"\mathrm{i}"):
-        return f" {content} "
-    number, words = re.fullmatch("([0-9][0-9.,:]*(?![A-Za-z0-9]))?(.*)", content).groups()
-    return f'{number or ""}"{words}"'
-
-
-def _recurring(decimal: re.Match) -> str:
-    """0.1666... as a fraction."""
-    integer, first, period = decimal.groups()
-    scale = 10 ** len(first)
-    nines = 10 ** len(period) - 1
-    return f"({int((integer or '0') + first)}/{scale}+{period}/{scale * nines})"
-
-
-def _ungrouped(number: re.Match) -> str:
-    """1,234 without its comma, but not inside brackets, where (20,100) is a pair."""
-    before = number.string[:number.start()]
-    inside = sum(map(before.count, "([⦃")) > sum(map(before.count, ")]⦄"))
-    return number[0] if inside else number[0].replace(",", "")
-
-
-RELATIONS = "=<>≤≥≠∈"
-REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"\s+", " "),
-    (r"\\mathbb ?(?:\{ ?R ?\}|R\b)|\\R\b", r"(-\\infty,\\infty)"),
-    (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"),
-    (r"(?i)\b(?:negative|minus) (?=infinity\b)", "-"),
-    (r"(?i)(?<!\\)\b(?:(?:positive|plus) )?infinity\b", "∞"),
-    (r"(?i)(?<=[(\[,+-])( ?)(?:inf|oo)(?= ?[,)\]])", r"\1∞"),
-    (r"(?<=\b[a-z]) in (?=[(\[])", "∈"),
-    (r"\\(?:left|right)\.", ""),
-    (r"\.\.\.", r"\\ldots "),
-    (r"\{:\}", ":"),
-    (r"(?<=[0-9])(?: ?\{ ?, ?\}|, ?\\!) ?(?=[0-9]{3})", ""),  # 10{,}000
-    (r"√ ?([0-9]+)", r"\\sqrt{\1}"),
-    ("√", r"\\sqrt "),
-    ("∛", r"\\sqrt[3]"),
-    (ACCENT, r"\\\1\2\3 "),
-    (RECURRING, _recurring),  # 0.1\overline{6}
-    (TEXT_MACRO, _quoted),
-    (TEXT_MACRO, _quoted),  # a macro in a macro
-    (r"\\([A-Za-z]+|.)", lambda command: COMMANDS.get(command[1], command[0])),
-    (r"\$,\$", ", "),
-    (r"(?<!\\)\$", ""),
-    (r"(?<![\w)}])\*\*|\*\*(?![\w({\\+-])", ""),  # **18** is 18,
-    (r"\*\*", "^"),  # but 2**3 is a power
-    ("<=", "≤"),
-    (">=", "≥"),
-    (r"(?<!^[0-9])(?<!^[0-9]{2})!=", "≠"),  # but 3!=6
-    (r"(?<![A-Za-z])(?:np|math)\.", ""),  # notation of programs
-    (r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π"),
-    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
-    (r"\(([0-9]+)\)_", r"\1_"),  # (101)_2
-    (r"(?<=°) ?([CF])$", r'"\1"'),
-    (r"(?<=[\])⦄]) ?U ?(?=[\[(⦃])", "∪"),
-    (r"(?<=[0-9]) ?x ?(?=10\^)", "*"),  # 4.5 x 10^33
-    (r"(?<![A-Za-z])and(?![A-Za-z])", ","),
-    (r"(?<![A-Za-z])or(?![A-Za-z])", ";"),
-    (r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])", _ungrouped),  # 1,234,567
-    (" +", " "),
-    (r"^[ ,;:]+|(?<![ .,;:\\])[ .,;:\\]++$", ""),
-    (r"^(?:\\\$ ?)?[-+]?[0-9]{1,3}(?: [0-9]{3})+(?! ?[0-9/\\(])",
-     lambda number: number[0].replace(" ", "")),  # 1 000
-    (r"(?<![\w.}^])([0-9]+) ?\\frac ?(?:([0-9])([0-9])|\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\})",
-     r"(\1+\2\4/\3\5)"),  # 1\frac12
-    (r"(?<![\w.}^])([0-9]+) ([0-9]+/[0-9]+)", r"(\1+\2)"),  # 1 1/2
-    (r' ?([^\w\s"\\)}\]⦄°%]|_) ?| ([)}\]⦄°%])', r"\1\2"),  # the space in "3 cm" stays
-    (r"\^\{(°|'+)\}|\^(°|')", r"\1\2"),
-    (r"\^(\w|\{[^{}]*\})_(\w|\{[^{}]*\})", r"_\2^\1"),  # v^2_0
-)]
 
 
 # --- structure: lists, relations, unions, tuples, matrices --------------------------------------
