@@ -1,62 +1,84 @@
-"""The answer checker: which answer does a completion state, and does it equal the reference?
+r"""The answer checker: which answer does a completion state, and does it equal the reference?
 
-The rules follow the conventions that published numbers rest on: the last `\\boxed{}` of hendrycks/math, the `####` of
-GSM8K, the "final answer is" of lm-eval's minerva_math. The comparison is stricter than most: numbers are exact, nothing
-of an answer is ever executed, and what cannot be decided within fixed bounds of time and size counts as wrong. Only the
+The rules follow the conventions behind published numbers: the last \boxed{} of hendrycks/math, the
+"####" of GSM8K, the "final answer is" of lm-eval's minerva_math, the <answer> tags of R1-style
+prompts. The comparison is stricter than most: numbers are exact, nothing in an answer is ever
+executed, and what cannot be decided within fixed bounds of time and size counts as wrong. Only the
 standard library is imported.
 """
 
 import cmath
 import math
 import re
-import unicodedata
 import zlib
 from collections import deque
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
-# --- extraction: which part of a completion is the answer? ------------------------------------------------------------
+from support.notation import RELATIONS, normalise
 
+# --- extraction: which part of a completion is the answer? --------------------------------------
+
+ANSWER_FORMATS = ("any", "boxed", "hash", "phrase", "tags")
 MAX_ANSWER = 1000  # characters; a longer answer is compared as a string only
-MAX_RESPONSE = 100_000  # characters read, from the end: bounds the time that a runaway completion can take
+MAX_RESPONSE = 100_000  # characters, counted from the end: bounds the cost of a runaway completion
 END_MARKER = re.compile(r"<(?:\|(?:im_end|endoftext|eot_id|end_of_text)\|>|\|im_start\|>user|/s>)")
-PHRASE = (r"[Aa][Nn][Ss][Ww][Ee][Rr](?:[Ss]?[\s*]*+:|\s++[Ii][Ss]\b|[Ss]\s++[Aa][Rr][Ee]\b)[\s*]*+:?+[\s*]*+"
-          r"(?:(?:therefore|thus|then|now|simply|exactly|equal to|actually|indeed|in fact|instead|just|still)\b"
-          r"[\s*:]*+)?+(?:(?:\$\$|\\\[)\s*+)?+")
-REMARK = r"(?:correct|consistent|reasonable|valid|unique|verified|confirmed|an integer|in [a-z ]{0,30}(?:form|terms))\b"
-STATEMENTS = {"boxed": re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*"),
-              "hash": re.compile(r"(?<!#)#{4,}(?!#)(?![ *]*[A-Z][a-z]{2})"),
-              "phrase": re.compile(PHRASE + f"(?!{REMARK})"),
-              # Read only where nothing else is stated: "this answer is correct", and a heading of markdown.
-              "weak phrase": re.compile(PHRASE),
-              "weak hash": re.compile(r"(?<!#)#{4,}(?=[ *]*[A-Z][a-z]{2})")}
+FILLER = "therefore|thus|then|now|simply|equal to|actually|indeed|in fact|instead|just|still"
+GAP = r"[\s*_]*+"  # white space, and the * and _ of markdown's emphasis
+TO_VALUE = rf"{GAP}:?+{GAP}(?:(?:{FILLER})\b[\s*_:,]*+)?+(?:(?:\$\$|\\\[)\s*+)?+"
+PHRASE = rf"(?i:answers?(?:{GAP}:|[\s*_]++(?:is|are)(?![a-z])){TO_VALUE})"
+REWORDED = (r"(?i:answers?(?: to (?:the|this) (?:question|problem))?"
+            rf"{GAP}(?:=|[-–—→]\s|is(?![a-z])|equals|(?:should|would|must|will) be){TO_VALUE})")
+HEADING = (r"(?im:^[^\w\n]*+_*+(?:(?:step )?[0-9]+[.:)] *+)?[*_]*+"
+           rf"(?:(?:the|my|our|final|correct) ++){{0,3}}answer[*_ \t]*+\n{TO_VALUE})")
+REMARK = (r"(?:correct|consistent|reasonable|valid|unique|verified|confirmed|an integer"
+          r"|in [a-z ]{0,30}(?:form|terms))\b")
+STATEMENTS = {
+    "boxed": re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*"),
+    "hash": re.compile(r"(?<!#)#{4,}(?!#)(?![ *_]*[A-Z][a-z]{2})"),
+    "phrase": re.compile(rf"{PHRASE}(?!{REMARK})|{HEADING}(?=[^\n]*[0-9\\])"),
+    "tags": re.compile("<answer>"),
+}
+WEAK_STATEMENTS = {  # read only where nothing else is stated: "#### Conclusion", "is correct"
+    "hash": re.compile(r"(?<!#)#{4,}(?=[ *_]*[A-Z][a-z]{2})"),
+    "phrase": re.compile(f"{PHRASE}|{REWORDED}|{HEADING}"),
+}
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)")
 
 
 def extract_answer(response: str, fmt: str = "any") -> str | None:
-    r"""The final answer that a completion states, or None. Strict: nothing outside a statement is read.
+    r"""The final answer that a completion states, or None. Nothing outside a statement is read.
 
-    A statement is the last `\boxed{...}` or `\fbox{...}`, the rest of the line after the last `####`, or the rest of
-    the sentence after the last "answer is" or "answer:". The one that ends latest wins, so "the answer is \boxed{5}" is
-    the box. A last box that is open (cut off) or empty is no answer, and nothing earlier replaces it. "The answer is
-    correct" (REMARK), and `####` before a capitalised word, a markdown heading ("#### Conclusion"), are read only if
-    nothing else is stated. Text after the first end marker, and a think block, are ignored. `fmt` ('any',
-    'boxed', 'hash', 'phrase') can admit one kind of statement only. Grade completions alone: a prompt may contain
-    `\boxed{}`. The rules are those of hendrycks/math, GSM8K and lm-eval.
+    A statement is the content of the last `\boxed{...}` or `\fbox{...}`; the rest of the line after
+    the last `####`; the rest of the sentence after the last "answer is" or "answer:", or the line
+    below a heading "Final Answer"; or the content of the last `<answer>...</answer>`. The one that
+    ends latest wins, so "the answer is \boxed{5}" is the box. `fmt`, one of ANSWER_FORMATS, can
+    admit one kind only. A last box that is empty or cut off is no answer, and nothing earlier
+    replaces it. "The answer is correct" and headings such as "#### Conclusion" are read only where
+    nothing else is stated. Text after the first end marker and a think block are ignored. Of a
+    statement in words that holds one value only the value is returned (see _value_alone).
+
+    Pass the completion alone: a prompt may contain `\boxed{}` itself.
     """
     return _last_statement(_completion(response), fmt)[1]
 
 
 def last_number(response: str) -> str | None:
-    """The last number of the text: the lenient reading behind some GSM8K scores. Not for rewards."""
-    numbers = NUMBER.findall(_completion(response)[-10 * MAX_ANSWER:])
+    """The last number of the text, the lenient reading of VERL and lm-eval. Not for rewards."""
+    numbers = NUMBER.findall(_completion(response))
     return numbers[-1].replace(",", "") if numbers else None
 
 
 def extract_lenient(response: str) -> str | None:
     """The stated answer, else the last number."""
     return extract_answer(response) or last_number(response)
+
+
+def lenient_correct(response: str, reference: str) -> bool:
+    """Is the stated answer right, or the last number? Never below the last number alone."""
+    readings = (extract_answer(response), last_number(response))
+    return any(reading and same_answer(reading, reference) for reading in readings)
 
 
 def _completion(response: str) -> str:
@@ -67,33 +89,36 @@ def _completion(response: str) -> str:
 
 def _last_statement(text: str, fmt: str = "any") -> tuple[bool, str | None]:
     """(is anything stated, the answer or None)."""
-    found = []  # (where the statement ends, its answer)
-    for kind, pattern in STATEMENTS.items():
-        if fmt not in ("any", kind.removeprefix("weak ")) or kind.startswith("weak") and found:
-            continue
-        for last in deque(pattern.finditer(text), maxlen=1):
-            line = text[last.end():][:2 * MAX_ANSWER].partition("\n")[0]
-            if kind == "boxed":
-                found.append(_box(text, last.end()))
-            else:
-                found.append((last.end(), _sentence(line) if kind.endswith("phrase") else line))
-    if not found:
-        return False, None
-    answer = max(found)[1]
-    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
-        answer = answer.strip(" \t\r\n*$`")
-        answer = answer if answer.endswith("...") else answer.rstrip(" \t\r\n*$`.")
-        answer = answer.removeprefix(opening).removesuffix(closing)
-    return True, answer.strip() or None
+    for patterns in (STATEMENTS, WEAK_STATEMENTS):
+        found = []  # (where the statement ends, its content)
+        for kind, pattern in patterns.items():
+            if fmt in ("any", kind):
+                last = deque(pattern.finditer(text), maxlen=1)
+                found += [_content(kind, text, match.end()) for match in last]
+        if found:
+            return True, _bare(_value_alone(max(found)[1])) or None
+    return False, None
+
+
+def _content(kind: str, text: str, start: int) -> tuple[int, str]:
+    """(end, content) of the statement whose content begins at `start`."""
+    if kind == "boxed":
+        return _box(text, start)
+    if kind == "tags":
+        content, closing, _ = text[start:].partition("</answer>")
+        stated, answer = _last_statement(content)
+        return start + len(content), (answer if stated else content) or "" if closing else ""
+    line = text[start:start + 2 * MAX_ANSWER].partition("\n")[0].partition("</answer>")[0]
+    return start, _sentence(line) if kind == "phrase" else line
 
 
 def _box(text: str, start: int) -> tuple[int, str]:
-    r"""(end, content) of the box whose brace is at `start`; an open box has no content and ends with the text."""
+    r"""(end, content) of a box; one that is cut off has no content and ends with the text."""
     if not text.startswith("{", start):  # \boxed 7 is TeX for \boxed{7}
         token = re.compile(r"[\w.,-]{0,50}").match(text, start)
         return token.end(), token[0]
-    depth = 0
-    for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, start, start + 10 * MAX_ANSWER):  # \{ is no brace
+    depth, braces = 0, re.compile(r"\\.|[{}]", re.S)  # \{ is no brace
+    for brace in braces.finditer(text, start, start + 10 * MAX_ANSWER):
         depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0 and brace[0] == "}":
             return brace.end(), text[start + 1:brace.start()]
@@ -101,168 +126,241 @@ def _box(text: str, start: int) -> tuple[int, str]:
 
 
 def _sentence(line: str) -> str:
-    """Up to the first dot before white space (so not in 3.5) and outside braces and $ $."""
-    for dot in re.finditer(r"\.(?=\s|$)", line):
-        before = line[:dot.start()]
-        in_math = before.count("$") % 2 != before.count(r"\$") % 2
-        in_math &= "$" in line[dot.end():] and not re.match(r"\s+[A-Z][a-z]", line[dot.end():])  # $18. She has $5 left
+    """The line up to the first dot before white space that is outside braces and $...$."""
+    for dot in re.finditer(r"(?<!\bM[rs])(?<!\bDr)(?<!\bsq)(?<!\b[ie]\.[eg])\.(?=\s|$)", line):
+        before, after = line[:dot.start()], line[dot.end():]
+        in_math = before.count("$") % 2 != before.count(r"\$") % 2 and "$" in after
+        if re.match(r"\s+[A-Z][a-z]", after):  # "$18. She has $5 left" is no formula
+            in_math = False
         if before.count("{") == before.count("}") and not in_math:
             return before
     return line
 
 
-# --- comparison: does an answer equal the reference? ------------------------------------------------------------------
+def _bare(answer: str) -> str:
+    """The answer without the dollar signs, emphasis and final dot around it."""
+    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
+        answer = answer.strip(" \t\r\n*$`").lstrip("=")
+        answer = answer if answer.endswith("...") else answer.rstrip(" \t\r\n*$`.")
+        answer = answer.removeprefix(opening).removesuffix(closing)
+    return answer.strip()
+
+
+# --- statements in words: "Tom has 7 apples, because 3 + 4 = 7" states 7 ------------------------
+
+DENIED = "not no none never neither nor cannot whether doubt false"
+DOUBTED = ("wrong incorrect if unless either actually wait maybe perhaps possibly probably but"
+           " however otherwise else correction mistake sorry ignore")
+MULTIPLE = "twice half double triple thrice plus minus negative"
+ALTERED = ("or and between except without less fewer greater under over above below beyond least"
+           " most than times dozen hundred thousand million billion trillion lakh crore squared"
+           " cubed factorial mod almost nearly too impossible undefined")
+OTHER = "divided third quarter root power remainder modulo base about around roughly up works"
+RELATED = (  # "the number after 7", "step 7"
+    "of after before by to at on from past until near against step part case section question"
+    " problem exercise example method solution figure table equation page day option line number"
+    " version grade year room level stage phase round type class row column")
+
+
+def _any_of(words: str, after: str = r"\b|n['’]t\b|\?") -> re.Pattern:
+    words = f"{words} {words.title()}"  # but not in capitals: NO is a line, too
+    return re.compile(rf"\b(?:{words.replace(' ', '|')}){after}")
+
+
+DOUBT = _any_of(f"{DOUBTED} could might may", r"\b|\?")
+NO_NAME = _any_of(f"{DENIED} {DOUBTED} {MULTIPLE}")
+VETO = _any_of(f"{DENIED} {DOUBTED} {MULTIPLE} {ALTERED} {OTHER} could might may")
+LABEL = _any_of(RELATED, " *$")
+TEXT = re.compile(r"\\(?:text[a-z]*|[mh]box|math(?:rm|bf|it))\*? ?\{([^{}]*)\}")
+EMPHASIS = re.compile(
+    r"(?<![\w)\]}])(?:_+(?=[^\s{_])|\*\*)|(?<=\S)_+(?![\w{\\])|\*\*(?![\w({\\+-])")
+WORD = (r"(?-i:(?<![\\A-Za-z{])(?!(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc|exp|ln|log|sqrt|pi|infinity)"
+        r"|[A-Z]{2,4})\b)(?:[A-Za-z]{2,}|[AaI](?= [A-Za-z]))[A-Za-z'’-]*)")  # not of a formula
+NUMERIC = re.compile(r"[0-9∞π√]|\\(?:d?frac|sqrt|pi|infty)|infinity")
+RESTATED = re.compile(rf"[\s*_$\\#]*(?:(?i:(?:so|thus|hence|therefore|the|my|our|final|correct)\b"
+                      rf"[\s,*_]*){{0,4}}(?:{PHRASE}|{REWORDED})|(?<=#)(?=[^#]))")
+OPENING = re.compile(  # "exactly", "for sure", "In 5 days, "
+    rf"(?i)^(?:(?:{FILLER}|exactly|precisely|approximately|only|clearly|definitely|certainly|of course"
+    r"|finally|for sure|so|hence|that|given by|found to be|going to be)\b[,:]? ?|(?:in|on|after|for"
+    r"|with|by|since|when|because|given|over|during|within)\b[^,;]*, (?=[A-Za-z]))+")
+ASIDE = re.compile(rf" [(\[](?!(?:or|not|base|{DOUBTED.replace(' ', '|')})\b)[^()\[\]0-9]*{WORD}[^()\[\]0-9]*[)\]]")
+REMARK_BEGINS = re.compile(  # what follows the value; after a reason any number may stand
+    r"(?i)(?:[,;:]| [-–—]+)? \(?(?P<reason>(?:because|since|given that|due to|rather than|instead of"
+    r"|not counting|(?<=[,;] )(?:as|where|not)|as(?= [$\\(]*[0-9]))\b)|(?<!\\)[,;] (?!(?:or|and|but"
+    r"|nor|if|unless|else|otherwise|then|plus|minus|to|less|more)\b)(?=[A-Za-z]{2}|I )"
+    r"| [-–—]+ (?=[A-Za-z]{2})| (?=(?:so|which|that is|i\.e\.|and (?:we|this|that|it)) )"
+    rf"| (?=\((?:[^()]*(?:=|{WORD})|(?-i:[0-9][^(),A-Za-wyz]*[-+*×/x][^(),A-Za-wyz]*\)$)))")
+COPULA = re.compile(
+    r"(?i)\b(?:is|are|was|were|equals?|becomes?|totals?"
+    r"|(?<!could )(?<!might )(?<!may )be)(?: (?:exactly|precisely|approximately"
+    rf"|{FILLER}|only|to|by|given|found|an?|the|option|choice|total|sum|number|value|of))* *$")
+FINITE = re.compile(r"(?i)(?:(?:is|are|was|were)(?! the\b| what\b)|does|did|has|had|will|fails)\b")
+
+
+def _value_alone(content: str) -> str:
+    r"""The value of a statement that holds more, else the statement as it is.
+
+    Read are a statement in the statement ("Answer: 18", \boxed{\text{The answer is } 18}), what
+    stands before a remark ("7, because 3+4=7", "18 (9 * 2)"), and the only value in a sentence
+    ("The volume of the box is 120"). Where more than one number could be meant, or the words deny
+    it or make another number of it ("7 or 8", "not 7", "7 less than 20"), nothing is taken out.
+    """
+    if len(content) > MAX_ANSWER:
+        return content
+    content = EMPHASIS.sub("", content)
+    while restated := RESTATED.match(_unwrapped(content)):
+        content = _unwrapped(content)[restated.end():]
+    if box := STATEMENTS["boxed"].search(content):
+        end, inside = _box(content, box.end())
+        outside = content[:box.start()] + content[end:]
+        return content if re.search("[0-9]", outside) or VETO.search(outside) else inside
+    sentence = _sentence(content)
+    rest = content[len(sentence):].strip(" .")
+    if re.fullmatch(" *[0-9]", sentence) and sentence.strip() not in NUMBER.findall(rest):
+        return content  # "1. Find the total"
+    return _read(_unwrapped(sentence), rest) or content
+
+
+def _unwrapped(text: str) -> str:
+    r"""The text without its \text macros and with single spaces."""
+    return " ".join(TEXT.sub(r" \1", text).split())
+
+
+def _read(sentence: str, remark: str) -> str | None:
+    """The only value that a sentence states, or None where that is not certain."""
+    opened = OPENING.sub("", sentence)
+    main = ASIDE.sub("", opened)
+    depths, reason = _depths(main), None
+    if cut := next((c for c in REMARK_BEGINS.finditer(main) if depths[c.start()] == 0), None):
+        main, remark, reason = main[:cut.start()], main[cut.end():], cut["reason"]
+        if not reason and not NUMERIC.search(main) and not remark[:1].islower():
+            return None  # a list of words
+    if opened != sentence or re.search(WORD, main):
+        main = main.rstrip("!")
+    changed = bool(remark) or main != sentence
+    value = _only_value(main, changed) if re.search(WORD, main) else main if changed else None
+    if reason:
+        return value or (None if re.search("[0-9]", main) else main)  # "yes, because"
+    numbers = NUMBER.findall(remark)
+    if not value or DOUBT.search(remark) or STATEMENTS["phrase"].search(remark):
+        return None
+    explains = cut is None or re.match(rf"which|that is|i\.e\.|\(.*{WORD}", remark)
+    if not numbers or explains and len(numbers) > 1 and " or " not in remark:
+        return value
+    return value if same_answer(numbers[-1], value) or same_answer(remark, value) else None
+
+
+def _only_value(sentence: str, changed: bool) -> str | None:
+    """The one number or formula between the words of a sentence, with its unit."""
+    parts = re.split(f"({WORD})", sentence)  # every second part is a word
+    gaps = [i for i in range(0, len(parts), 2) if re.search(r"[\w∞√]", parts[i])]
+    numeric = [i for i in gaps if NUMERIC.search(parts[i])]
+    named = [i for i in gaps
+             if parts[i].lstrip()[0] in "=:" or COPULA.search("".join(parts[:i]))]
+    stated = named or numeric
+    if len({parts[i].strip(" =:") for i in stated}) != 1 or len(parts) > 120:
+        return None
+    i = stated[-1]
+    before, value, after = "".join(parts[:i]), parts[i], "".join(parts[i + 1:])
+    if numeric and numeric[-1] > i or VETO.search(after) or FINITE.match(after):
+        return None
+    if named:
+        doubtful = NO_NAME.search(before) or re.match(r"\W*(?:[0-9]|\\frac|-)", before)
+    else:
+        alone = len(before.split()) == 1 and value.lstrip()[0] not in "=:"
+        doubtful = VETO.search(before) or LABEL.search(before) or alone
+    touching = before and value[0] not in " =:(" or after and value[-1] != " "
+    if doubtful or touching or not changed and not before and len(after.split()) <= 4:
+        return None  # the last is a number with its unit, as it should be
+    unit = takewhile(lambda word: _singular(word.strip(".,").lower()) in UNITS, after.split())
+    return " ".join([value.strip(" ,;:="), *unit])
+
+
+# --- comparison: does an answer equal the reference? --------------------------------------------
 
 def is_correct(response: str, reference: str) -> bool:
-    r"""Does the answer in `response` equal `reference`? A bool for any two strings, never an exception.
+    r"""Does the answer in `response` equal `reference`? A bool for any two strings, never an error.
 
-    `response` is a completion, read with extract_answer, or, if it states nothing, a bare answer that is compared as a
-    whole: a number somewhere in a long text is never picked out.
+    `response` is a completion, read with extract_answer. One that states nothing is compared as a
+    bare answer, as a whole: a number somewhere in a long text is never picked out.
 
-    Integers and decimals are exact at any size; a/b, mixed numbers, 4.5e33 and 4.5 \times 10^{33} go by value. A unit,
-    percent or degree sign on one side only is ignored; different units differ; nothing is scaled by 100. `x = 5` is 5.
-    Bare lists and sets are multisets ("5 or 7" is two answers), tuples are ordered, intervals need their brackets;
-    `x \ge 2` is [2, \infty). Matrices go entry by entry, equations up to a factor. Expressions are equal if they agree
-    at two fixed points: rational ones exactly, others to 12 digits. Text goes without case, the rest as strings.
+    Integers and decimals are exact at any size; a/b, mixed numbers, 4.5e33 and 4.5 \times 10^{33}
+    go by value. A unit, percent or degree sign that only one side has is ignored, different units
+    differ, and nothing is scaled by 100. `x = 5`, `|z| = 5` and `\frac{AM}{MB} = 5` are 5, and
+    `2x \text{ for all real } x` is 2x. Bare lists and sets are multisets ("5 or 7" is two answers),
+    tuples are ordered, intervals need their brackets, and `x \ge 2` is [2, \infty). Matrices go
+    entry by entry, equations up to a factor. Expressions are equal if they agree at two fixed
+    points: rational ones exactly, others to 12 digits. Text goes without case, all else as strings.
     """
     text = _completion(response)
     stated, answer = _last_statement(text)
-    return same_answer(answer or "" if stated else text, reference)
+    return same_answer((answer or "") if stated else text, reference)
 
 
 def same_answer(answer: str, reference: str) -> bool:
     """is_correct for an answer that has been extracted already."""
-    answer = answer.strip()
-    if not answer or max(len(answer), len(reference)) > MAX_ANSWER:
-        return bool(answer) and answer == reference.strip()
-    return _equal(normalise(answer), normalise(reference))
+    answer, reference = answer.strip(), reference.strip()
+    if answer == reference or not answer or max(len(answer), len(reference)) > MAX_ANSWER:
+        return answer == reference != ""
+    a, b = normalise(answer), normalise(reference)
+    if _equal(a, b):
+        return True
+    (main_a, condition_a), (main_b, condition_b) = _qualified(a), _qualified(b)
+    if (main_a, main_b) == (a, b):
+        return False
+    agree = not condition_a or not condition_b or _equal(condition_a, condition_b)
+    return agree and _equal(main_a, main_b)
+
+
+QUALIFIER = re.compile(
+    r'[,;]?[ "(]*(?:(?:attained|equality|with) )*(?:for|where|when|at|as|\\forall)(?![A-Za-z])"? ?'
+    r'(?!.*\b(?:otherwise|else|if|but|unless|except|not)\b)(?=["A-Za-z\\])'
+    r'((?:[^,;]|\(-∞,∞\))*(?:,[^,;]*)*\\ldots|(?:[^,;]|\(-∞,∞\))*)$')
+
+
+def _qualified(text: str) -> tuple[str, str]:
+    r"""(answer, condition) of 2^n"for"n≥1, nπ,n∈"Z", "exactly"5; a condition in words counts as none."""
+    text = re.sub('^"?(?:exactly|precisely|only|just|approximately)(?![A-Za-z])"? ?', "", text)
+    if match := QUALIFIER.search(text, 1):
+        condition = re.sub(r'^(?:all|any|every|each|some)\b|"', "", match[1]).strip()
+        return text[:match.start()], "" if re.search("[A-Za-z]{3}", condition) else condition
+    match = re.search(r"[,(]+(([A-Za-z])[∈≠<>≤≥=][^,()]*(?:\([^()]*\))?)\)?$", text)
+    if match and match[2] in text[:match.start()] and not set(text[:match.start()]) & set("<>≤≥≠∈"):
+        return text[:match.start()], match[1]
+    return text, ""
 
 
 FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in
-             ("sin", "cos", "tan", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "exp")}
-FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "lg": cmath.log10, "sec": lambda x: 1 / cmath.cos(x),
-              "csc": lambda x: 1 / cmath.sin(x), "cot": lambda x: 1 / cmath.tan(x)}
-# What LaTeX and unicode spell in several ways: after normalise() one symbol stands for one meaning.
-COMMANDS = {name: symbol for symbol, names in {
-    "": "! left right big Big bigg Bigg bigl bigr Bigl Bigr middle displaystyle textstyle limits hline phantom rm bf "
-        "it boldsymbol bm large Large ( ) [ ]", " ": ", ; : quad qquad", "∧": "land wedge", "∨": "lor vee",
-    r"\frac": "dfrac tfrac cfrac nicefrac sfrac", r"\binom": "dbinom tbinom",
-    r"\phi": "varphi", r"\epsilon": "varepsilon", r"\setminus": "backslash",
-    "*": "times cdot ast", "/": "div", "≤": "le leq leqslant",
-    "≥": "ge geq geqslant", "<": "lt", ">": "gt", "≠": "ne neq", "∈": "in", "∪": "cup bigcup", "∞": "infty", "±": "pm",
-    "∓": "mp", "≈": "approx", "π": "pi", "°": "circ degree", "'": "prime", "|": "mid vert lvert rvert", "=": "equiv",
-    "(": "langle", ")": "rangle rfloor rceil", "⦃": "lbrace {", "⦄": "rbrace }", "%": "%", "floor(": "lfloor",
-    "ceil(": "lceil", "⦃⦄": "emptyset varnothing"}.items() for name in names.split()} | {" ": " "}
-UNICODE = str.maketrans({
-    "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "⁄": "/", "⩽": "≤", "⩾": "≥",
-    "′": "'", "’": "'", "，": ",", "：": ":", "（": "(", "）": ")", "º": "°", "~": " ",
-    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∅": r"\emptyset ",
-    "…": r"\ldots ", **dict(zip("αβγδεθλμνρστφχψωΔΩ", (rf"\{name} " for name in (
-        "alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi chi psi omega Delta Omega").split()))),
-    **dict.fromkeys('"⦃⦄\u00ad\u200b\u200e\u200f\ufeff')})
-TEXT_MACRO = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|[mh]box|math(?:rm|bf|it|sf|bb|cal)|operatorname)\*?"
-                        r" ?\{((?:[^{}]|\^\{-?[0-9]\})*)\}")
-ACCENT = re.compile(r"\\(d?dot|bar|hat|tilde|vec|overline|overrightarrow) ?(?:\{ ?([A-Za-z]+) ?\}|([a-z])(?![a-z]))")
-RECURRING = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?\{ ?([0-9]+) ?\}")
+             "sin cos tan arcsin arccos arctan sinh cosh tanh exp".split()}
+FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "lg": cmath.log10,
+              "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
+              "cot": lambda x: 1 / cmath.tan(x)}
 
 
-def normalise(text: str) -> str:
-    r"""One spelling for what LaTeX, unicode and prose spell in several ways. Braces stay: 2^{n+1} is not 2^n+1.
+# --- structure: lists, relations, unions, tuples, matrices --------------------------------------
 
-    \text{cm} becomes "cm" in quotes, the braces of a set ⦃ ⦄, `and` a comma, `or` a semicolon.
-    """
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
-    text = re.sub("[₀-₉]+", lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
-    text = re.sub("[¼½¾⅐-⅞]", lambda m: r"\frac{" + unicodedata.normalize("NFKC", m[0]).replace("⁄", "}{") + "}", text)
-    text = re.sub(r"\s+", " ", text.translate(UNICODE))
-    text = re.sub(r"\\mathbb ?(?:\{ ?R ?\}|R\b)|\\R\b|ℝ", r"(-\\infty,\\infty)", text)
-    text = text.replace(r"\left.", "").replace(r"\right.", "").replace("...", r"\ldots ").replace("{:}", ":")
-    text = re.sub(r"(?<=[0-9])(?: ?\{ ?, ?\}|, ?\\!) ?(?=[0-9]{3})", "", text)                     # 10{,}000
-    text = re.sub(r"√ ?([0-9]+)", r"\\sqrt{\1}", text).replace("√", r"\sqrt ").replace("∛", r"\sqrt[3]")
-    text = RECURRING.sub(_recurring, ACCENT.sub(r"\\\1\2\3 ", text))                               # 0.1\overline{6}
-    for _ in range(2):                                                                             # macros in macros
-        text = TEXT_MACRO.sub(_quote, text)
-    text = re.sub(r"\\([A-Za-z]+|.)", lambda m: COMMANDS.get(m[1], m[0]), text)
-    text = re.sub(r"(?<!\\)\$", "", text.replace("$,$", ", "))
-    text = re.sub(r"(?<![\w)}])\*\*|\*\*(?![\w({\\+-])", "", text).replace("**", "^")              # **18** but 2**3
-    text = re.sub(r"(?<!^[0-9])(?<!^[0-9]{2})!=", "≠", text.replace("<=", "≤").replace(">=", "≥"))   # but 3!=6
-    text = re.sub(r"(?<![A-Za-z])(?:np|math)\.", "", text)                                         # program notation
-    text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π", text)
-    text = re.sub(r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", text)
-    text = re.sub(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"(?<=°) ?([CF])$", r'"\1"', re.sub(r"\(([0-9]+)\)_", r"\1_", text))               # 5°C, (101)_2
-    if not set(RELATIONS).isdisjoint(text):
-        text = text.replace("∧", ",").replace("∨", ";")
-    text = re.sub(r"(?<=[\])⦄]) ?U ?(?=[\[(⦃])", "∪", text)
-    text = re.sub(r"(?<=[0-9]) ?x ?(?=10\^)", "*", text)                                           # 4.5 x 10^33
-    text = re.sub(r"(?<![A-Za-z])and(?![A-Za-z])", ",", text)
-    text = re.sub(r"(?<![A-Za-z])or(?![A-Za-z])", ";", text)
-    text = re.sub(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])", _ungroup, text)         # 1,234,567
-    text = re.sub(r" +", " ", text).rstrip(" .,;:\\").lstrip(" ,;:")
-    text = re.sub(r"^(?:\\\$ ?)?[-+]?[0-9]{1,3}(?: [0-9]{3})+(?! ?[0-9/\\(])",
-                  lambda m: m[0].replace(" ", ""), text)                                           # 1 000
-    text = re.sub(r"(?<![\w.}^])([0-9]+) ?\\frac ?(?:([0-9])([0-9])|\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\})",
-                  r"(\1+\2\4/\3\5)", text)                                                         # 1\frac12
-    text = re.sub(r"(?<![\w.}^])([0-9]+) ([0-9]+/[0-9]+)", r"(\1+\2)", text)                       # 1 1/2
-    text = re.sub(r' ?([^\w\s"\\)}\]⦄°%]|_) ?| ([)}\]⦄°%])', r"\1\2", text)  # a space before a plain unit stays: √3 cm
-    text = re.sub(r"\^\{(°|'+)\}|\^(°|')", r"\1\2", text)
-    return re.sub(r"\^(\w|\{[^{}]*\})_(\w|\{[^{}]*\})", r"_\2^\1", text)                           # v^2_0
-
-
-def _quote(macro: re.Match) -> str:
-    """The content of a text macro: words in quotes, and what is not a word, as the number in 4:30 pm, without."""
-    content = macro[1].replace('"', "").strip(" \\~")
-    if content.strip(" ,") in ("and", "or") or not re.search("[A-Za-z]", content):
-        return f" {content} "
-    is_time = content == "sec" and not macro.string[macro.end():].strip(" .$")  # 5\text{ sec}
-    if content in FUNCTIONS and not is_time:
-        return f"\\{content} "
-    if macro[0] in (r"\mathrm{e}", r"\mathrm{i}"):
-        return f" {content} "
-    number, words = re.fullmatch("([0-9][0-9.,:]*(?![A-Za-z0-9]))?(.*)", content).groups()
-    return f'{number or ""}"{words}"'
-
-
-def _recurring(decimal: re.Match) -> str:
-    """0.1666... as a fraction."""
-    integer, first, period = decimal.groups()
-    scale = 10 ** len(first)
-    return f"({int((integer or '0') + first)}/{scale}+{period}/{scale * (10 ** len(period) - 1)})"
-
-
-def _ungroup(number: re.Match) -> str:
-    """1,234 without its comma, but not inside brackets, where (20,100) is a pair."""
-    before = number.string[:number.start()]
-    inside = sum(map(before.count, "([⦃")) > sum(map(before.count, ")]⦄"))
-    return number[0] if inside else number[0].replace(",", "")
-
-
-# --- structure: lists, relations, unions, tuples, matrices ------------------------------------------------------------
-
-RELATIONS = "=<>≤≥≠∈"
 TURNED = str.maketrans(">≥", "<≤")
 CHOICE = re.compile(r'"?(?:(?:[Oo]ption|[Cc]hoice)(?: |(?=\()))?["(]*([A-Za-z])[")]*')
-LABELLED_CHOICE = re.compile(r'"?(?:(?:[Oo]ption|[Cc]hoice) )?["(]*([A-J])(?:"?[.:]|"?\) |\)"(?=[0-9\\ ]))'
-                             r'(?!.*\([A-J]\))')
+LABELLED_CHOICE = re.compile(r'"?(?:(?:[Oo]ption|[Cc]hoice) )?["(]*([A-J])'
+                             r'(?:"?[.:]|"?\) |\)"(?=[0-9\\ ]))(?!.*\([A-J]\))')
 
 
 def _equal(a: str, b: str, depth: int = 0) -> bool:
-    """Are two normalised answers the same? Takes them apart one layer at a time, the outermost first."""
-    if a == b:
-        return True
-    if depth > 5:
-        return False
+    """Are two normalised answers the same? They are taken apart layer by layer, from outside."""
+    if a == b or depth > 5:
+        return a == b
     depth += 1
-    list_a, list_b = (_members(_conditions_to_union(_bare_set(x))) for x in (a, b))
+    list_a, list_b = _members(a), _members(b)
     if len(list_a) != 1 or len(list_b) != 1:
         return _same_multiset(list_a, list_b, depth)
     (a,), (b,) = list_a, list_b
-    choice_a, choice_b = (CHOICE.fullmatch(x) or LABELLED_CHOICE.match(x) for x in (a, b))
-    if choice_a and choice_b and (CHOICE.fullmatch(a) or CHOICE.fullmatch(b)):
-        return choice_a[1] == choice_b[1] or "(" in a + b and choice_a[1].upper() == choice_b[1].upper()
-    (sides_a, signs_a), (sides_b, signs_b) = _relation(a), _relation(b)
-    if signs_a or signs_b:
-        return _same_relation(sides_a, signs_a, sides_b, signs_b, depth)
+    choices = [CHOICE.fullmatch(x) or LABELLED_CHOICE.match(x) for x in (a, b)]
+    if all(choices) and (CHOICE.fullmatch(a) or CHOICE.fullmatch(b)):
+        letter_a, letter_b = choices[0][1], choices[1][1]
+        return letter_a == letter_b or "(" in a + b and letter_a.upper() == letter_b.upper()
+    relation_a, relation_b = _relation(a), _relation(b)
+    if relation_a[1] or relation_b[1]:
+        return _same_relation(*relation_a, *relation_b, depth)
     if "∪" in a + b:
         return _same_multiset(_split(a, "∪"), _split(b, "∪"), depth)
     if r"\begin" in a + b:
@@ -292,7 +390,7 @@ def _same_multiset(xs: list[str], ys: list[str], depth: int) -> bool:
 
 
 def _depths(text: str) -> list[int]:
-    """How many brackets are open at each character. Kinds of brackets may mix: (0,1] is an interval."""
+    """How many brackets are open at each character. Kinds may mix: (0,1] is an interval."""
     return list(accumulate((c in "([{⦃") - (c in ")]}⦄") for c in text))
 
 
@@ -304,149 +402,168 @@ def _split(text: str, separators: str) -> list[str]:
 
 def _wrapped(text: str, opening: str, closing: str) -> bool:
     """Does one pair of brackets hold the whole text?"""
-    return len(text) > 1 and text[0] in opening and text[-1] in closing and min(_depths(text)[:-1]) > 0
-
-
-def _bare_set(text: str) -> str:
-    r"""The set alone of A∪B=⦃1,2⦄ and x∈⦃1,2⦄, and of ⦃x|-2<x<1⦄ the condition."""
-    name, *rest = re.split("[∈=]", text, maxsplit=1)
-    if rest and _wrapped(rest[0], "⦃{", "⦄}") and _is_name(re.sub(r"∪|\\cap", "", name)):
-        text = rest[0]
-    return re.sub(r"^⦃[A-Za-z](?:∈\(-∞,∞\))? ?[|:](.*)⦄$", r"\1", text) if _wrapped(text, "⦃", "⦄") else text
+    matching = len(text) > 1 and text[0] in opening and text[-1] in closing
+    return matching and min(_depths(text)[:-1]) > 0
 
 
 def _members(text: str) -> list[str]:
     r"""The answers that a bare list, a set or a \pm holds; one for anything else."""
-    text = text[1:-1] if _wrapped(text, "⦃{", "⦄}") else text
+    name, *rest = re.split("[∈=]", text, maxsplit=1)
+    if rest and _wrapped(rest[0], "⦃{", "⦄}") and _is_name(re.sub(r"∪|\\cap", "", name)):
+        text = rest[0]  # A∪B=⦃1,2⦄, x∈⦃1,2⦄
+    if _wrapped(text, "⦃", "⦄"):
+        text = re.sub(r"^⦃[A-Za-z](?:∈\(-∞,∞\))? ?[|:](.*)⦄$", r"\1", text)  # ⦃x|-2<x<1⦄
+    text = _conditions_to_union(text)
     members = []
-    for item in filter(None, _split(text, ",;")):
+    for item in filter(None, _split(text[1:-1] if _wrapped(text, "⦃{", "⦄}") else text, ",;")):
         exact, _, rounded = item.partition("≈")
         item = exact if exact and not _is_name(exact) else rounded or item
         if item.count("±") == 1:
-            members += [item.replace("±", "+").replace("∓", "-"), item.replace("±", "-").replace("∓", "+")]
-        else:
-            members.append(item)
+            members.append(item.replace("±", "+").replace("∓", "-"))
+            item = item.replace("±", "-").replace("∓", "+")
+        members.append(item)
     return members
 
 
-def _relation(text: str) -> tuple[list[str], str]:
-    """Sides and the signs between them, with > and ≥ turned round."""
-    sides = _split(text, RELATIONS)
-    ends = accumulate(len(side) + 1 for side in sides[:-1])
-    signs = "".join(text[end - 1] for end in ends)
-    return (sides[::-1], signs[::-1].translate(TURNED)) if signs and set(signs) <= set(">≥") else (sides, signs)
-
-
-def _is_name(text: str, of_sum: bool = False) -> bool:
-    r"""Can this stand before "=" as what was asked for? x, f(3), (x,y), \angle ABC; not 2x + z; m + n if `of_sum`."""
-    if len(text) > 30 or not re.search('[A-Za-z"]', text) or text.strip(' "') in NOT_UNITS:
-        return False
-    arguments = r"([fghpqE-HPQ]'*(?:\^\{-1\})?|\\(?:sin|cos|tan|log|ln))\((?![a-z][-+])[^()]*\)|(?<=_)\{[^{}]*\}"
-    text = re.sub(arguments, r"\1", text)  # P(X>2) is a name, and a_{n+1}, but f(x+1) another function
-    if "+" in text and not (of_sum and text.replace("+", "").isalpha()):
-        return False
-    text = re.sub(r"\|([A-Z]+)\|", r"\1", text)
-    text = re.sub(r"\^\{?-1\}?(?=\(|$)", "", text) if text[0] in '"fghABCM' else text  # f^{-1}(x), A^{-1}
-    return not re.search(r"^[0-9.]|\\frac|\\sqrt|\\\$|[-*/^|!%=<>≤≥∪π]|(?<![\\A-Za-z])[A-Za-z]{2,} ", text)
-
-
-def _meaning(sides: list[str], signs: str, of_sum: bool = False) -> tuple[str, list[str]]:
-    """(name, values): ('x', ['5']) for x = 5, ('x', ['[2,∞)']) for x ≥ 2, an unnamed chain's sides for the rest."""
-    opening, closing = "[" if signs[0] == "≤" else "(", "]" if signs[-1] == "≤" else ")"
-    if set(signs) <= set("<≤") and len(signs) == 2 and _is_name(sides[1]):
-        return sides[1], [f"{opening}{sides[0]},{sides[2]}{closing}"]
-    if signs in ("<", "≤") and any(map(_is_name, sides)):
-        return (sides[0], [f"(-∞,{sides[1]}{closing}"]) if _is_name(sides[0]) else (
-            sides[1], [f"{opening}{sides[0]},∞)"])
-    if signs == "∈" and _is_name(sides[0]):
-        return sides[0], [sides[1]]
-    if set(signs) == {"="} and not all(map(_words, sides)):  # LRAC = SRMC is no value of LRAC
-        if _is_name(sides[0], of_sum):
-            return sides[0], sides[1:]
-        return (sides[-1], sides[:-1]) if _is_name(sides[-1]) else ("", sides)
-    return "", []
-
-
 def _conditions_to_union(text: str) -> str:
-    r"""Conditions on one name as a set: x < 1 or x > 3; x ≥ 1 and x < 3; x ≠ 2, 5; the reals without ⦃2,5⦄."""
+    r"""Conditions on one name as a set: x<1 or x>3, x≥1 and x<3, x≠2,5, the reals without ⦃2,5⦄."""
     if holes := re.fullmatch(r"([A-Za-z])≠(.+)|\(-∞,∞\) ?(?:\\setminus|-)⦃(.+)⦄", text):
         points = _split((holes[2] or holes[3]).replace(f"{holes[1]}≠", ""), ",")
         if all(map(_value, points)):
             ends = ["-∞", *sorted(points, key=lambda point: _value(point)[0].real), "∞"]
             return "∪".join(f"({left},{right})" for left, right in zip(ends, ends[1:]))
-    separator = ";" if ";" in text else ","
-    parts = [_relation(part) for part in _split(text, separator)]
-    if len(parts) < 2 or not all(signs for _, signs in parts) or all(signs == "=" for _, signs in parts):
+    parts = [_relation(part) for part in _split(text, ";" if ";" in text else ",")]
+    all_signs = [signs for _, signs in parts]
+    if len(parts) < 2 or not all(all_signs) or set(all_signs) == {"="}:
         return text
     names, values = zip(*(_meaning(*part) for part in parts))
-    if len(set(names)) > 1 or not all(len(value) == 1 for value in values):
+    if len(set(names)) > 1 or any(len(value) != 1 for value in values):
         return text
-    sets = [f"⦃{value}⦄" if signs == "=" else value for (value,), (_, signs) in zip(values, parts)]
-    if separator == ";":
+    sets = [f"⦃{value}⦄" if sign == "=" else value for (value,), sign in zip(values, all_signs)]
+    if ";" in text:
         return "∪".join(sets)
-    low, high = sorted(sets, key=lambda ray: ray.startswith("(-∞"))[:2]  # [1,∞) and (-∞,3) are [1,3)
-    return low[:-2] + high[4:] if len(sets) == 2 and low.endswith(",∞)") and high.startswith("(-∞,") else text
+    low, high = sorted(sets, key=lambda ray: ray.startswith("(-∞"))[:2]
+    if len(sets) == 2 and low.endswith(",∞)") and high.startswith("(-∞,"):
+        return low[:-2] + high[4:]  # [1,∞) and (-∞,3) are [1,3)
+    return text
 
 
-def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b: str, depth: int) -> bool:
-    """Equations, inequalities and memberships, of one another or of a bare value or set."""
-    if not signs_a or not signs_b:
-        _, values = _meaning(sides_a, signs_a, of_sum=True) if signs_a else _meaning(sides_b, signs_b)
-        return bool(values) and all(_equal(value, sides_b[0] if signs_a else sides_a[0], depth) for value in values)
-    (name_a, values_a), (name_b, values_b) = _meaning(sides_a, signs_a), _meaning(sides_b, signs_b)
-    same_name = name_a == name_b or re.fullmatch(r"y[a-z]\([a-z]\)|[a-z]\([a-z]\)y", name_a + name_b)  # y is f(x)
-    if same_name and values_a and values_b and all(_equal(x, y, depth) for x in values_a for y in values_b):
-        return True
+def _relation(text: str) -> tuple[list[str], str]:
+    """The sides and the signs between them. A chain of > and ≥ is turned round."""
+    sides = _split(text, RELATIONS)
+    ends = accumulate(len(side) + 1 for side in sides[:-1])
+    signs = "".join(text[end - 1] for end in ends)
+    if signs and set(signs) <= set(">≥"):
+        return sides[::-1], signs[::-1].translate(TURNED)
+    return sides, signs
+
+
+NAMES = [(re.compile(pattern), replacement) for pattern, replacement in (
+    # Arguments: P(X>2) is a name, but f(x+1) is another function.
+    (r"([fghpqE-HPQ]'*(?:\^\{-1\})?|\\(?:sin|cos|tan|log|ln))\((?![a-z][-+])[^()]*\)", r"\1"),
+    (r"_(?:\{[^{}]*\}|\w)", ""),
+    (r'"[^"]*" ?', "Q"),
+    (r"\\frac\{[^{}0-9^]+\}\{[^{}0-9^]+\}", "R"),  # \frac{AM}{MB}
+    (r"\|[^|0-9=<>^]+\|", "A"),  # |z|
+)]
+
+
+def _is_name(text: str, compound: bool = False) -> bool:
+    r"""Can this stand before "=" as what was asked for? x, f(3), (x,y), \angle ABC, "Total cost",
+    \frac{AM}{MB}, |z|, not 2x. With `compound` also m+n, AB*BC and \int f, not x+1."""
+    if len(text) > 80 or not re.search('[A-Za-z"]', text) or text.strip(' "') in NOT_UNITS:
+        return False
+    if NO_NAME.search(text) or compound and text.startswith((r"\lim", r"\int", r"\sum")):
+        return not NO_NAME.search(text)
+    for pattern, replacement in NAMES:
+        text = pattern.sub(replacement, text)
+    if compound:
+        text = re.sub(r"(?<=[A-Za-z)\]}])[-+*](?=[A-Za-z\\\[])", "", text)
+    if text[:1] in "QfghABCM":
+        text = re.sub(r"\^\{?-1\}?(?=\(|$)", "", text)  # f^{-1}(x), A^{-1}
+    return not re.search(r"^[0-9.]|\\(?:frac|sqrt|binom|\$)|[-+*/^|!%=<>≤≥∪π]|(?<![\\A-Za-z])[A-Za-z]{2,} ", text)
+
+
+def _meaning(sides: list[str], signs: str, compound: bool = False) -> tuple[str, list[str]]:
+    """(name, values): ('x', ['5']) for x = 5, ('x', ['[2,∞)']) for x ≥ 2; equal sides without a
+    name have the name ''."""
+    opening = "[" if signs[:1] == "≤" else "("
+    closing = "]" if signs[-1:] == "≤" else ")"
+    if len(signs) == 2 and set(signs) <= set("<≤") and _is_name(sides[1]):
+        return sides[1], [f"{opening}{sides[0]},{sides[2]}{closing}"]
+    if signs in ("<", "≤", "∈") and _is_name(sides[0]):
+        return sides[0], [sides[1] if signs == "∈" else f"(-∞,{sides[1]}{closing}"]
+    if signs in ("<", "≤") and _is_name(sides[1]):
+        return sides[1], [f"{opening}{sides[0]},∞)"]
+    if set(signs) > {"="} or all(map(_words, sides)) and signs:  # LRAC = SRMC is no value of LRAC
+        return "", []
+    if signs and _is_name(sides[0], compound):
+        return sides[0], sides[1:]
+    return (sides[-1], sides[:-1]) if signs and _is_name(sides[-1]) else ("", sides)
+
+
+def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b: str,
+                   depth: int) -> bool:
+    """Equations, inequalities and memberships against one another or a bare value or set."""
+    name_a, values_a = _meaning(sides_a, signs_a, compound=True)
+    name_b, values_b = _meaning(sides_b, signs_b)
+    y_is_f = r"y[a-z]\([a-z]\)|[a-z]\([a-z]\)y"  # y = 2x is f(x) = 2x
+    if not signs_a or not signs_b or name_a == name_b or re.fullmatch(y_is_f, name_a + name_b):
+        pairs = [(x, y) for x in values_a for y in values_b]
+        if pairs and all(_equal(x, y, depth) for x, y in pairs):
+            return True
     if signs_a == signs_b == "=" and all(map(_words, sides_a + sides_b)):
         return _same_multiset(sides_a, sides_b, depth)
-    if signs_a != signs_b:
-        return False
-    same = _same_sequence(sides_a, sides_b, depth)
-    if same or len(signs_a) > 1:
-        return same
+    if signs_a != signs_b or len(signs_a) > 1 or _same_sequence(sides_a, sides_b, depth):
+        return signs_a == signs_b and _same_sequence(sides_a, sides_b, depth)
     difference = _value("({})-({})".format(*sides_a))
-    ratio = _value("(({})-({}))/(({})-({}))".format(*sides_a, *sides_b))  # constant for 2x = 4 and x - 2 = 0
-    return bool(difference and ratio) and not _same_number(*difference) and _same_number(*ratio) and (
-        signs_a == "=" or signs_a in "<≤" and ratio[0].real > 0)
+    ratio = _value("(({})-({}))/(({})-({}))".format(*sides_a, *sides_b))  # constant: 2x=4, x-2=0
+    if not difference or not ratio or _same_number(*difference) or not _same_number(*ratio):
+        return False
+    return signs_a == "=" or signs_a in "<≤" and ratio[0].real > 0
 
 
 def _matrix(text: str) -> list[str]:
-    r"""The rows of a matrix (no determinant) as tuples; a factor before it goes into the entries."""
-    factor, _, rest = text.partition(r"\begin{")
-    kind, _, rest = rest.partition("}")
-    body, _, end = rest.rpartition(r"\end{" + kind)
-    if not re.fullmatch("[pbB]?matrix|array", kind) or r"\begin" in body or not re.fullmatch(r"\}[])]?", end):
+    r"""The rows of a matrix (not of a determinant) as tuples, each entry times a factor before."""
+    matrix = re.fullmatch(r"(.*?)\[?\\begin\{([pbB]?matrix|array)\}(.*)\\end\{\2\}[])]?", text)
+    if not matrix or r"\begin" in matrix[3]:
         return []
-    if kind == "array":
-        body = re.sub(r"^\{[^{}]*\}", "", body)
-    factor = factor.rstrip("[(*")
-    scale = f"({factor}1)*" if factor == "-" else f"({factor})*" if factor else ""
-    rows = [row.strip() for row in re.split(r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", body)]
-    return ["(" + ",".join(f"{scale}({cell})" for cell in row.split("&")) + ")" for row in rows if row]
+    factor = matrix[1].rstrip("[(*").replace("-", "-1")
+    body = re.sub(r"^\{[^{}]*\}", "", matrix[3]) if matrix[2] == "array" else matrix[3]
+    rows = []
+    for row in re.split(r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", body):
+        if row.strip():
+            cells = [f"({factor or 1})*({cell})" for cell in row.strip().split("&")]
+            rows.append(f"({','.join(cells)})")
+    return rows
 
 
-# --- atoms: words, or expressions with or without a unit --------------------------------------------------------------
+# --- atoms: words, or expressions with or without a unit ----------------------------------------
 
 UNITS = {name: names.split()[0] for names in (
-    "° degree deg", "% percent percentage pct", "$ dollar usd", "€ euro", "£", "cent", "m meter metre", "mm millimeter",
-    "cm centimeter centimetre", "km kilometer kilometre", "/ per", "in inch inche", "ft foot feet", "mi mile",
-    "yd yard", "s second sec", "min minute", "h hour hr", "am", "pm", "g gram gm", "kg kilogram", "mg milligram",
-    "lb pound", "oz ounce", "l liter litre", "ml milliliter millilitre", "day", "week", "month", "year",
-    "2 square sq", "3 cubic cu") for name in names.split()}
+    "° degree deg", "% percent percentage pct", "$ dollar usd", "€ euro", "£", "cent",
+    "m meter metre", "mm millimeter", "cm centimeter centimetre", "km kilometer kilometre",
+    "/ per", "in inch inche", "ft foot feet", "mi mile", "yd yard", "s second sec",
+    "min minute", "h hour hr", "am", "pm", "g gram gm", "kg kilogram", "mg milligram",
+    "lb pound", "oz ounce", "l liter litre", "ml milliliter millilitre", "day", "week",
+    "month", "year", "2 square sq", "3 cubic cu") for name in names.split()}
 NOT_UNITS = FUNCTIONS.keys() | set(
-    "is are was be not no if but so because since then the this it either neither sqrt pi mod squared cubed factorial "
-    "half times more less dozen hundred thousand million billion trillion lakh crore".split())
+    f"{DENIED} {DOUBTED} {ALTERED} is are was be so because since then the this it sqrt pi half"
+    " more".split())
 
 
 def _same_atom(a: str, b: str) -> bool:
     words_a, words_b = _words(a), _words(b)
-    if words_a == words_b != "" or max(len(words_a), len(words_b)) > 3 or words_a and words_b and (a + b).isupper():
+    in_capitals = words_a and words_b and (a + b).isupper()
+    if words_a == words_b != "" or max(len(words_a), len(words_b)) > 3 or in_capitals:
         return words_a == words_b
     (a, unit_a), (b, unit_b) = _split_unit(a), _split_unit(b)
     if unit_a and unit_b and unit_a != unit_b:
         return False
     value_a, value_b = _value(a), _value(b)
-    return all(map(_same_number, value_a, value_b)) if value_a and value_b else _plain(a) == _plain(b)
+    if value_a and value_b:
+        return all(map(_same_number, value_a, value_b))
+    return _plain(a) == _plain(b)
 
 
 def _words(text: str) -> str:
@@ -456,47 +573,60 @@ def _words(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """What is left to compare as a string: no spaces, no quotes, no braces around one character."""
+    """What is left to compare as a string: no spaces, quotes or braces around one character."""
     return re.sub(r'(?<![0-9]) | (?![0-9])|"', "", re.sub(r"\{(\w)\}", r"\1", text))
 
 
+def _singular(word: str) -> str:
+    return word.removesuffix("s") if len(word) > 2 else word
+
+
 def _split_unit(text: str) -> tuple[str, str]:
-    r"""(value, unit) of 5"cm"^2, 5 square cm, \$5, 5°, 5%. In plain text a unit is known, or words after a space."""
+    r"""(value, unit) of 5"cm"^2, 5 square cm, \$5, 5°, 5%. In plain text a unit is a known one, or
+    words after a space."""
     if money := re.match(r"(-?)(\\\$|€|£)", text):
-        value, unit = _split_unit(text[money.end():])  # \$18 per day
-        value, unit = (text[money.end():], "") if unit == "k" else (value, unit)
+        amount = text[money.end():]
+        value, unit = _split_unit(amount)  # \$18 per day
+        if unit == "k":
+            value, unit = amount, ""
         return money[1] + value, " ".join(sorted({money[2][-1], *unit.split()}))
-    power = re.search(r"\^\{?[23]\}?$", text)
-    quote = text.find('"')
-    head = text[:quote] if quote > 0 else re.sub(r"[A-Za-z/. €£]{0,40}$", "", text[:power.start()] if power else text)
-    tail = re.sub(r"\.(?=[A-Za-z]{2})", " ", text[len(head):]).replace(".", "").replace("mph", "mi/h")
-    words = [w.removesuffix("s") if len(w) > 2 else w for w in re.findall("[a-z€£]+|/", tail.lower())]
+    power, quote = re.search(r"\^\{?[23]\}?$", text), text.find('"')
+    head = re.sub(r"[A-Za-z/. €£]{0,40}$", "", text[:power.start()] if power else text)
+    head = text[:quote] if quote > 0 else head
+    tail = re.sub(r"\.(?=[A-Za-z]{2})", " ", text[len(head):])
+    tail = tail.replace(".", "").replace("mph", "mi/h")
+    words = [_singular(word) for word in re.findall("[a-z€£]+|/", tail.lower())]
+    known = UNITS.keys() >= set(words)  # sec is a time by itself
     if quote > 0:
         is_unit = re.fullmatch(r'(?:"[^"]*"(?:\^\{?-?[0-9]\}?)?[ /*]?)+', tail)
-    elif words and UNITS.keys() >= set(words):  # one letter may be a variable: only m^2 and m^3 are taken for units
-        is_unit = len(words[0]) > 1 or words[0] in "€£" or power and words == ["m"] or tail[0] == " " and "/" in tail
+    elif words and known:  # one letter may be a variable: only m^2 and m^3 are taken for units
+        is_square, is_rate = power and words == ["m"], tail[0] == " " and "/" in tail
+        is_unit = len(words[0]) > 1 or words[0] in "€£" or is_square or is_rate
     else:
         is_unit = tail.startswith(" ") and max(map(len, words), default=0) > 2
-    known = UNITS.keys() >= set(words)  # sec is a time by itself
-    if not is_unit or not 0 < len(words) <= 4 or NOT_UNITS & set(words) and not known or not head.rstrip(" *"):
+    head = head.rstrip(" *")
+    if not is_unit or not 0 < len(words) <= 4 or NOT_UNITS & set(words) and not known or not head:
         return text, text[-1] if text.endswith(("°", "%")) else ""
-    return head.rstrip(" *"), " ".join(sorted(UNITS.get(w, w) for w in words + re.findall("-?[0-9]", tail)))
+    powers = re.findall("-?[0-9]", tail)
+    return head, " ".join(sorted(UNITS.get(word, word) for word in words + powers))
 
 
-# --- expressions: read and computed at once, exactly as long as possible ----------------------------------------------
+# --- expressions: read and computed at once, exactly as long as possible ------------------------
 
 MAX_BITS = 16_384  # of one exact number: 2^{5000} and 10^{3000} are in reach
 MAX_WORK = 300_000  # bits of all the numbers of one expression
 MAX_NESTING = 30
 CONSTANTS = {"e": complex(math.e), "i": 1j, "π": complex(math.pi)}
 KNOWN = "|".join(sorted([*FUNCTIONS, "sqrt", "floor", "ceil"], reverse=True))
-TOKEN = re.compile(r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)(?P<base>_(?:\{[^{}]*\}|[0-9]+))?"
-                   rf'|(?P<word>\\[A-Za-z]+|{KNOWN}|"[^"]*"|(?![ei])[A-Za-z]\([0-9]+\)|[^\W0-9_]|∞)'
-                   r"(?P<index>(?:'|_(?:\{[^{}]*\}|\w))*)|[^ ]")
-PROSE = re.compile(rf"(?<![\\A-Za-z])(?!(?:{KNOWN}|pi)\b)(?:(?:[A-Za-z]{{3,}}|no) |not|(?<= )[A-Za-z]{{3,}})")
-LEVEL = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5, "°": 5, "%": 5}  # a factor without a sign is at 2 too
+TOKEN = re.compile(
+    r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)(?P<base>_(?:\{[^{}]*\}|[0-9]+))?"
+    rf'|(?P<word>\\[A-Za-z]+|{KNOWN}|"[^"]*"|(?![ei])[A-Za-z]\([0-9]+\)|[^\W0-9_]|∞)'
+    r"(?P<index>(?:'|_(?:\{[^{}]*\}|\w))*)|[^ ]")
+PROSE = re.compile(rf"(?<![\\A-Za-z])(?!(?:{KNOWN}|pi)\b)"
+                   r"(?:(?:[A-Za-z]{3,}|no) |not|(?<= )[A-Za-z]{3,})")
+LEVEL = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5, "°": 5, "%": 5}  # 2x: level 2 too
 CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
-OPAQUE = {r"\prod", r"\int", r"\lim", r"\cdots", r"\ldots", r"\dots", r"\cap", r"\setminus", r"\pmod"}
+OPAQUE = set(r"\prod \int \lim \cdots \ldots \dots \cap \setminus \pmod".split())
 Number = Fraction | complex
 
 
@@ -511,7 +641,7 @@ def _same_number(x: Number, y: Number) -> bool:
 
 @lru_cache(maxsize=1024)
 def _value(text: str) -> tuple[Number, ...]:
-    """The expression at two fixed points, () if it is none or too large. What agrees at both is taken as equal."""
+    """The expression at two fixed points; () if it is none, or too large to compute."""
     if PROSE.search(text):
         return ()
     try:
@@ -523,30 +653,36 @@ def _value(text: str) -> tuple[Number, ...]:
 
 
 def _power(base: Number, exponent: Number) -> Number:
-    """base ** exponent, exact if it is rational, and with the real root of a negative number where there is one."""
+    """base ** exponent: exact where it is rational, and real where a real root exists."""
     if not isinstance(base, Fraction) or not isinstance(exponent, Fraction):
         return complex(base) ** complex(exponent)
     p, n = exponent.as_integer_ratio()
-    if abs(p) * (base.numerator.bit_length() + base.denominator.bit_length()) > MAX_BITS or n > 1000:
-        if n == 1 or base < 0:
-            raise ValueError("too large")
-        return complex(base) ** float(exponent)  # names are fractions: a^{mn}
+    bits = base.numerator.bit_length() + base.denominator.bit_length()
+    small = abs(p) * bits <= MAX_BITS and n <= 1000  # names are fractions: a^{mn} is not
+    if not small and (n == 1 or base < 0):
+        raise ValueError("too large")
     if n == 1:
         return base ** p
     if base < 0:
-        return (Fraction((-1) ** p) if n % 2 else complex(-1) ** float(exponent)) * _power(-base, exponent)
-    root = Fraction(*(math.isqrt(k) if n == 2 else round(float(k) ** (1 / n)) for k in base.as_integer_ratio()))
-    if root.numerator.bit_length() * n <= MAX_BITS and root ** n == base:
-        return root ** p
+        root_of_sign = Fraction((-1) ** p) if n % 2 else complex(-1) ** float(exponent)
+        return root_of_sign * _power(-base, exponent)
+    if small:
+        root = Fraction(*(math.isqrt(k) if n == 2 else round(float(k) ** (1 / n))
+                          for k in base.as_integer_ratio()))
+        if root.numerator.bit_length() * n <= MAX_BITS and root ** n == base:
+            return root ** p
     return complex(base) ** float(exponent)
 
 
 class _Expression:
-    """A precedence-climbing reader whose methods return values. Names stand for fixed rational numbers."""
+    """A reader by precedence climbing whose methods return values. Names stand for fixed rational
+    numbers."""
 
     def __init__(self, text: str, point: str):
-        self.tokens, self.at, self.point = list(TOKEN.finditer(text)), 0, point
-        self.nesting, self.work, self.bars, self.names, self.degree = 0, 0, 0, 0, Fraction(1)
+        self.tokens, self.at = list(TOKEN.finditer(text)), 0
+        self.point = point  # which of its two values a name takes
+        self.names = self.nesting = self.bars = self.work = 0  # names so far, open | and bits
+        self.degree = Fraction(1)
 
     def whole(self) -> Number:
         value = self.read()
@@ -584,32 +720,36 @@ class _Expression:
             elif sign == "^":
                 value = _power(value, self.read(3))
             elif sign in ("+", "-"):
-                term = self.read(1) if sign == "+" else -self.read(1)
-                value, before = value + term, value
-                if isinstance(value, complex) and before and term and not 1e-9 < abs(before) / abs(term) < 1e9:
-                    raise ValueError("a term is lost in rounding")
+                before, term = value, self.read(1) if sign == "+" else -self.read(1)
+                value = before + term
+                if isinstance(value, complex) and before and term:
+                    if not 1e-9 < abs(before) / abs(term) < 1e9:
+                        raise ValueError("a term is lost in rounding")
             else:
                 value = value / self.read(2) if sign == "/" else value * self.read(2)
             value = self.bounded(value)
         return value
 
     def starts_factor(self) -> bool:
-        """Does a factor without a sign follow? A number has to be a power for that: 2^6 3^5, but not 1 2 or x2."""
+        """Does a factor without a sign follow? A number must be a power: 2^6 3^5, not 1 2 or x2."""
         if not self.next() or not self.at:
             return False
         token, after = self.tokens[self.at], self.tokens[self.at + 1:self.at + 2]
-        return bool(token["word"] or token["number"] and after and after[0][0] == "^" or token[0] in "([{"
-                    or token[0] == "|" and not self.bars)
+        if token["number"]:
+            return bool(after) and after[0][0] == "^"
+        return bool(token["word"] or token[0] in "([{" or token[0] == "|" and not self.bars)
 
     def marked(self, value: Number, mark: str) -> Number:
-        if mark == "!" and isinstance(value, Fraction) and value.denominator == 1 and 0 <= value <= 170:
+        if mark != "!":
+            return value * self.degree if mark == "°" else value
+        if isinstance(value, Fraction) and value.denominator == 1 and 0 <= value <= 170:
             return Fraction(math.factorial(int(value)))
-        if mark == "!" and isinstance(value, Fraction) and value.denominator > 1 and abs(value) < 100:
+        if isinstance(value, Fraction) and value.denominator > 1 and abs(value) < 100:
             return complex(math.gamma(value + 1))  # so that n! = n (n - 1)!
-        return self.name(f"{value}!") if mark == "!" else value * self.degree if mark == "°" else value
+        return self.name(f"{value}!")
 
     def primary(self) -> Number:
-        """A number, a name, a function with its arguments, a group in brackets, or one of these with a sign."""
+        """A number, a name, a function with its arguments, a group, or one of them with a sign."""
         self.nesting += 1
         if self.nesting > MAX_NESTING:
             raise ValueError("too deep")
@@ -623,9 +763,9 @@ class _Expression:
             self.bars += token[0] == "|"
             value = self.read()
             self.take(CLOSING[token[0]])
-            if token[0] == "|":
+            if token[0] == "|":  # with names, a name for the square: |x| is x at positive points
                 self.bars -= 1
-                value = self.absolute(value, self.names > names)
+                value = self.name(f"|{value * value}|") if self.names > names else abs(value)
         elif word == "frac":
             value = self.argument() / self.argument()
         elif word == "sqrt":
@@ -633,7 +773,7 @@ class _Expression:
             value = _power(self.argument(), 1 / degree)
         elif word in FUNCTIONS:
             value = self.function(word, token["index"])
-        elif word in ("floor", "ceil"):  # names for their arguments: no rules of theirs are known here
+        elif word in ("floor", "ceil"):  # a name for each argument: no rule of theirs is known here
             value = self.name(f"{word} {self.argument()}")
         elif word == "binom":
             n, k = self.argument(), self.argument()
@@ -645,19 +785,13 @@ class _Expression:
         self.nesting -= 1
         return self.bounded(value)
 
-    def absolute(self, value: Number, has_names: bool) -> Number:
-        """With names in it |x| is a name for its square: the points are positive, and would make |x| equal to x."""
-        if has_names:
-            return self.name(f"|{value * value}|")
-        return abs(value) if isinstance(value, Fraction) else complex(abs(value))
-
     def argument(self) -> Number:
-        r"""What follows \frac or \sqrt: a group or one token, of a number one digit: \frac12 is 1/2."""
+        r"""What follows \frac or \sqrt: a group or one token; of a number one digit: \frac12."""
         if self.next() in ("", "+", "-"):
             raise ValueError("not an expression")
-        token = self.tokens[self.at]
-        if len(token[0]) > 1 and token[0].isdigit():
-            self.tokens[self.at:self.at + 1] = map(TOKEN.match, (token[0][0], token[0][1:]))
+        text = self.next()
+        if len(text) > 1 and text.isdigit():
+            self.tokens[self.at:self.at + 1] = TOKEN.match(text[0]), TOKEN.match(text[1:])
         return self.primary()
 
     def number(self, token: re.Match) -> Number:
@@ -665,18 +799,23 @@ class _Expression:
         integer, _, decimals = mantissa.partition(".")
         if len(exponent) > 5 or abs(int(exponent or 0)) > 2000:
             raise ValueError("too large")
-        if (token["base"] or "").strip("_{}") not in ("", "10"):  # 204_5 is a name: bases are not converted
-            return self.name(re.sub("^0+|[{}]", "", token[0]))
-        return Fraction(int(integer + decimals), 10 ** len(decimals)) * Fraction(10) ** int(exponent or 0)
+        if (token["base"] or "").strip("_{}") not in ("", "10"):
+            return self.name(re.sub("^0+|[{}]", "", token[0]))  # 204_5: bases are not converted
+        scale = Fraction(10) ** int(exponent or 0)
+        return Fraction(int(integer + decimals), 10 ** len(decimals)) * scale
 
     def name(self, name: str) -> Fraction:
         """A fixed value for a name, another one at the other point."""
         self.names += 1
-        return Fraction(100 + zlib.crc32((name + self.point).encode("utf-8", "replace")) % 899, 331)
+        digest = zlib.crc32((name + self.point).encode("utf-8", "replace"))
+        return Fraction(100 + digest % 899, 331)
 
     def function(self, word: str, index: str) -> Number:
-        r"""\sin^2 x, \log_2 8, \cos 2t: an argument without brackets reaches to the next sign or function."""
-        power = self.take() and self.primary() if self.next() == "^" else Fraction(1)
+        r"""\sin^2 x, \log_2 8, \cos 2t: without brackets the argument ends at a sign or function."""
+        power = Fraction(1)
+        if self.next() == "^":
+            self.take()
+            power = self.primary()
         outer, self.degree = self.degree, Fraction(math.pi / 180)
         bracket = self.next() in CLOSING
         value = self.primary() if bracket else self.read(3)
@@ -687,5 +826,6 @@ class _Expression:
             return FUNCTIONS["arc" + word](complex(value))
         value = FUNCTIONS[word](complex(value))
         if index:
-            value /= FUNCTIONS[word](complex(_Expression(index.strip("_{}"), self.point).whole()))
+            base = _Expression(index.strip("_{}"), self.point).whole()
+            value /= FUNCTIONS[word](complex(base))
         return _power(value, power) if value else Fraction(0)

@@ -1,0 +1,132 @@
+r"""One spelling for what LaTeX, unicode and prose spell in several ways: the notation in which
+support/answers.py compares answers. Only the standard library is imported."""
+
+import re
+
+FUNCTIONS = set(
+    "sin cos tan arcsin arccos arctan sinh cosh tanh exp ln log lg sec csc cot".split())
+# What LaTeX and unicode spell in several ways; after normalise() one symbol has one meaning.
+COMMANDS = {" ": " "} | {name: symbol for symbol, names in {
+    "": "! left right big Big bigg Bigg bigl bigr Bigl Bigr middle displaystyle textstyle limits"
+        " hline phantom rm bf it boldsymbol bm large Large ( ) [ ]",
+    " ": ", ; : quad qquad", r"\frac": "dfrac tfrac cfrac nicefrac sfrac",
+    r"\binom": "dbinom tbinom", r"\phi": "varphi", r"\epsilon": "varepsilon",
+    r"\setminus": "backslash", "∧": "land wedge", "∨": "lor vee", "*": "times cdot ast",
+    "/": "div", "≤": "le leq leqslant", "≥": "ge geq geqslant", "<": "lt", ">": "gt",
+    "≠": "ne neq", "≈": "approx", "=": "equiv", "∈": "in", "∪": "cup bigcup", "∞": "infty",
+    "±": "pm", "∓": "mp", "π": "pi", "°": "circ degree", "'": "prime", "%": "%",
+    "|": "mid vert lvert rvert |", "(": "langle", ")": "rangle rfloor rceil", "floor(": "lfloor",
+    "ceil(": "lceil", "⦃": "lbrace {", "⦄": "rbrace }", "⦃⦄": "emptyset varnothing",
+}.items() for name in names.split()}
+DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
+GREEK = zip("αβγδεθλμνρστφχψωΔΩ", "alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau"
+            " phi chi psi omega Delta Omega".split())
+FRACTIONS = zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑", "12 13 23 14 34 15 25 35 45 16 56 17 18 38 58 78 19".split())
+UNICODE = str.maketrans({
+    "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "⁄": "/", "⩽": "≤",
+    "⩾": "≥", "′": "'", "’": "'", "，": ",", "：": ":", "（": "(", "）": ")", "º": "°", "~": " ",
+    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∅": r"\emptyset ",
+    "…": r"\ldots ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
+    **{letter: rf"\{name} " for letter, name in GREEK},
+    **{letter: rf"\frac{digits}" for letter, digits in FRACTIONS},
+    **dict.fromkeys('"⦃⦄\u00ad\u200b\u200e\u200f\ufeff')})
+TEXT_MACRO = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|[mh]box|math(?:rm|bf|it|sf|bb|cal)|operatorname)\*?"
+    r" ?\{((?:[^{}]|\^\{-?[0-9]\})*)\}")
+ACCENT = re.compile(r"\\(d?dot|bar|hat|tilde|vec|overline|overrightarrow) ?"
+                    r"(?:\{ ?([A-Za-z]+) ?\}|([a-z])(?![a-z]))")
+RECURRING = re.compile(
+    r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?\{ ?([0-9]+) ?\}")
+
+
+def normalise(text: str) -> str:
+    r"""One spelling for what LaTeX, unicode and prose spell in several ways.
+
+    Braces stay: 2^{n+1} is not 2^n+1. \text{cm} becomes "cm" in quotes, the braces of a set become
+    ⦃ and ⦄, `and` a comma, `or` a semicolon.
+    """
+    text = text.translate(UNICODE)
+    for pattern, replacement in REWRITES:
+        text = pattern.sub(replacement, text)
+    if not set(RELATIONS).isdisjoint(text):
+        text = text.replace("∧", ",").replace("∨", ";")
+    return text
+
+
+def _quoted(macro: re.Match) -> str:
+    """The content of a text macro: words in quotes, but not the number in 4:30 pm."""
+    content = macro[1].replace('"', "").strip(" \\~")
+    is_time = content == "sec" and not macro.string[macro.end():].strip(" .$")  # 5\text{ sec}
+    if content in FUNCTIONS and not is_time:
+        return f"\\{content} "
+    if content.strip(" ,") in ("and", "or") or not re.search("[A-Za-z]", content):
+        return f" {content} "
+    if macro[0] in (r"\mathrm{e}", r"\mathrm{i}"):
+        return f" {content} "
+    number, words = re.fullmatch("([0-9][0-9.,:]*(?![A-Za-z0-9]))?(.*)", content).groups()
+    return f'{number or ""}"{words}"'
+
+
+def _recurring(decimal: re.Match) -> str:
+    """0.1666... as a fraction."""
+    integer, first, period = decimal.groups()
+    scale = 10 ** len(first)
+    nines = 10 ** len(period) - 1
+    return f"({int((integer or '0') + first)}/{scale}+{period}/{scale * nines})"
+
+
+def _ungrouped(number: re.Match) -> str:
+    """1,234 without its comma, but not inside brackets, where (20,100) is a pair."""
+    before = number.string[:number.start()]
+    inside = sum(map(before.count, "([⦃")) > sum(map(before.count, ")]⦄"))
+    return number[0] if inside else number[0].replace(",", "")
+
+
+RELATIONS = "=<>≤≥≠∈"
+SYMBOLS = {r"\left.": "", r"\right.": "", "...": r"\ldots ", "{:}": ":", "<=": "≤", ">=": "≥",
+           "√": r"\sqrt ", "∛": r"\sqrt[3]", "$,$": ", "}
+REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
+    ("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda digits: f"^{{{digits[0].translate(DIGITS)}}}"),
+    ("[₀-₉]+", lambda digits: f"_{{{digits[0].translate(DIGITS)}}}"),
+    (r"\s+", " "),
+    (r"\\mathbb ?(?:\{ ?R ?\}|R\b)|\\R\b", r"(-\\infty,\\infty)"),
+    (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"),
+    (r"(?i)\b(?:negative|minus) (?=infinity\b)", "-"),
+    (r"(?i)(?<!\\)\b(?:(?:positive|plus) )?infinity\b", "∞"),
+    (r"(?i)(?<=[(\[,+-])( ?)(?:inf|oo)(?= ?[,)\]])", r"\1∞"),
+    (r"(?<=\b[a-z]) in (?=[(\[])", "∈"),
+    (r"√ ?([0-9]+)", r"\\sqrt{\1}"),
+    (r"\\left\.|\\right\.|\.\.\.|\{:\}|<=|>=|√|∛|\$,\$", lambda symbol: SYMBOLS[symbol[0]]),
+    (r"(?<=[0-9])(?: ?\{ ?, ?\}|, ?\\!) ?(?=[0-9]{3})", ""),  # 10{,}000
+    (ACCENT, r"\\\1\2\3 "),
+    (RECURRING, _recurring),  # 0.1\overline{6}
+    (TEXT_MACRO, _quoted),
+    (TEXT_MACRO, _quoted),  # a macro in a macro
+    (r"\\([A-Za-z]+|.)", lambda command: COMMANDS.get(command[1], command[0])),
+    (r"(?<!\\)\$", ""),
+    (r"(?<![\w)}])\*\*|\*\*(?![\w({\\+-])", ""),  # **18** is 18,
+    (r"\*\*", "^"),  # but 2**3 is a power
+    (r"(?<!^[0-9])(?<!^[0-9]{2})!=", "≠"),  # but 3!=6
+    (r"(?<![A-Za-z])(?:np|math)\.", ""),  # notation of programs
+    (r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π"),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"\(([0-9]+)\)_", r"\1_"),  # (101)_2
+    (r"(?<=°) ?([CF])$", r'"\1"'),
+    (r"(?<=[\])⦄]) ?U ?(?=[\[(⦃])", "∪"),
+    (r"(?<=[0-9])(?: ?x ?(?=10\^)| x (?=[0-9]))", "*"),  # 4.5 x 10^33
+    (r"(?<![A-Za-z])and(?![A-Za-z])", ","),
+    (r"(?<![A-Za-z])or(?![A-Za-z])", ";"),
+    (r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])", _ungrouped),  # 1,234,567
+    (" +", " "),
+    (r"^[ ,;:]+|(?<![ .,;:\\])[ .,;:\\]++$", ""),
+    (r"^(?:\\\$ ?)?[-+]?[0-9]{1,3}(?: [0-9]{3})+(?! ?[0-9/\\(])",
+     lambda number: number[0].replace(" ", "")),  # 1 000
+    (r"(?<![\w.}^])([0-9]+) ?\\frac ?(?:([0-9])([0-9])|\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\})",
+     r"(\1+\2\4/\3\5)"),  # 1\frac12
+    (r"(?<![\w.}^])([0-9]+) ([0-9]+/[0-9]+)", r"(\1+\2)"),  # 1 1/2
+    (r' ?([^\w\s"\\)}\]⦄°%]|_) ?| ([)}\]⦄°%])', r"\1\2"),  # the space in "3 cm" stays
+    (r"\^\{(°|'+)\}|\^(°|')", r"\1\2"),
+    (r"\^(\w|\{[^{}]*\})_(\w|\{[^{}]*\})", r"_\2^\1"),  # v^2_0
+)]
+
