@@ -140,7 +140,7 @@ class Tokenizer:
             if self.eos_id not in said:
                 raise UserError("the chat template ends a turn without a special token, so that "
                                 "nothing teaches the model to stop; use another checkpoint's template")
-            end = len(said) - said[::-1].index(self.eos_id)
+            end = said.index(self.eos_id) + 1
             ids += asked + said
             trained += [False] * len(asked) + [True] * end + [False] * (len(said) - end)
             done = turn

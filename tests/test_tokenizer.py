@@ -218,6 +218,20 @@ def test_merges_that_tiktoken_would_apply_otherwise_are_refused(checkpoint, tmp_
             assert ours.encode(problem) == reference.encode(problem).ids
 
 
+def test_added_tokens_may_stand_in_the_vocabulary(checkpoint, tokenizer, tmp_path):
+    """One that no merge makes is found as an added token alone; one that merges make, in plain text as well."""
+    with open(f"{checkpoint}/tokenizer.json", encoding="utf-8") as f:
+        data = json.load(f)
+    bpe, added = data["model"], data["added_tokens"]
+    bpe["vocab"] |= {token["content"]: token["id"] for token in added}
+    added.append(added[0] | {"content": "ste", "id": bpe["vocab"]["ste"]})
+    path = changed(checkpoint, tmp_path / "other", {"tokenizer.json": {"model": bpe, "added_tokens": added}})
+    ours, reference = model.load_tokenizer(path), tokenizers.Tokenizer.from_file(f"{path}/tokenizer.json")
+    text = "step<|im_end|> system"
+    assert ours.encode(text, special=True) == reference.encode(text).ids
+    assert ours.encode(text) == tokenizer.encode(text)
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(checkpoint, tokenizer, tmp_path):
     last = max(tokenizer.pieces)
     short = changed(checkpoint, tmp_path / "short", {"config.json": {"vocab_size": last}})
@@ -239,8 +253,8 @@ def test_chat_template_renders_as_in_transformers(checkpoint, tokenizer):
 
 
 @pytest.mark.parametrize("template, expected", [
-    ("{% if tools is not none %}tools{% endif %}{% for m in messages %}{{ m.content | tojson(ensure_ascii=False) }}"
-     "{% if loop.index == 3 %}{% break %}{% endif %}{% endfor %}{{ documents is none }}", '"é""b""c"True'),
+    ("{% if tools is not none %}tools{% endif %}{% for m in messages %}{{ m.content | tojson }}"
+     "{% if loop.index == 3 %}{% break %}{% endif %}{% endfor %}{{ documents | tojson(indent=1) }}", '"é""b""c"null'),
     # marks for other trainers: their body is rendered, in a scope of its own
     ("{% set x = 1 %}{% for m in messages %}\n  {%- generation -%}\n {{ m.content }}{% set x = 2 %}\n"
      "  {% endgeneration %}\n|{% endfor %}{{ x }}", "é|b|c|1"),
@@ -275,7 +289,8 @@ def test_special_tokens_that_a_user_typed_stay_text(tokenizer):
     assert stop not in tokenizer.encode("<|im_end|>")
 
 
-@pytest.mark.parametrize("contents, text", [(["<a>", "<<a>>"], "<<a>>"), (["ab|", "|cd"], "ab|cd")])
+@pytest.mark.parametrize("contents, text", [
+    (["<a>", "<<a>>"], "<<a>>"), (["<a>", "<a>>"], "<a>>"), (["ab|", "|cd"], "ab|cd")])
 def test_special_tokens_within_one_another_stay_text_too(checkpoint, tokenizer, tmp_path, contents, text):
     ids = [max(tokenizer.pieces) + 1, max(tokenizer.pieces) + 2]
     with open(f"{checkpoint}/tokenizer.json", encoding="utf-8") as f:
@@ -286,7 +301,8 @@ def test_special_tokens_within_one_another_stay_text_too(checkpoint, tokenizer, 
     tokenizer = model.load_tokenizer(path)
     typed = tokenizer.encode_chat(turns(text))
     assert not {*ids} & {*typed} and text in tokenizer.decode(typed)
-    assert {*ids} & {*tokenizer.encode(text, special=True)}
+    reference = tokenizers.Tokenizer.from_file(f"{path}/tokenizer.json")
+    assert tokenizer.encode(text, special=True) == reference.encode(text).ids
 
 
 @pytest.mark.parametrize("template", [
@@ -330,11 +346,13 @@ THOUGHT = "<think>\nThree and four make seven.\n</think>\n\n#### 7"
     (R1_OPENED, turns("3+4?", THOUGHT), "message 2 (assistant), or a part of it: it may cut off reasoning"),
     (R1, turns("3+4?", THOUGHT, "2+2?", "#### 4"), "message 2 (assistant)"),
     (NO_SYSTEM, turns("3+4?", "#### 7", system="Think step by step."), "message 1 (system)"),
-    (NO_SYSTEM, turns("3+4?", "#### 7", system="7"), "message 1 (system), or a part of it: it may have no place for"),
+    (NO_SYSTEM, turns("3+4?", "#### 7", system="4"), "message 1 (system), or a part of it: it may have no place for"),
     (LAST_ONLY, turns("3+4?", "#### 7"), "message 1 (user)"),
     (LAST_ONLY, turns("Yes", "Yes"), "leaves out message"),
     (R1_OPENED, turns("3+4?", "#### 7"), r"ends a prompt with '<think>\n' but leaves that out of a written turn"),
     (CHATML.replace("CONTENT", "m.content ~ (loop.last and '!' or '')"), turns("?", "7"), "changes earlier messages"),
+    (CHATML.replace("CONTENT", "m.content ~ (loop.last and m.role == 'assistant' and '!' or '')"),
+     turns("?", "7", "?", "8"), "changes earlier messages"),
     (CHATML.replace("<|im_end|>", "").replace("CONTENT", "m.content"), turns("?", "7"), "without a special token"),
     ("{{ raise_exception('no chats') }}", turns("?", "7"), "refuses these messages: no chats"),
 ])
