@@ -1,238 +1,242 @@
-"""tokenizer.json -> Tokenizer, byte-level BPE on tiktoken, and the chat templates of checkpoints."""
+"""A checkpoint's tokenizer.json -> Tokenizer: byte-level BPE on tiktoken, and its chat template."""
 
-import base64
 import json
-import math
 import os
 import re
 import unicodedata
+from contextlib import suppress
 
 import tiktoken
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from support import UserError, foreign_file, read_json
 
-
-def _byte_alphabet():
-    """GPT-2's map from printable characters to bytes, in which vocab files spell their tokens."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
-
-
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-         r"|\s+(?!\S)|\s+")  # how Qwen2 and Llama 3 cut text into words; they differ in how many digits stay together
-
-
-def _read_vocabulary(path, extra):
-    """The vocabulary of a directory, from tokenizer.json, vocab.json + merges.txt, or Llama-3's tokenizer.model.
-
-    Returns ranks {bytes: id}, the word pattern, whether text is normalised to NFC, the added tokens
-    [{content, id, special}] and whether raw text begins with a BOS.
-    """
-    file, vocab, model_file = (os.path.join(path, n) for n in ("tokenizer.json", "vocab.json", "tokenizer.model"))
-    added = [t | {"id": int(i)} for i, t in extra.get("added_tokens_decoder", {}).items()]
-    if os.path.exists(file) or not (os.path.exists(vocab) or os.path.exists(model_file)):
-        data = read_json(file)
-        bpe = data.get("model", {}) if isinstance(data, dict) else {}
-        if bpe.get("type") != "BPE" or bpe.get("byte_fallback"):
-            raise UserError(f"{file}: only byte-level BPE tokenizers are supported")
-        ranks = _byte_level_ranks(file, bpe.get("vocab"), bpe.get("merges"), bpe.get("ignore_merges"))
-        normalizer = data.get("normalizer") or {"normalizers": []}
-        steps = normalizer.get("normalizers", [normalizer])
-        if any(step != {"type": "NFC"} for step in steps):
-            raise UserError(f"{file}: its normalizer is not supported; NFC is")
-        adds_bos = "TemplateProcessing" in json.dumps(data.get("post_processor"))  # Llama 3's
-        return ranks, _split_pattern(file, data), bool(steps), data.get("added_tokens", []), adds_bos
-    if os.path.exists(vocab):  # Qwen2
-        with open(os.path.join(path, "merges.txt"), encoding="utf-8") as f:
-            merges = f.read().split("\n")
-        merges = [m.rstrip("\r") for m in merges[merges[0].startswith("#version") :] if m.strip()]
-        return _byte_level_ranks(vocab, read_json(vocab), merges, False), WORDS % "", True, added, False
-    try:  # Llama 3: a line of base64 and rank per token, as tiktoken has it
-        with open(model_file, "rb") as f:
-            ranks = {base64.b64decode(token): int(i) for token, i in map(bytes.split, f.read().splitlines())}
-    except ValueError:
-        raise UserError(f"{model_file} is no tiktoken file; Llama 2's sentencepiece is not supported") from None
-    return ranks, WORDS % "{1,3}", False, added, True
-
-
-def _byte_level_ranks(file, vocab, merges, ignore_merges):
-    """{bytes: id} of a vocabulary spelled in GPT-2's characters. tiktoken merges by id, so the merges must come in the
-    order of the ids they make (Llama 3 lists several merges a token, but looks whole words up first)."""
-    alphabet = _byte_alphabet()
-    try:
-        ranks = {bytes(map(alphabet.__getitem__, token)): i for token, i in vocab.items()}
-        order = [vocab[m.replace(" ", "") if isinstance(m, str) else m[0] + m[1]] for m in merges]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a byte-level BPE vocabulary with its merges ({error!r})") from None
-    if not ignore_merges and any(a > b for a, b in zip(order, order[1:])):
-        raise UserError(f"{file}: merges are not in the order of their ids, which tiktoken needs")
-    return ranks
+# How Qwen2 (% "") and Llama 3 (% "{1,3}") split text into words before BPE.
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# A code point that Unicode keeps out of text. Put between the characters of a special token that a
+# user typed, it hides the token from the search for special tokens.
+GUARD = "\ufdd0"
+MAX_GAP = 900_000  # tiktoken's regex engine panics near 1,000,000 white spaces in a row
 
 
 class Tokenizer:
-    """Byte-level BPE on tiktoken.
+    """The tokenizer of a checkpoint directory (Qwen2.5, Llama 3).
 
-    Text -> ids never recognises special tokens unless asked (special=True), so a question that spells <|im_end|>
-    stays text. The order is the reference's: added tokens are cut out first, then NFC where the file asks for it.
+    stop_ids: where sampling stops. eos_id: the stop id that ends a turn in training. pad_id: never
+    a stop id. bos_ids: what raw text begins with, if anything. template: None if there is none.
     """
 
     def __init__(self, path):
-        extra = read_optional(os.path.join(path, "tokenizer_config.json"))
-        ranks, pattern, self.nfc, added, adds_bos = _read_vocabulary(path, extra)
-        if len(set(ranks.values())) < len(ranks) or not all(bytes([b]) in ranks for b in range(256)) or not all(
-                type(i) is int and 0 <= i < 2**31 for i in [*ranks.values(), *(t["id"] for t in added)]):
-            raise UserError(f"{path}: its vocabulary lacks bytes, or its ids are no whole numbers, each used once")
-        self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.added = {t["content"]: t["id"] for t in added if t["content"]}
-        self.special_ids = {t["id"] for t in added if t.get("special")}
-        self.pieces = {i: token for token, i in ranks.items()} | {i: t.encode() for t, i in self.added.items()}
-        rows = read_optional(os.path.join(path, "config.json")).get("vocab_size", math.inf)
-        if max(self.pieces) >= rows:
-            raise UserError(f"{path}: the tokenizer has ids up to {max(self.pieces)}, but config.json says "
-                            f"vocab_size = {rows}; use the tokenizer that belongs to this model")
-        self.cut = re.compile("|".join(re.escape(t) for t in sorted(self.added, key=len, reverse=True)) or r"(?!)")
-        self.bos_ids = [self.added[_token_text(extra["bos_token"])]] if adds_bos and extra.get("bos_token") else []
-        self.special_texts = {k: _token_text(extra.get(k)) or "" for k in ("bos_token", "eos_token")}
-        self._eos = self.added.get(_token_text(extra.get("eos_token")))
-        self.stop_ids = self._stop_ids(path)
-        self.eos_id = self._eos if self._eos in self.stop_ids else min(self.stop_ids)  # what ends a turn in training
-        self.pad_id = self._pad_id(extra)
-        self.template = _chat_template(path, extra)
+        data, ranks, pattern = _read_tokenizer_json(path)
+        self.bpe = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.nfc = data.get("normalizer") is not None
+        tokens = data.get("added_tokens", [])
+        self.added = {token["content"]: token["id"] for token in tokens if token["content"]}
+        self.special_ids = {token["id"] for token in tokens if token.get("special")}
+        self.pieces = {i: piece for piece, i in ranks.items()}
+        self.pieces |= {i: text.encode() for text, i in self.added.items()}
+        longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
+        self.cut = re.compile("(" + ("|".join(longest_first) or "(?!)") + ")")
 
-    def _stop_ids(self, path):
-        """eos_token_id of generation_config.json, else of config.json, else the tokenizer's eos_token: a set of ids.
+        config, generation, names = (read_optional(os.path.join(path, name)) for name in (
+            "config.json", "generation_config.json", "tokenizer_config.json"))
+        rows, last = config.get("vocab_size"), max(self.pieces)
+        if rows is not None and last >= rows:
+            raise UserError(f"{path}: the tokenizer has ids up to {last}, but config.json says "
+                            f"vocab_size = {rows}; use the tokenizer of this model")
+        bos, eos, pad = (_token_text(names, f"{name}_token") for name in ("bos", "eos", "pad"))
+        adds_bos = "TemplateProcessing" in json.dumps(data.get("post_processor"))  # as in Llama 3
+        self.bos_ids = [self.added[bos]] if adds_bos and bos else []
+        self.special_texts = {"bos_token": bos, "eos_token": eos}
+        self.template = _chat_template(path, names)
 
-        Nothing else is read there: its temperature, top_p and repetition_penalty would change the sampled policy.
-        """
-        for name in ("generation_config.json", "config.json"):
-            stop = read_optional(os.path.join(path, name)).get("eos_token_id")
-            if stop is not None:
-                stop = stop if isinstance(stop, list) else [stop]
-                if not stop or not all(type(i) is int and 0 <= i < 2**31 for i in stop):
-                    raise UserError(f"{os.path.join(path, name)}: eos_token_id must be a token id or a list of them")
-                return frozenset(stop)
-        if self._eos is None:
-            raise UserError(f"{path}: no stop token is named (eos_token_id in generation_config.json or config.json)")
-        return frozenset([self._eos])
+        # Every end that a part of the checkpoint knows is a stop. Qwen2.5's base models name
+        # <|endoftext|>, but their chat template ends a turn with <|im_end|>. To stop there is right
+        # after a raw prompt, too: what would follow is the turn of somebody else.
+        named = generation.get("eos_token_id")
+        named = config.get("eos_token_id") if named is None else named
+        ends = [self._turn_end(), self.added.get(eos)]
+        ends += named if isinstance(named, list) else [named]
+        ends = [i for i in ends if i is not None]
+        if not ends or not all(type(i) is int and 0 <= i < 2**31 for i in [*ends, *self.pieces]):
+            raise UserError(f"{path}: ids must be whole numbers, and eos_token_id (config.json or "
+                            "generation_config.json) must be a token id or a list of them")
+        self.stop_ids = frozenset(ends)
+        self.eos_id = ends[0]
+        candidates = [self.added.get(pad), *self.pieces]
+        self.pad_id = next(i for i in candidates if i is not None and i not in self.stop_ids)
 
-    def _pad_id(self, extra):
-        """The file's pad token if it is no stop id, else any id that is none. Padding is masked: its value is inert."""
-        pad = self.added.get(_token_text(extra.get("pad_token")))
-        return pad if pad is not None and pad not in self.stop_ids else next(
-            i for i in range(len(self.pieces)) if i not in self.stop_ids)
+    def _turn_end(self):
+        """The id of the added token with which the template ends an assistant's turn, or None."""
+        answer = "TinyLoRA"
+        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        with suppress(UserError):  # where there is no template, or it refuses this conversation
+            rendered = self.chat(turn, generation_prompt=False)
+            end = self.cut.search(rendered.rpartition(answer)[2])
+            return end and self.added[end.group()]
 
-    def encode(self, text, special=False):
-        """Text -> list of ids. special=True recognises added tokens such as <|im_start|>; no BOS is put in front."""
-        return self._encode_cut(text) if special else self._encode_plain(text)
-
-    def _encode_cut(self, text, guard=None):
-        ids, last = [], 0
-        for match in self.cut.finditer(text):
-            ids += self._encode_plain(text[last : match.start()], guard)
-            ids.append(self.added[match.group()])
-            last = match.end()
-        return ids + self._encode_plain(text[last:], guard)
-
-    def _encode_plain(self, text, guard=None):
-        if guard:
-            text = text.replace(guard, "")
-        if self.nfc:
-            text = unicodedata.normalize("NFC", text)
-        return self.bpe.encode_ordinary(text)
+    def encode(self, text, special=False, guard=""):
+        """Text -> list of ids, without a BOS. Special tokens that are spelled in the text stay text
+        unless special=True; then `guard` is removed once they are cut out."""
+        ids = []
+        for part in self.cut.split(text) if special else [text]:
+            if special and part in self.added:
+                ids.append(self.added[part])
+                continue
+            if len(part) > MAX_GAP and max(map(len, re.findall(r"\s+", part)), default=0) > MAX_GAP:
+                raise UserError(f"a text has over {MAX_GAP} white spaces in a row; cut some")
+            part = part.replace(guard, "")
+            if self.nfc:  # only now, as in the reference: a special token keeps its last character
+                part = unicodedata.normalize("NFC", part)
+            ids += self.bpe.encode_ordinary(part)
+        return ids
 
     def decode(self, ids, skip_special=False):
-        """Ids -> text. Ids past the vocabulary (padded embedding rows) are skipped; broken UTF-8 becomes U+FFFD."""
-        skip = self.special_ids if skip_special else ()
-        return b"".join(self.pieces.get(i, b"") for i in ids if i not in skip).decode("utf-8", errors="replace")
+        """Ids -> text. Ids past the vocabulary are skipped; broken UTF-8 becomes U+FFFD."""
+        skipped = self.special_ids if skip_special else ()
+        pieces = [self.pieces.get(i, b"") for i in ids if i not in skipped]
+        return b"".join(pieces).decode("utf-8", errors="replace")
 
     def chat(self, messages, generation_prompt=True, **variables):
-        """Render messages [{'role': ..., 'content': ...}] with the checkpoint's own template (a jinja2 sandbox).
-
-        variables: what else the template reads, e.g. date_string (Llama 3; a fixed date unless given).
-        """
+        """Render messages [{'role': ..., 'content': ...}] with the checkpoint's own template, in a
+        jinja2 sandbox. variables: what else the template reads, as Llama 3's reads date_string."""
         if self.template is None:
             raise UserError("this checkpoint has no chat template")
+        variables = {"tools": None, "documents": None} | self.special_texts | variables
         with foreign_file("the chat template"):
-            return self.template.render(messages=messages, add_generation_prompt=generation_prompt,
-                                        **{"tools": None, "documents": None} | self.special_texts | variables)
+            rendered = self.template.render(
+                messages=messages, add_generation_prompt=generation_prompt, **variables)
+        _check_contents(messages, rendered)
+        return rendered
 
     def encode_chat(self, messages, generation_prompt=True, **variables):
-        """Ids of the rendered chat, where the special tokens are the template's: those a user typed stay text."""
-        return self._encode_cut(self.chat(self._guarded(messages), generation_prompt, **variables), GUARD)
+        """Ids of the rendered chat. Special tokens that are typed in a message stay text."""
+        rendered = self.chat(self._guarded(messages), generation_prompt, **variables)
+        return self.encode(rendered, special=True, guard=GUARD)
 
     def encode_turns(self, messages):
-        """Ids of a whole conversation up to the end of its last assistant turn, and for each of them whether the
-        assistant is to say it: the content of all its turns, and the token that ends a turn.
-
-        Every turn is cut off before BPE where a sampler's prompt would end, so what is trained is what is sampled: a
-        content that begins with a line break is not merged with the template's. UserError where the template renders
-        the messages so far differently once more follow, or ends a turn without a special token.
-        """
-        guarded, ids, trained, done = self._guarded(messages), [], [], ""
+        """Ids of a conversation up to the end of its last assistant turn, and for each id whether
+        it is trained: the assistant's contents, each with the eos_id behind it, are. A turn is cut
+        off before BPE where a sampler's prompt would end, so that what is trained is what is
+        sampled: a line break that begins a content is not merged with the template's."""
+        guarded = self._guarded(messages)
+        ids, trained, done = [], [], ""
         for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                prompt, turn = self.chat(guarded[:i]), self.chat(guarded[: i + 1], generation_prompt=False)
-                if not (prompt.startswith(done) and turn.startswith(prompt)):
-                    raise UserError("the chat template changes earlier messages when later ones follow, so that turns "
-                                    f"cannot be told apart (at message {i + 1}); use another checkpoint's template")
-                said = self._encode_cut(turn[len(prompt) :], GUARD)
-                end = next((n for n in range(len(said), 0, -1) if said[n - 1] in self.added.values()), None)
-                if end is None:
-                    raise UserError("the chat template ends an assistant's turn without a special token: nothing would "
-                                    "teach the model to stop; use another checkpoint's template")
-                asked = self._encode_cut(prompt[len(done) :], GUARD)
-                ids += asked + said
-                trained += [False] * len(asked) + [True] * end + [False] * (len(said) - end)
-                done = turn
+            if message["role"] != "assistant":
+                continue
+            prompt = self.chat(guarded[:i])
+            turn = self.chat(guarded[: i + 1], generation_prompt=False)
+            if not (prompt.startswith(done) and turn.startswith(prompt)):
+                before = self.chat(guarded[:i], generation_prompt=False)
+                fault = "changes earlier messages when later ones follow"
+                if before.startswith(done) and turn.startswith(before):
+                    opening = prompt[len(os.path.commonprefix([prompt, turn])) :]
+                    fault = f"ends a prompt with {opening!r} but leaves that out of a written turn"
+                raise UserError(f"the chat template {fault}, so that turns cannot be told apart "
+                                f"(at message {i + 1}); use another checkpoint's template")
+            asked = self.encode(prompt[len(done) :], special=True, guard=GUARD)
+            said = self.encode(turn[len(prompt) :], special=True, guard=GUARD)
+            if self.eos_id not in said:
+                raise UserError("the chat template ends a turn without a special token, so that "
+                                "nothing teaches the model to stop; use another checkpoint's template")
+            end = said.index(self.eos_id) + 1
+            ids += asked + said
+            trained += [False] * len(asked) + [True] * end + [False] * (len(said) - end)
+            done = turn
         last = len(trained) - trained[::-1].index(True)
         return ids[:last], trained[:last]
 
     def _guarded(self, messages):
-        return [m | {"content": self.cut.sub(lambda match: GUARD.join(match[0]) + GUARD, m["content"])}
+        return [m | {"content": self.cut.sub(lambda t: GUARD.join(t[0]) + GUARD, m["content"])}
                 for m in messages]
 
 
-GUARD = "\ufdd0"  # a code point that Unicode keeps out of text: put into a typed <|im_end|>, it hides it from `cut`
-
-
 def read_optional(file):
+    """The object in a JSON file; {} where there is no such file."""
     data = read_json(file) if os.path.exists(file) else {}
     if not isinstance(data, dict):
         raise UserError(f"{file} is not a JSON object")
     return data
 
 
-def _token_text(token):
+def _token_text(names, key):
+    token = names.get(key) or ""
     return token["content"] if isinstance(token, dict) else token
 
 
-def _split_pattern(file, data):
-    """The regex that cuts text into words before BPE, from tokenizer.json's pre_tokenizer."""
-    match (data.get("pre_tokenizer") or {}).get("pretokenizers"):
-        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            return pattern
-    raise UserError(f"{file}: its pre_tokenizer is not one split pattern and ByteLevel: no Qwen2 or Llama-3 tokenizer")
+def _read_tokenizer_json(path):
+    """The content of tokenizer.json, its vocabulary {bytes: id}, and its split pattern.
+
+    The file lists which neighbours merge first; tiktoken merges any two that make a token, lowest
+    id first. After BPE training the two agree if the merges make every token in the order of ids.
+    (Llama 3 lists all ways to make a token. Its ignore_merges, whole words first, is tiktoken's.)
+    """
+    file = os.path.join(path, "tokenizer.json")
+    if not os.path.exists(file):
+        raise UserError(f"{file} is missing: download it, or have transformers write it, with "
+                        f"AutoTokenizer.from_pretrained({path!r}).save_pretrained({path!r})")
+    data = read_json(file)
+    match data:
+        case {"model": {"type": "BPE", "vocab": vocab, "merges": merges},
+              "pre_tokenizer": {"pretokenizers": [
+                  {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"},
+                  {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}}:
+            pass
+        case _:
+            raise UserError(f"{file}: only byte-level BPE behind one split pattern is supported "
+                            "(Qwen2.5, Llama 3), not sentencepiece (Llama 2) or others")
+    nfc = {"type": "NFC"}
+    if data.get("normalizer") not in (None, nfc, {"type": "Sequence", "normalizers": [nfc]}):
+        raise UserError(f"{file}: its normalizer is not supported; only NFC is")
+
+    order = [vocab["".join(merge).replace(" ", "")] for merge in merges]  # of "a b" or ["a", "b"]
+    made = set(order)
+    added = {token["id"] for token in data.get("added_tokens", [])} - made
+    # The vocabulary spells bytes in GPT-2's printable characters.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    alphabet = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    ranks = {bytes(alphabet[c] for c in token): i for token, i in vocab.items() if i not in added}
+    singles = {ranks[bytes([b])] for b in range(256)}
+    if order != sorted(order) or not len(singles | made) == len(ranks) == 256 + len(made):
+        raise UserError(f"{file}: its merges do not make every token in the order of the ids, on "
+                        "which tiktoken relies; use the tokenizer.json published with the model")
+    return data, ranks, pattern
 
 
-def _chat_template(path, extra):
-    text = extra.get("chat_template")
+def _check_contents(messages, rendered):
+    """UserError where the template left out what a message says. White space is not compared, as
+    templates trim it. What is found is crossed out, so that it does not count for two messages."""
+    rest = "".join(rendered.split())
+    for number, message in sorted(enumerate(messages, 1), key=lambda m: -len(m[1]["content"])):
+        content = "".join(message["content"].split())
+        if content not in rest:
+            role, causes = message["role"], {"system": "have no place for system messages"}
+            cause = causes.get(role, "cut off reasoning up to </think>")
+            raise UserError(f"the chat template leaves out message {number} ({role}), or a part of "
+                            f"it: it may {cause}; change the message, or use another template")
+        rest = rest.replace(content, "\0", 1)
+
+
+def _chat_template(path, names):
+    """The template of chat_template.jinja, else of tokenizer_config.json, compiled; else None."""
+    text = names.get("chat_template")
     if isinstance(text, list):  # several, by name
-        text = next((t.get("template") for t in text if t.get("name") == "default"), None)
+        text = {entry["name"]: entry["template"] for entry in text}.get("default")
     file = os.path.join(path, "chat_template.jinja")
     if os.path.exists(file):
         with open(file, encoding="utf-8") as f:
             text = f.read()
-    if not isinstance(text, str):
-        return None
 
-    def raise_exception(message):
+    def refuse(message):
         raise UserError(f"the chat template refuses these messages: {message}")
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    env.globals["raise_exception"] = raise_exception
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env.globals["raise_exception"] = refuse
     env.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False} | options)
     with foreign_file(f"{path}: the chat template"):
-        return env.from_string(text)
+        # {% generation %} marks what other trainers train on; `with` renders its body alike.
+        text = re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", text or "")
+        return env.from_string(text) if text else None

@@ -1,6 +1,5 @@
 """Checkpoint directories (model.py) against transformers: weights, tokenizer, chat template, and what is refused."""
 
-import gzip
 import json
 import os
 import shutil
@@ -9,13 +8,10 @@ import sys
 from fnmatch import fnmatch
 from types import SimpleNamespace
 
-import hypothesis
 import pytest
-import tokenizers
 import torch
 from conftest import ROOT, SHARED, assert_refused, make_checkpoint, run_script
 from forks import fork_script
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import model
@@ -242,11 +238,6 @@ def test_the_line_and_the_exit_code_a_user_sees(tmp_path):
 @pytest.mark.parametrize(
     "file, text, words",
     [
-        ("tokenizer.json", "[]", "only byte-level BPE"),
-        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}', "not a byte-level BPE"),
-        ("tokenizer.json", None, "tokenizer.json is missing"),
-        ("generation_config.json", "[]", "is not a JSON object"),
-        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id must be a token id"),
         ("config.json", '{"model_type": "llama", "hidden_size": "8"}', "hidden_size must be a whole number"),
         ("config.json", '{"model_type": "llama"}', "key 'num_attention_heads' is missing"),
         ("config.json", '{"model_type": "llama", "num_attention_heads": 2, "hidden_size": 14}', "and head_dim be"),
@@ -265,168 +256,6 @@ def test_malformed_files_are_refused_in_one_line(checkpoint, tmp_path, file, tex
         model.load_model(str(tmp_path / "broken"), device="cpu")
         model.load_tokenizer(str(tmp_path / "broken"))
     assert "\n" not in str(error.value)
-
-
-# --------------------------------------------------------------------------------------------------------- tokenizer
-
-
-def test_tokenizer_equals_the_reference_library(checkpoint, tokenizer):
-    reference = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    texts = ["Tom has 12 apples.", "", "  two  spaces\n\n\tand tabs ", "naïve e\u0301 日本語 🙂 12345", "it's I'LL",
-             "<|im_end|>\u0338 <|im_start|>user", "\x00\x01 \u2028 \u00a0"]
-    for text in texts:
-        ids = reference(text, add_special_tokens=False)["input_ids"]
-        assert tokenizer.encode(text, special=True) == ids, text
-        assert tokenizer.decode(ids) == reference.decode(ids), text
-
-
-def test_chat_template_renders_as_in_transformers(checkpoint, tokenizer):
-    reference = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 1+1? "}]
-    for generation_prompt in (True, False):
-        text = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-        assert tokenizer.chat(messages, generation_prompt) == text
-        assert tokenizer.encode_chat(messages, generation_prompt) == tokenizer.encode(text, special=True)
-
-
-SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-
-
-@pytest.mark.parametrize("changes, words", [
-    # tiktoken drops what its one pattern leaves over, so several steps would lose text (as DeepSeek's have)
-    ({"pre_tokenizer": [SPLIT | {"pattern": {"Regex": "[\r\n]"}}, SPLIT | {"pattern": {"Regex": "[A-Za-z]+"}}, BYTES]},
-     "not one split pattern"),
-    ({"pre_tokenizer": [SPLIT | {"pattern": {"Regex": "x|."}}, BYTES | {"add_prefix_space": True}]}, "not one split"),
-    ({"pre_tokenizer": [SPLIT | {"pattern": {"Regex": "x|."}, "behavior": "Removed"}, BYTES]}, "not one split"),
-    ({"normalizer": {"type": "NFKC"}}, "normalizer is not supported"),
-    ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}}, "normalizer"),
-    ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}}, ""),
-    ({"normalizer": None}, "")])
-def test_a_tokenizer_that_cuts_text_in_other_ways_is_refused(checkpoint, tmp_path, changes, words):
-    shutil.copytree(checkpoint, tmp_path / "other")
-    file = tmp_path / "other" / "tokenizer.json"
-    data = json.loads(file.read_text(encoding="utf-8"))
-    if "pre_tokenizer" in changes:
-        changes = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": changes["pre_tokenizer"]}}
-    file.write_text(json.dumps(data | changes), encoding="utf-8")
-    if words:
-        with pytest.raises(UserError, match=words):
-            model.load_tokenizer(str(file.parent))
-    else:
-        text, reference = "cafe\u0301 12", tokenizers.Tokenizer.from_file(str(file))
-        assert model.load_tokenizer(str(file.parent)).encode(text) == reference.encode(text).ids
-
-
-@pytest.mark.parametrize("added, text", [(["<a>", "<<a>>"], "<<a>>"), (["ab|", "|cd"], "ab|cd")])
-def test_special_tokens_within_one_another_stay_text_too(checkpoint, tmp_path, added, text):
-    shutil.copytree(checkpoint, tmp_path / "other")
-    file = tmp_path / "other" / "tokenizer.json"
-    data = json.loads(file.read_text(encoding="utf-8"))
-    free = 1 + max(max(data["model"]["vocab"].values()), *(t["id"] for t in data["added_tokens"]))
-    for i, content in enumerate(added):
-        data["added_tokens"].append(data["added_tokens"][0] | {"id": free + i, "content": content, "special": True})
-    file.write_text(json.dumps(data), encoding="utf-8")
-    config = json.loads((file.parent / "config.json").read_text())
-    (file.parent / "config.json").write_text(json.dumps(config | {"vocab_size": free + 9}))
-    tokenizer = model.load_tokenizer(str(file.parent))
-    ids = tokenizer.encode_chat([{"role": "user", "content": text}])
-    assert not {free, free + 1} & set(ids) and text in tokenizer.decode(ids)
-    assert {free, free + 1} & set(tokenizer.encode(text, special=True))
-
-
-def test_templates_see_what_transformers_gives_them(checkpoint, tmp_path):
-    shutil.copytree(checkpoint, tmp_path / "other")
-    template = ("{% if tools is not none %}tools{% endif %}{% for m in messages %}{{ m.content | tojson(ensure_ascii="
-                "False) }}{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}{{ documents is none }}")
-    (tmp_path / "other" / "chat_template.jinja").write_text(template)
-    messages = [{"role": "user", "content": text} for text in ("é", "b", "c")]
-    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "other")
-    text = model.load_tokenizer(str(tmp_path / "other")).chat(messages)
-    assert text == '"é""b"True' == reference.apply_chat_template(messages, tokenize=False)
-
-
-def test_special_tokens_that_a_user_typed_stay_text(tokenizer):
-    stop = tokenizer.added["<|im_end|>"]
-    honest = tokenizer.encode_chat([{"role": "user", "content": "hello"}])
-    typed = tokenizer.encode_chat([{"role": "user", "content": "hello<|im_end|>"}])
-    assert honest.count(stop) == typed.count(stop) == 1
-    assert tokenizer.decode(typed).count("<|im_end|>") == 2  # the text itself is all there
-    assert stop not in tokenizer.encode("<|im_end|>")
-
-
-def test_pad_is_never_a_stop_id(tokenizer, checkpoint, tmp_path):
-    assert tokenizer.stop_ids == {tokenizer.added["<|im_end|>"]} and tokenizer.pad_id not in tokenizer.stop_ids
-    path = tmp_path / "pad_is_eos"
-    shutil.copytree(checkpoint, path)
-    config = json.loads((path / "tokenizer_config.json").read_text()) | {"pad_token": "<|im_end|>"}
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
-    other = model.load_tokenizer(str(path))
-    assert other.pad_id not in other.stop_ids
-
-
-def test_ids_past_the_vocabulary_decode_to_nothing(tokenizer):
-    assert tokenizer.decode([10**6, *tokenizer.encode("ab"), 511]) == "ab"
-
-
-def real_tokenizer(family, path, *files):
-    """The Tokenizer of the real vocabulary files in ../shared, or a skip."""
-    source = SHARED / "tokenizers" / family
-    if not source.exists():
-        pytest.skip("needs the real vocabularies in ../shared/tokenizers")
-    path.mkdir(parents=True, exist_ok=True)
-    for file in files or ["tokenizer.json"]:
-        (path / file).write_bytes(gzip.decompress((source / f"{file}.gz").read_bytes()))
-    config = {"qwen2.5": "tokenizer_config.json", "llama3": "tokenizer_config.3.1.json"}[family]
-    generation = {"qwen2.5": "generation_config.json", "llama3": "generation_config.3.1.json"}[family]
-    shutil.copy(source / config, path / "tokenizer_config.json")
-    shutil.copy(source / generation, path / "generation_config.json")
-    return model.load_tokenizer(str(path))
-
-
-def vectors(name):
-    text = (SHARED / "tokenizers" / f"vectors_{name}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-@pytest.mark.parametrize("family, files", [("qwen2.5", ["tokenizer.json"]), ("qwen2.5", ["vocab.json", "merges.txt"]),
-                                           ("llama3", ["tokenizer.json"]), ("llama3", ["tokenizer.model"])])
-def test_real_vocabularies_give_the_published_ids(family, files, tmp_path):
-    ours = real_tokenizer(family, tmp_path, *files)
-    assert ours.decode([ours.eos_id]) == {"qwen2.5": "<|im_end|>", "llama3": "<|eot_id|>"}[family]  # ends a chat turn
-    assert [ours.decode([i]) for i in ours.bos_ids] == ([] if family == "qwen2.5" else ["<|begin_of_text|>"])
-    for case in vectors(family):
-        if case["kind"] == "text":
-            assert ours.encode(case["text"], special=True) == case["ids"]
-            assert ours.encode(case["text"]) == case["ids_plain"]
-        if case["kind"] in ("text", "decode"):
-            assert ours.decode(case["ids"]) == case["decoded"]
-            assert ours.decode(case["ids"], skip_special=True) == case["decoded_skip"]
-        if case["kind"] == "chat":
-            rendered = ours.chat(case["messages"], case["add_generation_prompt"], **case["kwargs"])
-            assert rendered == case["rendered"] and ours.encode(rendered, special=True) == case["ids"]
-    for case in vectors(f"llamacpp_{family}"):
-        assert ours.encode(case["text"], special=True) == case["ids"]
-
-
-@pytest.mark.parametrize("family", ["qwen2.5", "llama3"])
-def test_random_unicode_gives_the_ids_of_the_reference_library(family, tmp_path):
-    ours = real_tokenizer(family, tmp_path)
-    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assigned = st.characters(exclude_categories=("Cs", "Cn", "Mn"))  # of marks the libraries' Unicode tables differ
-
-    @hypothesis.settings(max_examples=150, deadline=None)
-    @hypothesis.given(st.text(st.one_of(assigned, st.sampled_from(" \n\t0123456789'abc<|im_end|>")), max_size=60))
-    def check(text):
-        assert ours.encode(text, special=True) == reference(text, add_special_tokens=False)["input_ids"]
-
-    check()
-
-
-def test_a_sentencepiece_file_is_refused(checkpoint, tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00")
-    with pytest.raises(UserError, match="sentencepiece"):
-        model.load_tokenizer(str(tmp_path))
 
 
 def test_large_models_are_saved_in_shards_that_transformers_loads(tmp_path):
@@ -486,16 +315,6 @@ def test_a_hub_name_works_offline_once_it_is_downloaded(checkpoint, tmp_path):
     assert_refused(run_script("sample.py", "--model=owner/other", **options), "'owner/other' is no local directory")
 
 
-def test_of_several_chat_templates_the_default_is_taken(checkpoint, tokenizer, tmp_path):
-    shutil.copytree(checkpoint, tmp_path / "named")
-    config = json.loads((tmp_path / "named" / "tokenizer_config.json").read_text())
-    config["chat_template"] = [{"name": "tool_use", "template": "x"},
-                               {"name": "default", "template": config["chat_template"]}]
-    (tmp_path / "named" / "tokenizer_config.json").write_text(json.dumps(config))
-    messages = [{"role": "user", "content": "1+1?"}]
-    assert model.load_tokenizer(str(tmp_path / "named")).encode_chat(messages) == tokenizer.encode_chat(messages)
-
-
 FIRST_CALLS = """
 import torch
 
@@ -553,30 +372,6 @@ def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
     for name in ("auto", "cuda"):
         assert model.pick_device(name) == torch.device("cuda", 3)
     assert chosen == [3, 3]
-
-
-def test_a_model_without_a_template_gets_the_plain_prompt(checkpoint, tmp_path):
-    shutil.copytree(checkpoint, tmp_path / "plain")
-    config = json.loads((tmp_path / "plain" / "tokenizer_config.json").read_text())
-    del config["chat_template"]
-    (tmp_path / "plain" / "tokenizer_config.json").write_text(json.dumps(config))
-    plain = model.load_tokenizer(str(tmp_path / "plain"))
-    assert sample.encode_prompt(plain, "1+1?", "Be brief.") == plain.encode("1+1?")
-
-
-def test_a_tokenizer_with_more_ids_than_the_model_is_refused(checkpoint, tmp_path):
-    shutil.copytree(checkpoint, tmp_path / "short")
-    config = json.loads((tmp_path / "short" / "config.json").read_text()) | {"vocab_size": 300}
-    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="vocab_size = 300"):
-        model.load_tokenizer(str(tmp_path / "short"))
-    plain = model.load_tokenizer(checkpoint)
-    highest = max(plain.pieces)
-    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"vocab_size": highest}))
-    with pytest.raises(UserError, match=f"ids up to {highest}, but config.json says vocab_size = {highest};"):
-        model.load_tokenizer(str(tmp_path / "short"))
-    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"vocab_size": highest + 1}))
-    assert model.load_tokenizer(str(tmp_path / "short")).pieces == plain.pieces
 
 
 def test_fresh_weights_spread_as_in_gpt2(checkpoint):
@@ -664,39 +459,3 @@ def test_what_is_saved_names_its_dtype_its_size_and_its_tokenizer(checkpoint, tm
     index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": sum(p.nbytes for p in net.parameters())}
     assert {name for name in names if (tmp_path / "saved" / name).read_text() == name} == names
-
-
-def changed_tokenizer(checkpoint, path, data=None, **config):
-    """A copy of a checkpoint with changes to tokenizer.json and tokenizer_config.json."""
-    shutil.copytree(checkpoint, path)
-    for name, changes in (("tokenizer.json", data or {}), ("tokenizer_config.json", config)):
-        whole = json.loads((path / name).read_text(encoding="utf-8"))
-        (path / name).write_text(json.dumps(whole | changes), encoding="utf-8")
-    return str(path)
-
-
-def test_text_begins_with_a_bos_where_the_files_ask_for_it(checkpoint, tmp_path):
-    begin = "<|im_start|>"
-    named = model.load_tokenizer(changed_tokenizer(checkpoint, tmp_path / "named", bos_token=begin))
-    asked = model.load_tokenizer(changed_tokenizer(checkpoint, tmp_path / "asked", bos_token={"content": begin}, data={
-        "post_processor": {"type": "Sequence", "processors": [{"type": "TemplateProcessing"}]}}))
-    assert named.bos_ids == [] and asked.bos_ids == [asked.added[begin]]
-
-
-def test_merges_that_are_not_in_the_order_of_their_ids_are_refused(checkpoint, tmp_path):
-    with open(f"{checkpoint}/tokenizer.json", encoding="utf-8") as f:
-        bpe = json.load(f)["model"]
-    bpe["merges"] = bpe["merges"][::-1]
-    with pytest.raises(UserError, match="not in the order of their ids"):
-        model.load_tokenizer(changed_tokenizer(checkpoint, tmp_path / "a", {"model": bpe}))
-    assert model.load_tokenizer(changed_tokenizer(checkpoint, tmp_path / "b", {"model": bpe | {"ignore_merges": True}}))
-
-
-def test_what_ends_a_turn_stops_sampling(checkpoint, tmp_path):
-    path = changed_tokenizer(checkpoint, tmp_path / "other", eos_token="<|im_start|>")
-    other = model.load_tokenizer(path)
-    assert other.added["<|im_start|>"] not in other.stop_ids and other.eos_id == min(other.stop_ids)
-    several = sorted([other.added["<|im_start|>"], other.added["<|im_end|>"]])
-    (tmp_path / "other" / "generation_config.json").write_text(json.dumps({"eos_token_id": several}))
-    assert model.load_tokenizer(path).stop_ids == set(several)
-    assert model.load_tokenizer(path).eos_id == other.added["<|im_start|>"]

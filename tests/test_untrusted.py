@@ -59,7 +59,7 @@ def test_a_checkpoint_with_anything_anywhere(victim, checkpoint, data):
 
 
 @pytest.mark.parametrize("file, text", [
-    ("config.json", "[" * 100_000), ("tokenizer.json", '{"a":' * 100_000),
+    ("config.json", "[" * 100_000),
     ("model.safetensors.index.json", '{"weight_map": {"a": ["../../etc/passwd"]}}'),
     ("model.safetensors.index.json", '{"weight_map": {"a": "../../../etc/passwd"}}'),
     ("model.safetensors.index.json", '{"weight_map": {"a": "/etc/passwd"}}'),
@@ -76,33 +76,6 @@ def test_files_that_reach_elsewhere_or_too_deep(victim, checkpoint, file, text):
     finally:
         shutil.rmtree(victim)
         shutil.copytree(checkpoint, victim)
-
-
-@pytest.mark.parametrize("template", [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ messages.__init__.__globals__ }}",
-    "{{ cycler.__init__.__globals__.os.popen('touch hostile') }}",
-    "{{ raise_exception.__globals__['os'].system('touch hostile') }}",
-    "{{ messages.append(1) }}",
-    "{{ ('%s' | attr('__class__')).mro() }}",
-    "{{ '{0.__class__.__mro__}'.format('') }}",
-    "{% for i in range(10**9) %}x{% endfor %}",
-    "{{ 'x' * 10**15 }}",
-    "{{ 1 / 0 }}",
-    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
-    "{% include '/etc/passwd' %}",
-    "{% import 'os' as os %}",
-    "{{ messages[0]['content'] + 1 }}",
-    "{% if %}",
-])
-def test_a_chat_template_reaches_nothing(victim, tmp_path, monkeypatch, template):
-    monkeypatch.chdir(tmp_path)
-    path = shutil.copytree(victim, tmp_path / "model")
-    (path / "chat_template.jinja").write_text(template)
-    with pytest.raises(UserError, match="the chat template") as error:
-        raise UserError("the chat template: " + model.load_tokenizer(str(path)).chat([dict(role="user", content="?")]))
-    assert "\n" not in str(error.value) and "class" not in str(error.value).partition("template: ")[2]
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_data_cannot_name_a_place_outside_out_dir(checkpoint, problems, tmp_path):
