@@ -382,6 +382,12 @@ def read_for(model, where):
     here = model.adapter.meta["base"] if model.adapter else fingerprint(model)
     if base != ANY_BASE and not same_base(base, here):
         raise UserError(f"{where} was trained on another base model: its fingerprint differs")
+    tensors = check_shapes(where, tensors, linears, groups, meta)
+    return linears, groups, meta | {"base": here}, tensors
+
+
+def check_shapes(where, tensors, linears, groups, meta):
+    """The tensors of an adapter with these settings, in their shapes. UserError for any others."""
     rank, shapes = meta["rank"], {}
     if meta["method"] == "lora":
         for i, linear in enumerate(linears.values()):
@@ -396,18 +402,18 @@ def read_for(model, where):
         name = min(set(found.items()) ^ set(shapes.items()))[0]
         raise UserError(f"{where}: {name} has shape {found.get(name)}, but its settings and this "
                         f"model need {shapes.get(name)}")
-    return linears, groups, meta | {"base": here}, tensors
+    return tensors
 
 
+@torch.no_grad()
 def load_adapter(model, where):
     """Attach an adapter to its base model: a file, the out_dir of a run, or a text. Returns the
     Adapter. Raises UserError, and leaves the model as it was, if it cannot be read or belongs to
     another model."""
     *planned, tensors = read_for(model, where)
     adapter = install(model, *planned)
-    with torch.no_grad():
-        for name, p in adapter.named_parameters():
-            p.copy_(tensors[name])
+    for name, p in adapter.named_parameters():
+        p.copy_(tensors[name])
     return adapter
 
 
@@ -441,7 +447,7 @@ def load_adapters(model, adapters):
             shared = model.adapter or install(model, linears, groups, meta)
             alike = shared.meta["rank"] == meta["rank"] and shared.linears == list(linears.values())
             if shared.meta["method"] == "lora" or not alike:
-                raise UserError(f"{where[:80]}: rank and targets must be those of the other adapters")
+                raise UserError(f"{where[:80]}: rank and targets must be those of the others")
             settings = json.dumps(meta)
             if settings not in known_P:
                 known_P[settings] = projections(meta, linears)

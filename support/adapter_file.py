@@ -58,8 +58,7 @@ def read_text(text):
     _, numbers, *rest = text.split(":")
     if not rest:
         u = len(numbers) // 8
-        print0_once(f"note: an adapter of {u} numbers alone is read with rank 2 and seed 0, and for "
-                    "any base model")
+        print0_once(f"note: {u} numbers alone are read with rank 2 and seed 0, for any base model")
         rest = [FORMAT, "method=tinylora", "rank=2", f"u={u}", "n_tie=0", "tie=tiled", "seed=0",
                 "targets=all", f"base={ANY_BASE}", "dtype=float32"]
     settings = {}
