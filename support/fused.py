@@ -72,11 +72,11 @@ def thin_product(x, V):
 
 def few_rows_linear(x, W, bias=None):
     """F.linear. On a CPU in float32 the product of 8 to 32 rows with a large W is up to a third
-    faster as (W x^T)^T. Compiled code serves any number of rows, so it does not choose."""
+    faster as (W x^T)^T."""
+    if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu":
+        return F.linear(x, W, bias)  # compiled code must not look at the number of rows
     flat = x.flatten(0, -2)
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    few = 8 <= len(flat) <= 32 and W.numel() > LARGE_WEIGHT
-    if not on_cpu or torch.compiler.is_compiling() or not few:
+    if not 8 <= len(flat) <= 32 or W.numel() <= LARGE_WEIGHT:
         return F.linear(x, W, bias)
     y = W @ flat.T if bias is None else torch.addmm(bias[:, None], W, flat.T)
     return y.T.reshape(*x.shape[:-1], len(W))
