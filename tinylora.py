@@ -1,425 +1,425 @@
-"""TinyLoRA, LoRA-XS and LoRA: adapters over the linears of a frozen model ("Learning to Reason in 13 Parameters",
-Morris et al. 2026, section 4; LoRA-XS: Balazy et al. 2024; LoRA as in "LoRA Without Regret", Schulman et al. 2025).
+"""TinyLoRA, LoRA-XS and LoRA: adapters on the linears of a frozen model.
 
     tinylora    W' = W + U S R V^T,   R = sum_i v_i P_i
-    lora_xs     W' = W + U S R V^T,   R itself trained
+    lora_xs     W' = W + U S R V^T,   R itself is trained
     lora        W' = W + (alpha / r) B A
 
-U S V^T is the truncated SVD of the frozen W (rank r), the P_i [r, r] are fixed random matrices, and v [u] is all that
-TinyLoRA trains. Modules may share one v (tying), so a model can have as few as one trained number. W stays as it is,
-and in 16 bits not even a copy of it takes in an update this small: it would be rounded away. A layer computes
+U S V^T is the truncated SVD of the frozen W, of rank r. The P_i [r, r] are fixed random matrices,
+and v [u] is all that TinyLoRA trains. Linears may share one v (tying), so a model can have as few
+as one trained number. W is never changed, because in 16 bits an update this small would be rounded
+away. A layer computes
 
     y = W x + b + (U S) R (V^T x)
 
 and a LoRA layer the same with B, (alpha / r) 1 and A in the three places.
+
+TinyLoRA: "Learning to Reason in 13 Parameters" (Morris et al. 2026), section 4. LoRA-XS: Balazy et
+al. 2024. LoRA as in "LoRA Without Regret" (Schulman et al. 2025).
 """
 
 import hashlib
 import json
 import math
 import os
-import re
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from model import load_model
-from support import UserError, whole_file
+from model import Linear, load_model, save_model
+from support import UserError, foreign_file, whole_file
+from support.adapter_file import ANY_BASE, FORMAT, read_adapter, same_base
 from support.checkpoint import DTYPES
-from support.fused import sum_of_products, thin_product
-from support.parallel import full_tensor, is_chief, print0_once, shard_model
+from support.fused import LowRankLinear
+from support.parallel import full_tensor, is_chief, print0, shard_model
 from support.svd import svd_factors
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # forward order in a block
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGETS = {"all": LINEARS, "attention": LINEARS[:4], "mlp": LINEARS[4:]}
-SETTINGS = {"tinylora": ("rank", "u", "n_tie", "tie", "seed", "targets"), "lora_xs": ("rank", "targets"),
-            "lora": ("rank", "alpha", "seed", "targets")}  # what each method reads; the others it leaves unread
-KINDS = {"method": str, "rank": int, "u": int, "n_tie": int, "tie": str, "seed": int, "targets": str, "alpha": float,
-         "base": str, "dtype": str}
-FORMAT = "tinylora-2"
+METHODS = {  # the settings of add_adapter that each method reads
+    "tinylora": ("rank", "u", "n_tie", "tie", "seed", "targets"),
+    "lora_xs": ("rank", "targets"),
+    "lora": ("rank", "alpha", "seed", "targets"),
+}
 
-# ------------------------------------------------------------------------------------------------------ the adapter
+# ------------------------------------------------------------------------------------ the adapter
 
+def add_adapter(model, method="tinylora", rank=2, u=13, n_tie=0, tie="tiled", seed=0, targets="all",
+                alpha=32.0):
+    """Attach an adapter that does not change anything yet to a frozen model. Returns the Adapter.
 
-class AdaptedLinear(nn.Linear):
-    """A frozen linear whose output gets the low-rank update. Its weight and bias keep the checkpoint's names."""
-
-    @classmethod
-    def adapt(cls, linear, index, US, Vt):
-        linear.__class__ = cls  # in place: same parameters, same names, one more term in forward
-        # Past nn.Module: neither submodule nor parameters, so that the model's state dict stays the checkpoint's.
-        linear.__dict__.update(index=index, US=US, Vt=Vt, R=None)
-
-    def forward(self, x):
-        y = LowRankUpdate.apply(x, self.weight, self.US, self.Vt, self.R)
-        return y if self.bias is None else y + self.bias
-
-    def merged(self):
-        """W + U S R V^T in fp32, which holds so small an update."""
-        return self.weight.float() + self.US.float() @ self.R @ self.Vt.float()
-
-
-class LowRankUpdate(torch.autograd.Function):
-    """x (W + US R V^T)^T: x [..., n], W [m, n], US [m, r], Vt [r, n], R [r, r] -> [..., m].
-
-    The gradient is written by hand, as every pass over the tokens costs: that of x is one product added to another in
-    place, and of x itself nothing is kept but V^T x [..., r], unless W or V^T is trained.
+    method: 'tinylora', 'lora_xs' (R is trained: u = rank^2, P_i = matrix units, no tying), 'lora'.
+    rank: r of the truncated SVD (2 in the paper), or of A and B.
+    u: trained numbers in a group of linears that share them.
+    n_tie, tie: 'tiled' shares v among n_tie consecutive linears of the flat list (layer by layer,
+        q k v o gate up down), 'structured' among the linears of one type in n_tie layers. With
+        n_tie = 0 all linears are one group (section 4).
+    targets: 'all', 'attention', 'mlp', or linears such as 'q_proj,v_proj'. Parts separated by '/'
+        are tied each on its own: 'attention/mlp' with n_tie = 0 has one v for each of the two.
+    seed: of P, or of A. Both depend on the seed and on the linear's name alone.
+    alpha: of lora. The update is scaled by alpha / rank, so that one lr suits nearly every rank.
+    Raises UserError, and leaves the model as it was, if the settings do not fit.
     """
-
-    @staticmethod
-    def forward(ctx, x, W, US, Vt, R):
-        h = thin_product(x, Vt.to(x.dtype))  # [..., r]
-        ctx.save_for_backward(W, US, Vt, R, h, x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None)
-        return sum_of_products(x, W, h, (US.to(R.dtype) @ R).to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, dy):
-        W, US, Vt, R, h, x = ctx.saved_tensors
-        needs, shape = ctx.needs_input_grad, dy.shape[:-1]
-        h, dy = h.flatten(0, -2), dy.flatten(0, -2)
-        d_out = thin_product(dy, US.T.to(dy.dtype)).to(R.dtype)  # [tokens, r], of R h
-        d_in = (d_out @ R).to(dy.dtype)  # of h
-        dx = (dy @ W).addmm_(d_in, Vt.to(dy.dtype)).view(*shape, -1) if needs[0] else None
-        dW = dy.T @ x.flatten(0, -2) if needs[1] else None
-        dUS = ((h.to(R.dtype) @ R.mT).to(dy.dtype).T @ dy).T.to(US.dtype) if needs[2] else None
-        dVt = (d_in.T @ x.flatten(0, -2)).to(Vt.dtype) if needs[3] else None
-        dR = d_out.T @ h.to(R.dtype) if needs[4] else None
-        return dx, dW, dUS, dVt, dR
+    settings = dict(method=method, rank=rank, u=u, n_tie=n_tie, tie=tie, seed=seed,
+                    targets=targets, alpha=float(alpha))
+    linears, groups, meta = plan(model, settings)
+    return install(model, linears, groups, meta | {"base": fingerprint(model)})
 
 
-class Adapter(nn.Module):
-    """The trained numbers, in fp32: v [groups, u] over fixed P [N, u, r, r] and the group of each of the N adapted
-    linears; for LoRA A [r, n] and B [m, r] of each. `meta` holds the settings that rebuild all of it, and `base`, the
-    fingerprint of the model."""
-
-    def __init__(self, meta, P=None, groups=None, A=(), B=()):
-        super().__init__()
-        if meta["method"] == "lora":
-            self.A, self.B = nn.ParameterList(A), nn.ParameterList(B)
-            scale = torch.eye(meta["rank"], device=A[0].device) * (meta["alpha"] / meta["rank"])
-            self.register_buffer("scale", scale.expand(len(A), -1, -1), persistent=False)  # stands where R stands
-        else:
-            self.v = nn.Parameter(torch.zeros(int(groups.max()) + 1, P.shape[1], device=P.device))  # v = 0: W' = W
-            self.register_buffer("P", P, persistent=False)
-            self.register_buffer("groups", groups, persistent=False)
-        self.meta = meta
-        self.linears = []  # that it adapts; in a list, nn.Module takes no notice: their weights are not the adapter's
-        self.R = None
-        self.rows = None  # [N, B, r, r] from load_adapters: every row of a batch its own R; None: all the one of v
-        self.enabled = True
-        self.frozen = False  # refresh leaves R as it is: sampling_form has taken it, for as long as v stands still
-
-    def refresh(self, *_):
-        """Set all R [N, r, r]; runs before every forward pass, so an update of v is never missed."""
-        if self.frozen:
-            return
-        if self.rows is not None:
-            self.R = self.rows
-        else:
-            self.R = self.scale if self.meta["method"] == "lora" else mix(self.v, self.groups, self.P)
-        if not self.enabled:
-            self.R = torch.zeros_like(self.R)
-        for linear, R in zip(self.linears, self.R):  # each has its own at hand: layers that torch.compile makes alike
-            linear.R = R
-
-
-def mix(v, groups, P):
-    """R [N, r, r] = sum_i v_i P_i of every linear."""
-    return torch.einsum("nu,nuij->nij", F.embedding(groups, v), P)  # v[groups], with a gradient the same every time
-
-
-def add_adapter(model, method="tinylora", rank=2, u=13, n_tie=0, tie="tiled", seed=0, targets="all", alpha=32.0):
-    """Attach an adapter that changes nothing yet to a frozen model; returns the Adapter.
-
-    method: 'tinylora'; 'lora_xs' (R itself is trained: u = rank^2, P_i = matrix units, no tying); 'lora' (B A).
-    rank: r of the frozen SVD (paper: 2), or of A and B. u: numbers per group.
-    n_tie, tie: 'tiled' shares v among n_tie consecutive linears of the flat list (layer by layer, q k v o gate up
-        down); 'structured' among n_tie layers' linears of the same type; n_tie = 0: one group for all (section 4).
-    targets: 'all', 'attention', 'mlp', or linears such as 'q_proj,v_proj'. Parts separated by '/' are tied each on
-        its own: 'attention/mlp' with n_tie = 0 has one vector for the attention and one for the MLPs.
-    seed: of P, or of A. They depend on the seed and the module's name alone.
-    alpha: lora only; its update is scaled by alpha / rank, which makes the best lr nearly independent of the rank.
-    Raises UserError, with the model as it was, for settings that do not fit.
-    """
+def install(model, linears, groups, meta):
+    """Attach the adapter that plan() has laid out."""
     if model.adapter:
-        raise UserError("this model has an adapter already")
-    modules, groups, meta = plan(model, dict(method=method, rank=rank, u=u, n_tie=n_tie, tie=tie, seed=seed,
-                                             targets=targets, alpha=float(alpha)))
-    size = u * rank * rank * len(modules)
-    if method == "tinylora" and size > 10**9:
-        raise UserError(f"u = {u} takes P_i of {size:,} numbers in {len(modules)} linears, too many; use fewer")
-    meta["base"] = fingerprint(model)
-    if method == "lora":
-        factors = lora_init(modules, rank, seed, model.device)
+        raise UserError("this model has an adapter already; merge or detach it first")
+    if meta["method"] == "lora":
+        factors = init_lora(meta, linears, model.device)
         adapter = Adapter(meta, A=[A for _, A in factors], B=[B for B, _ in factors])
-        factors = list(zip(adapter.B, adapter.A))
+        factors = zip(adapter.B, adapter.A)
     else:
-        factors = svd_factors({name: linear.weight for name, linear in modules.items()}, rank, model.device)
-        adapter = Adapter(meta, projections(meta, modules, model.device), torch.tensor(groups).to(model.device))
+        weights = {name: linear.weight for name, linear in linears.items()}
+        factors = svd_factors(weights, meta["rank"], model.device)
         factors = [(US.to(model.dtype), Vt.to(model.dtype)) for US, Vt in factors]
-    for index, (linear, (US, Vt)) in enumerate(zip(modules.values(), factors)):
-        AdaptedLinear.adapt(linear, index, US, Vt)
-    adapter.linears = list(modules.values())
-    object.__setattr__(model, "adapter", adapter)  # not a submodule, see AdaptedLinear.adapt
+        P = projections(meta, linears).to(model.device)
+        adapter = Adapter(meta, P, torch.tensor(groups, device=model.device))
+    adapter.linears = list(linears.values())
+    for index, (linear, (US, Vt)) in enumerate(zip(adapter.linears, factors)):
+        linear.__class__ = AdaptedLinear  # in place: weight and bias keep the checkpoint's names
+        vars(linear).update(index=index, US=US, Vt=Vt, R=None)
+    vars(model)["adapter"] = adapter  # not as a submodule, which would change the state dict
     adapter.hook = model.model.register_forward_pre_hook(adapter.refresh)
     return adapter
 
 
-def plan(model, settings):
-    """What add_adapter is going to do: the adapted linears {name: module} in forward order, the group of each, and
-    the settings that the method reads. Cheap, and raises UserError for all that can be wrong with settings."""
-    method, rank = settings["method"], settings["rank"]
-    if method not in SETTINGS:
-        raise UserError(f"method '{method}' is unknown; {', '.join(SETTINGS)} are known")
-    meta = {"method": method} | {key: settings[key] for key in SETTINGS[method]}
-    parts = parse_targets(meta["targets"])
-    chosen = [name for part in parts for name in part]
-    modules = {name: m for name, m in adapted_linears(model).items() if name.split(".")[-1] in chosen}
-    limit = min((max if method == "lora" else min)(m.weight.shape) for m in modules.values())
-    if not 1 <= rank <= limit:
-        raise UserError(f"rank must be 1 to {limit} here, got {rank}")
-    if method == "lora" and not 0 < meta["alpha"] < math.inf:
-        raise UserError(f"alpha must be above 0, got {meta['alpha']}")
-    if method == "tinylora" and meta["u"] < 1:
-        raise UserError(f"u must be at least 1, got {meta['u']}")
-    n_tie, tie = (meta["n_tie"], meta["tie"]) if method == "tinylora" else (1, "tiled")
-    groups, count = {}, 0
-    for part in parts:
-        names = [name for name in modules if name.split(".")[-1] in part]
-        of_part = tying_groups(len(names), n_tie, tie, types=len(part))
-        groups |= {name: count + group for name, group in zip(names, of_part)}
-        count += max(of_part) + 1
-    return modules, [groups[name] for name in modules], meta
+class AdaptedLinear(Linear):
+    """A frozen linear whose output gets the update. US [m, r], Vt [r, n] and R [r, r] are plain
+    attributes, so the state dict stays the checkpoint's."""
+
+    def forward(self, x):
+        y = LowRankLinear.apply(x, self.weight, self.US, self.Vt, self.R)
+        return y if self.bias is None else y + self.bias
+
+    def merged(self):
+        """W + U S R V^T in float32, where so small an update is not rounded away."""
+        return self.weight.float() + self.US.float() @ self.R @ self.Vt.float()
 
 
-def adapted_linears(model):
-    """The flat list of all linears in forward order, {name: module}."""
-    parts = {name: "self_attn" if name in LINEARS[:4] else "mlp" for name in LINEARS}
-    return {f"model.layers.{i}.{part}.{name}": getattr(getattr(block, part), name)
-            for i, block in enumerate(model.model.layers) for name, part in parts.items()}
+class Adapter(nn.Module):
+    """The trained numbers in float32, and what is fixed: v [groups, u], with P [N, u, r, r] and the
+    group of each of the N adapted linears; for LoRA A [r, n] and B [m, r] of each. `meta` holds the
+    settings that rebuild all of it, and `base`, the fingerprint of the model."""
+
+    def __init__(self, meta, P=None, groups=None, A=(), B=()):
+        super().__init__()
+        self.meta = meta
+        if meta["method"] == "lora":
+            self.A, self.B = nn.ParameterList(A), nn.ParameterList(B)
+            scale = torch.eye(meta["rank"], device=A[0].device) * (meta["alpha"] / meta["rank"])
+            self.scale = scale.expand(len(A), -1, -1)  # takes the place of R
+        else:
+            count = int(groups.max()) + 1
+            self.v = nn.Parameter(torch.zeros(count, P.shape[1], device=P.device))  # so W' = W
+            self.P, self.groups = P, groups
+        self.linears = []  # a plain list: their weights are not parameters of the adapter
+        self.R = None  # [N, r, r], or of every row of a batch [N, B, r, r]
+        self.rows = None  # [N, B, r, r]: the R that rows of a batch have from adapters of their own
+        self.enabled = True  # if not, R is 0, and the model is the base model
+        self.frozen = False  # while the sampler has taken R, refresh leaves it alone
+
+    def refresh(self, *_):
+        """Set R of all linears. It runs before every forward pass, so it sees every change of v."""
+        if self.frozen:
+            return
+        if self.rows is not None:
+            self.R = self.rows
+        elif self.meta["method"] == "lora":
+            self.R = self.scale
+        else:
+            self.R = mix(self.v, self.groups, self.P)
+        if not self.enabled:
+            self.R = torch.zeros_like(self.R)
+        for linear, R in zip(self.linears, self.R):
+            linear.R = R
 
 
-def parse_targets(text):
-    """'attention/up_proj,down_proj' -> [(q_proj, k_proj, v_proj, o_proj), (up_proj, down_proj)]."""
-    parts = [[name for word in part.split(",") for name in TARGETS.get(word.strip(), (word.strip(),))]
-             for part in text.split("/")]
-    names = [name for part in parts for name in part]
-    if set(names) - set(LINEARS) or len(set(names)) < len(names):
-        raise UserError(f"targets must name {', '.join(TARGETS)} or some of {', '.join(LINEARS)}, each once, separated "
-                        f"by commas (one group) or slashes (separate vectors); got '{text}'")
-    return [tuple(name for name in LINEARS if name in part) for part in parts]
-
-
-def tying_groups(N, n_tie, tie="tiled", types=7):
-    """The group of each of N linears in the flat list, `types` of them in a layer (paper section 4)."""
-    if n_tie < 0 or tie not in ("tiled", "structured"):
-        raise UserError(f"n_tie must be 0 (one group) or more and tie tiled or structured; got {n_tie}, '{tie}'")
-    if n_tie == 0:
-        return [0] * N
-    if tie == "tiled":
-        return [i // n_tie for i in range(N)]
-    return [i // types // n_tie * types + i % types for i in range(N)]
-
-
-def random_state(seed, name):
-    """numpy's RandomState, whose stream is frozen for good (NEP 19), seeded by a hash of (seed, name): the same
-    numbers on every machine, in any order of modules."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
-
-
-def random_projection(seed, name, u, rank):
-    """P [u, r, r] ~ N(0, 1/r), another in every module: with one P for all, a tied model would have r^2 = 4 effective
-    numbers, whatever u is."""
-    return torch.from_numpy(random_state(seed, name).standard_normal((u, rank, rank)) / math.sqrt(rank)).float()
-
-
-def projections(meta, names, device="cpu"):
-    """P [N, u, r, r] of the settings: random, or for lora_xs the matrix units."""
-    rank = meta["rank"]
-    if meta["method"] == "lora_xs":
-        return torch.eye(rank * rank, device=device).view(-1, rank, rank).expand(len(names), -1, -1, -1)
-    return torch.stack([random_projection(meta["seed"], name, meta["u"], rank) for name in names]).to(device)
-
-
-def lora_init(modules, rank, seed, device):
-    """[(B, A)]: A [r, n] ~ U(-1/sqrt(n), 1/sqrt(n)), B [m, r] = 0 (LoRA Without Regret; the same as PEFT's)."""
-    out = []
-    for name, linear in modules.items():
-        m, n = linear.weight.shape
-        A = torch.from_numpy(random_state(seed, name).uniform(-1, 1, (rank, n)) / math.sqrt(n)).float()
-        out.append((torch.zeros(m, rank, device=device), A.to(device)))
-    return out
-
-
-def learning_rate_rule(config, method, steps):
-    """A first learning rate for 'full' or 'lora' (LoRA Without Regret; the constants are tinker-cookbook's, fitted to
-    supervised runs of 14 Llama and Qwen models): 5e-5 (2000 / hidden)^p for all weights, p = 0.781 for Llama and
-    0.0775 for Qwen; LoRA of any rank at alpha = 32 wants 10 times as much, and 15 times in runs of under 100 steps.
-    The factors hold for RL, too; the base rate does not: its authors' RL recipes use 2e-5 to 8e-5 for LoRA.
-    """
-    power = {"llama": 0.781, "qwen2": 0.0775}[config.raw["model_type"]]
-    return 5e-5 * (2000 / config.hidden_size) ** power * (1 if method == "full" else 10 if steps >= 100 else 15)
+def mix(v, groups, P):
+    """R [N, r, r] = sum_i v_i P_i of every linear, from v [groups, u] and P [N, u, r, r]."""
+    of_linears = F.embedding(groups, v)  # v[groups], but its gradient is deterministic
+    return torch.einsum("nu,nuij->nij", of_linears, P)
 
 
 @torch.no_grad()
 def merge(model):
-    """Fold the adapter into the weights, in fp32 with one rounding, and remove it. For export only."""
-    adapter = model.adapter
-    adapter.refresh()
-    for linear in adapter.linears:
+    """Fold the adapter into the weights, in float32 with one rounding, and remove it. Returns the
+    model. For export only: in 16 bits most of a small update is lost."""
+    model.adapter.refresh()
+    for linear in model.adapter.linears:
         linear.weight.copy_(linear.merged())
     return detach(model)
 
 
 def detach(model):
-    """Remove the adapter: the model is again as it was loaded."""
+    """Remove the adapter, so that the model is as it was loaded. Returns the model."""
     for linear in model.adapter.linears:
-        linear.__class__ = nn.Linear
+        linear.__class__ = Linear
         del linear.index, linear.US, linear.Vt, linear.R
     model.adapter.hook.remove()
-    object.__setattr__(model, "adapter", None)
+    del model.adapter
     return model
 
 
+# --------------------------------------------------------------------- which linears, which groups
+
+def plan(model, settings):
+    """The adapted linears {name: module} in forward order, the group of each, and the settings that
+    the method reads. Cheap; raises UserError for everything that can be wrong with the settings."""
+    method = settings["method"]
+    if method not in METHODS:
+        raise UserError(f"method '{method}' is unknown; use {', '.join(METHODS)}")
+    meta = {"method": method} | {key: settings[key] for key in METHODS[method]}
+    parts = parse_targets(meta["targets"])
+    linears = {name: linear for name, linear in all_linears(model).items()
+               if name.endswith(sum(parts, ()))}
+    rank, u, alpha = meta["rank"], meta.get("u", 1), meta.get("alpha", 1.0)
+    n_tie, tie = meta.get("n_tie", 1), meta.get("tie", "tiled")
+    side = max if method == "lora" else min
+    limit = min(side(linear.weight.shape) for linear in linears.values())
+    size = u * rank**2 * len(linears)
+    for holds, message in [
+        (1 <= rank <= limit, f"rank must be 1 to {limit} here, got {rank}"),
+        (0 < alpha < math.inf, f"alpha must be above 0, got {alpha}"),
+        (u >= 1, f"u must be at least 1, got {u}"),
+        (size <= 10**9, f"u = {u} takes {size:,} numbers of P, which is too many; lower u"),
+        (n_tie >= 0, f"n_tie must be 0 (one group) or more, got {n_tie}"),
+        (tie in ("tiled", "structured"), f"tie must be tiled or structured, got '{tie}'"),
+    ]:
+        if not holds:
+            raise UserError(message)
+    groups, count = {}, 0
+    for part in parts:
+        names = [name for name in linears if name.endswith(part)]
+        of_part = tying_groups(len(names), n_tie, tie, len(part))
+        groups |= {name: count + group for name, group in zip(names, of_part)}
+        count += max(of_part) + 1
+    return linears, [groups[name] for name in linears], meta
+
+
+def all_linears(model):
+    """The flat list of all linears in forward order, {name: module}."""
+    linears = {}
+    for i, block in enumerate(model.model.layers):
+        for kind in LINEARS:
+            part = "self_attn" if kind in TARGETS["attention"] else "mlp"
+            linears[f"model.layers.{i}.{part}.{kind}"] = getattr(getattr(block, part), kind)
+    return linears
+
+
+def parse_targets(text):
+    """'attention/up_proj,down_proj' -> [LINEARS[:4], ("up_proj", "down_proj")]."""
+    parts = []
+    for part in text.split("/"):
+        words = [word.strip() for word in part.split(",")]
+        parts.append([kind for word in words for kind in TARGETS.get(word, (word,))])
+    kinds = sum(parts, [])
+    if not set(kinds) <= set(LINEARS) or len(set(kinds)) < len(kinds):
+        raise UserError(f"targets must name {', '.join(TARGETS)} or some of {', '.join(LINEARS)}, "
+                        "each once, separated by commas (tied together) or slashes (tied apart); "
+                        f"got '{text}'")
+    return [tuple(kind for kind in LINEARS if kind in part) for part in parts]
+
+
+def tying_groups(N, n_tie, tie="tiled", types=7):
+    """The group of each of N linears in the flat list, `types` of them in a layer (section 4)."""
+    if n_tie == 0:
+        return [0] * N
+    if tie == "tiled":
+        return [i // n_tie for i in range(N)]
+    return [i // types // n_tie * types + i % types for i in range(N)]  # i // types: its layer
+
+
+# ------------------------------------------------------------------- random numbers, learning rate
+
+def random_state(seed, name):
+    """A generator seeded by (seed, name), so its numbers do not depend on machine or order. The
+    stream of numpy's RandomState is frozen for good (NEP 19)."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
+
+
+def random_projection(seed, name, u, rank):
+    """P [u, r, r] ~ N(0, 1/r), different in every linear. If all had the same P, a tied model would
+    have at most r^2 = 4 effective numbers, whatever u is."""
+    P = random_state(seed, name).standard_normal((u, rank, rank)) / math.sqrt(rank)
+    return torch.from_numpy(P).float()
+
+
+def projections(meta, names):
+    """P [N, u, r, r] of the linears: random, or the matrix units for lora_xs."""
+    rank = meta["rank"]
+    if meta["method"] == "lora_xs":
+        units = torch.eye(rank * rank).view(-1, rank, rank)
+        return units.expand(len(names), -1, -1, -1)
+    return torch.stack([random_projection(meta["seed"], name, meta["u"], rank) for name in names])
+
+
+def init_lora(meta, linears, device):
+    """[(B, A)]: B [m, r] = 0 and A [r, n] ~ U(-1/sqrt(n), 1/sqrt(n)) (LoRA Without Regret)."""
+    factors = []
+    for name, linear in linears.items():
+        m, n = linear.weight.shape
+        A = random_state(meta["seed"], name).uniform(-1, 1, (meta["rank"], n)) / math.sqrt(n)
+        B = torch.zeros(m, meta["rank"], device=device)
+        factors.append((B, torch.from_numpy(A).float().to(device)))
+    return factors
+
+
+def learning_rate_rule(config, method, steps):
+    """A first learning rate for 'full' or 'lora' (LoRA Without Regret, with the constants that
+    tinker-cookbook fitted to supervised runs of 14 Llama and Qwen models).
+
+    All weights: 5e-5 (2000 / hidden)^p with p = 0.781 for Llama and 0.0775 for Qwen. LoRA of any
+    rank at alpha = 32 wants 10 times as much, and 15 times in runs of under 100 steps. The factors
+    hold for RL, too, but the base rate does not: its authors use 2e-5 to 8e-5 for LoRA there.
+    """
+    power = 0.781 if config.raw["model_type"] == "llama" else 0.0775
+    rate = 5e-5 * (2000 / config.hidden_size) ** power
+    if method == "full":
+        return rate
+    return rate * (10 if steps >= 100 else 15)
+
+
+# -------------------------------------------------------------------------- for grpo.py and sft.py
+
+def attach(net, cfg, shard=1):
+    """Make ready what cfg.method trains, and spread the weights over `shard` processes. Replaces
+    lr = 0 by the learning rate of the rule.
+
+    Returns the trained parameters {name: parameter}, and the settings without which these numbers
+    would mean something else. Of these, 'base' is a fingerprint: compare it with same_base.
+    """
+    if cfg.lr == 0:
+        if cfg.method not in ("lora", "full"):
+            raise UserError("lr must be above 0: the rule for lr = 0 knows lora and full alone")
+        cfg.lr = learning_rate_rule(net.config, cfg.method, cfg.max_steps)
+        print0(f"lr = {cfg.lr:.3g} (learning_rate_rule in tinylora.py)")
+    ignored = [key for key in ("rank", "u", "n_tie", "tie", "targets", "alpha")
+               if key not in METHODS.get(cfg.method, ())
+               and getattr(cfg, key) != getattr(type(cfg), key)]  # the default
+    if ignored:
+        print0(f"note: method = {cfg.method} ignores {', '.join(ignored)}")
+    if cfg.method == "full":
+        identity = {"method": "full", "base": fingerprint(net)}
+        trained = net.requires_grad_(True)
+    else:
+        trained = add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed,
+                              cfg.targets, cfg.alpha)
+        identity = trained.meta
+    if shard > 1:
+        shard_model(net, shard)
+    return dict(trained.named_parameters()), identity
+
+
+def save(net, cfg, best=False):
+    """Write what a run is for: the adapter, or the model if method = full."""
+    if cfg.method == "full":
+        path = os.path.join(cfg.out_dir, "best" if best else "model")
+        save_model(net, path, tokenizer_from=cfg.model)
+    else:
+        path = os.path.join(cfg.out_dir, "best" if best else "adapter")
+        save_adapter(net.adapter, f"{path}.safetensors", cfg.save_dtype)
+
+
+# --------------------------------------------------------------------------------- files and texts
+
 def fingerprint(model):
-    """32 hex digits that tell base models apart and do not depend on the dtype the weights are held in (a hash of the
-    bits would): eight random projections a^T W b, each summed over all linears of unit norm, about N(0, 1). Rounding to
-    bf16 moves them by some 0.001; a fine-tuning by its share in the weights, 0.01 for one per cent: safely refused."""
-    sums = 0
-    for name, linear in adapted_linears(model).items():
-        (m, n), state = linear.weight.shape, random_state("fingerprint", name)
-        a, b = (torch.from_numpy(state.standard_normal((size, 8))).float().to(model.device) for size in (m, n))
+    """32 hex digits that tell base models apart, whatever dtype the weights are held in.
+
+    Eight random projections a^T W b, each summed over all linears scaled to norm 1, so about
+    N(0, 1). Rounding to bfloat16 moves them by some 0.001. Fine-tuning moves them by its share in
+    the weights, so by 0.01 if it changes these by one per cent.
+    """
+    total = 0
+    for name, linear in all_linears(model).items():
+        state = random_state("fingerprint", name)
+        a, b = (torch.from_numpy(state.standard_normal((size, 8))).float().to(model.device)
+                for size in linear.weight.shape)
         W = linear.weight.detach().to(model.device).float()
-        sums = sums + (a * (W @ b)).sum(0) / W.norm().clamp(min=1e-30)
-    return (sums / math.sqrt(7 * len(model.model.layers))).cpu().numpy().astype(">f2").tobytes().hex()
-
-
-def same_base(a, b, tol=0.004):
-    """Whether two fingerprints are of the same model; anything else is none's."""
-    if not all(re.fullmatch("[0-9a-f]{32}", str(x)) for x in (a, b)):
-        return False
-    a, b = (np.frombuffer(bytes.fromhex(x), dtype=">f2").astype(float) for x in (a, b))
-    return bool(np.sqrt(np.mean((a - b) ** 2)) <= tol)
-
-
-# ---------------------------------------------------------------------------------------- files, text, many at once
+        total = total + (a * (W @ b)).sum(0) / W.norm().clamp(min=1e-30)
+    total = total / math.sqrt(len(LINEARS) * len(model.model.layers))
+    return total.cpu().numpy().astype(">f2").tobytes().hex()
 
 
 def save_adapter(adapter, path, dtype="float32"):
-    """Write the trained numbers and the settings that rebuild the rest: 13 numbers and a line of JSON, as safetensors.
-    dtype: of the numbers in the file, float32, bfloat16 or float16. Of the ranks of a Shard all call this."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    """Write the trained numbers in `dtype` (float32, bfloat16 or float16), and the settings that
+    rebuild the rest: 13 numbers and a line of JSON, as safetensors. All processes call this."""
     tensors = {name: full_tensor(p.to(DTYPES[dtype])) for name, p in adapter.named_parameters()}
     if not is_chief():
         return
-    meta = {"format": FORMAT, "settings": json.dumps(adapter.meta | {"dtype": dtype})}
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    settings = json.dumps(adapter.meta | {"dtype": dtype})
     with whole_file(path) as aside:
-        safetensors.torch.save_file(tensors, aside, metadata=meta)
+        save_file(tensors, aside, metadata={"format": FORMAT, "settings": settings})
 
 
 def adapter_text(adapter, dtype="float32"):
-    """The adapter as one line, hex:NUMBERS:SETTINGS, to be sent in a message; --adapter takes it. The numbers are
-    big-endian, v [groups, u] row by row: two bytes each in bfloat16 or float16, four in float32."""
-    raw = adapter.v.detach().to(DTYPES[dtype]).cpu().contiguous().view(torch.uint8).numpy()
-    numbers = raw.reshape(-1, DTYPES[dtype].itemsize)[:, ::-1].tobytes().hex()
-    settings = ":".join(f"{key}={value}" for key, value in (adapter.meta | {"dtype": dtype}).items())
-    return f"hex:{numbers}:{FORMAT}:{settings.replace(',', '+').replace(' ', '')}"
-
-
-def read_adapter(where):
-    """Settings and tensors of an adapter file, the directory of one, or text. Numbers alone, 'hex:3c23d70a', are
-    float32 and stand for one vector over all linears with add_adapter's defaults and no check of the base model."""
-    tensors, alone = None, False
-    if where.startswith("hex:"):
-        _, numbers, *rest = "".join(where.split()).split(":")  # a mail program may have broken the line
-        alone, u = not rest, len(numbers) // 8
-        if alone:
-            print0_once(f"an adapter of {u} numbers alone: read with rank 2 and seed 0, for any base model")
-            rest = [FORMAT, "method=tinylora", "rank=2", f"u={u}", "n_tie=0", "tie=tiled", "seed=0", "targets=all",
-                    "base=", "dtype=float32"]
-        where = f"the adapter '{where[:20]}...'"
-        try:
-            form, pairs = rest[0], [pair.partition("=") for pair in rest[1:]]
-            settings = {key: KINDS.get(key, str)(value.replace("+", ",")) for key, _, value in pairs}
-            data = bytes.fromhex(numbers)
-        except ValueError:
-            raise UserError(f"{where} is mistyped or cut off: its numbers or settings cannot be read") from None
-    else:
-        if os.path.isfile(os.path.join(where, "model", "config.json")):
-            raise UserError(f"{where} is a run that trained all weights: use --model={where}/model, and no adapter")
-        where = os.path.join(where, "adapter.safetensors") if os.path.isdir(where) else where
-        try:
-            with safe_open(where, framework="pt") as f:
-                info, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
-            form = info.get("format")
-            settings = json.loads(info.get("settings", "{}"))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"no adapter can be read from '{where}': {error}") from None
-        except (ValueError, RecursionError):
-            raise UserError(f"{where}: the settings in its metadata cannot be read") from None
-    if form != FORMAT:
-        raise UserError(f"{where}: format {str(form)[:40]!r}, this version reads {FORMAT!r}")
-    method = settings.get("method") if isinstance(settings, dict) else None
-    wanted = {"method", "base", "dtype", *SETTINGS.get(method if isinstance(method, str) else None, ())}
-    if method not in list(SETTINGS) or set(settings) != wanted or any(
-            type(settings[key]) is not KINDS[key] for key in wanted) or settings["dtype"] not in DTYPES or not (
-            alone or re.fullmatch("[0-9a-f]{32}", settings["base"])):
-        raise UserError(f"{where}: its settings are not those of an adapter")
-    dtype = DTYPES[settings["dtype"]]
-    if tensors is None:
-        size = dtype.itemsize
-        if not data or len(data) % size or method == "lora":
-            raise UserError(f"{where} is mistyped or cut off: {len(data)} bytes are not whole {settings['dtype']} "
-                            "numbers of a vector")
-        swapped = np.frombuffer(data, dtype=np.uint8).reshape(-1, size)[:, ::-1].copy()
-        tensors = {"v": torch.from_numpy(swapped).view(dtype).flatten()}
-    if any(t.dtype != dtype or not torch.isfinite(t).all() for t in tensors.values()):
-        raise UserError(f"{where}: its numbers are not finite numbers in {settings['dtype']}")
-    return where, settings, {name: t.float() for name, t in tensors.items()}
+    """An adapter with a v as one line, hex:NUMBERS:FORMAT:SETTINGS, which can be sent in a message
+    and given as --adapter. The numbers are big-endian, v [groups, u] row by row."""
+    size = DTYPES[dtype].itemsize
+    bits = adapter.v.detach().to(DTYPES[dtype]).cpu().view({2: torch.int16, 4: torch.int32}[size])
+    numbers = bits.numpy().astype(f">i{size}").tobytes().hex()
+    settings = adapter.meta | {"dtype": dtype}
+    pairs = ":".join(f"{key}={value}" for key, value in settings.items())
+    return f"hex:{numbers}:{FORMAT}:{pairs.replace(',', '+').replace(' ', '')}"
 
 
 def read_for(model, where):
-    """read_adapter, checked against the model: what plan returns, and the tensors in their shapes."""
+    """Read an adapter and check it against the model. Returns the linears, groups and settings of
+    plan(), and the tensors {name: tensor} in their shapes."""
     where, settings, tensors = read_adapter(where)
-    base, _ = settings.pop("base"), settings.pop("dtype")
-    modules, groups, meta = plan(model, settings)
+    with foreign_file(where):
+        linears, groups, meta = plan(model, settings)
+        base = settings["base"]
     here = model.adapter.meta["base"] if model.adapter else fingerprint(model)
-    if base and not same_base(base, here):
-        raise UserError(f"{where} was trained on another base model: the fingerprint of this one's weights differs")
+    if base != ANY_BASE and not same_base(base, here):
+        raise UserError(f"{where} was trained on another base model: its fingerprint differs")
+    tensors = check_shapes(where, tensors, linears, groups, meta)
+    return linears, groups, meta | {"base": here}, tensors
+
+
+def check_shapes(where, tensors, linears, groups, meta):
+    """The tensors of an adapter with these settings, in their shapes. UserError for any others."""
     rank, shapes = meta["rank"], {}
     if meta["method"] == "lora":
-        for i, linear in enumerate(modules.values()):
-            shapes |= {f"A.{i}": (rank, linear.weight.shape[1]), f"B.{i}": (linear.weight.shape[0], rank)}
+        for i, linear in enumerate(linears.values()):
+            m, n = linear.weight.shape
+            shapes |= {f"A.{i}": (rank, n), f"B.{i}": (m, rank)}
     else:
-        shapes["v"] = (max(groups) + 1, meta.get("u", rank * rank))
-        if "v" in tensors and tensors["v"].numel() == math.prod(shapes["v"]):  # a text has them in one row
-            tensors["v"] = tensors["v"].view(shapes["v"])
+        shapes["v"] = (max(groups) + 1, meta.get("u", rank**2))
+        if "v" in tensors and tensors["v"].numel() == math.prod(shapes["v"]):
+            tensors["v"] = tensors["v"].view(shapes["v"])  # a text has all numbers in one row
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if found != shapes:
         name = min(set(found.items()) ^ set(shapes.items()))[0]
-        raise UserError(f"{where}: {name} has shape {found.get(name)}, its settings and this model say "
-                        f"{shapes.get(name)}")
-    return modules, groups, meta, tensors
+        raise UserError(f"{where}: {name} has shape {found.get(name)}, but its settings and this "
+                        f"model need {shapes.get(name)}")
+    return tensors
 
 
+@torch.no_grad()
 def load_adapter(model, where):
-    """Attach the adapter of a file, of the out_dir of a run, or of a text to its base model; another base is refused.
-    Raises UserError, with the model as it was, for what cannot be read or does not fit."""
-    _, _, meta, tensors = read_for(model, where)
-    adapter = add_adapter(model, **meta)
-    with torch.no_grad():
-        for name, p in adapter.named_parameters():
-            p.copy_(tensors[name])
+    """Attach an adapter to its base model: a file, the out_dir of a run, or a text. Returns the
+    Adapter. Raises UserError, and leaves the model as it was, if it cannot be read or belongs to
+    another model."""
+    *planned, tensors = read_for(model, where)
+    adapter = install(model, *planned)
+    for name, p in adapter.named_parameters():
+        p.copy_(tensors[name])
     return adapter
 
 
 def load_adapted(path, where="", dtype=None, device=None, shard=1):
-    """The model of load_model with the adapter of load_adapter, if one is named; of a shard this rank's part."""
+    """The model of load_model, with the adapter of load_adapter if one is named, spread over
+    `shard` processes."""
     net = load_model(path, dtype, device, shard)
     if where:
         load_adapter(net, where)
@@ -429,55 +429,32 @@ def load_adapted(path, where="", dtype=None, device=None, shard=1):
 
 
 def load_adapters(model, adapters):
-    """R [N, K, r, r] in fp32 of K adapters over the same linears with the same rank, for sample.generate: files,
-    directories, texts, or "" for none. They may differ in u, tying and seed. The factors of the SVD are shared: those
-    of the model's adapter, or of the first of these, which is then attached; where one is refused, nothing is.
-    """
+    """R [N, K, r, r] in float32 of K adapters for sample.generate: files, directories, texts, or ""
+    for none. They must adapt the same linears with the same rank, but may differ in u, tying and
+    seed. They share the factors of the model's adapter. A model without one gets one with the
+    settings of the first of these, unless any of them is refused."""
     if not any(adapters):
         raise UserError("of several adapters at least one must be given")
-    out, cache, attached = [None] * len(adapters), {}, None
+    plain = not model.adapter
+    R, known_P = {}, {}
     try:
-        for k, where in enumerate(adapters):
-            if where:
-                modules, groups, meta, tensors = read_for(model, where)
-                if meta["method"] == "lora":
-                    raise UserError(f"{where[:80]}: a LoRA has its own factors and cannot share a batch; load it alone")
-                key = json.dumps(meta, sort_keys=True)
-                if key not in cache:
-                    cache[key] = projections(meta, modules)
-                if not model.adapter:
-                    attached = load_adapter(model, where)
-                shared = model.adapter.meta
-                if shared["method"] == "lora" or meta["rank"] != shared["rank"] or (
-                        model.adapter.linears != list(modules.values())):
-                    raise UserError(f"{where[:80]}: rank and targets must be the same for all adapters of a batch")
-                out[k] = mix(tensors["v"], torch.tensor(groups), cache[key])
+        for where in dict.fromkeys(adapters):  # each once
+            if not where:
+                continue
+            linears, groups, meta, tensors = read_for(model, where)
+            if meta["method"] == "lora":
+                raise UserError(f"{where[:80]} is a LoRA and cannot share a batch; load it alone")
+            shared = model.adapter or install(model, linears, groups, meta)
+            alike = shared.meta["rank"] == meta["rank"] and shared.linears == list(linears.values())
+            if shared.meta["method"] == "lora" or not alike:
+                raise UserError(f"{where[:80]}: rank and targets must be those of the others")
+            settings = json.dumps(meta)
+            if settings not in known_P:
+                known_P[settings] = projections(meta, linears)
+            R[where] = mix(tensors["v"], torch.tensor(groups), known_P[settings])
     except UserError:
-        if attached:
+        if plain and model.adapter:
             detach(model)
         raise
-    none = torch.zeros_like(next(R for R in out if R is not None))
-    return torch.stack([none if R is None else R for R in out], dim=1).to(model.device)
-
-
-def attach(net, cfg):
-    if cfg.lr == 0:
-        cfg.lr = learning_rate_rule(net.config, cfg.method, cfg.max_steps)
-    if cfg.method == "full":
-        identity = {"method": "full", "base": fingerprint(net)}
-    else:
-        adapter = add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed, cfg.targets, cfg.alpha)
-        identity = adapter.meta
-    if cfg.shard > 1:
-        shard_model(net, cfg.shard)
-    if cfg.method == "full":
-        return dict(net.requires_grad_(True).named_parameters()), identity
-    return dict(adapter.named_parameters()), identity
-
-
-def save(net, cfg, best=False):
-    if cfg.method == "full":
-        from support.checkpoint import save_model
-        save_model(net, os.path.join(cfg.out_dir, "best" if best else "model"), cfg.model)
-    else:
-        save_adapter(net.adapter, os.path.join(cfg.out_dir, "best.safetensors" if best else "adapter.safetensors"), cfg.save_dtype)
+    none = torch.zeros_like(next(iter(R.values())))
+    return torch.stack([R.get(where, none) for where in adapters], dim=1).to(model.device)

@@ -1,4 +1,5 @@
-"""Linears fused for sampling."""
+"""Products of a frozen weight and of a low-rank update: with a gradient by hand for training, and
+several linears fused into one for sampling."""
 
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
@@ -6,32 +7,118 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
+LARGE_WEIGHT = 500_000  # numbers from which few_rows_linear changes the order
 
-class Product:
-    """Linears of one input as a single product, for sampling, while weights and adapter stand still: the weights side
-    by side, and of the update the two thin factors V^T and U S R, multiplied out unless every row of a batch has its R
-    (per_row): y = x W^T + b + ((x down^T) R) up^T. Where the weights are copied anyway (joined), in float32, the copy
-    takes in the update."""
 
-    def take(self, linears, adapter, per_row, joined):
-        self.parts = [len(linear.weight) for linear in linears] if len(linears) > 1 else None
-        self.weight, self.bias, self.down = linears[0].weight, linears[0].bias, None
-        if self.parts and self.bias is not None:
-            self.bias = torch.cat([linear.bias for linear in linears])
+class LowRankLinear(torch.autograd.Function):
+    """x (W + US R V^T)^T: x [..., n], W [m, n], US [m, r], Vt [r, n], R [r, r] -> [..., m].
+
+    The gradient is written by hand because every pass over the tokens takes time. That of x is one
+    product added to another in place. Of x itself only V^T x [..., r] is kept, unless W or V^T is
+    trained.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, US, Vt, R):
+        h = thin_product(x, Vt.to(x.dtype))  # [..., r]
+        _, needs_W, _, needs_Vt, _ = ctx.needs_input_grad
+        kept = x if needs_W or needs_Vt else None
+        ctx.save_for_backward(W, US, Vt, R, h, kept)
+        return sum_of_products(x, W, h, (US.to(R.dtype) @ R).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, dy):
+        W, US, Vt, R, h, x = ctx.saved_tensors
+        needs_x, needs_W, needs_US, needs_Vt, needs_R = ctx.needs_input_grad
+        shape = dy.shape[:-1]
+        dy = dy.flatten(0, -2)  # [tokens, m]
+        h = h.flatten(0, -2)  # [tokens, r]
+        x = None if x is None else x.flatten(0, -2)  # [tokens, n]
+        d_Rh = thin_product(dy, US.T.to(dy.dtype)).to(R.dtype)  # [tokens, r]
+        d_h = (d_Rh @ R).to(dy.dtype)  # [tokens, r]
+        dx = dW = dUS = dVt = dR = None
+        if needs_x:
+            dx = (dy @ W).addmm_(d_h, Vt.to(dy.dtype)).view(*shape, -1)
+        if needs_W:
+            dW = dy.T @ x
+        if needs_US:
+            Rh = (h.to(R.dtype) @ R.mT).to(dy.dtype)
+            dUS = (Rh.T @ dy).T.to(US.dtype)
+        if needs_Vt:
+            dVt = (d_h.T @ x).to(Vt.dtype)
+        if needs_R:
+            dR = d_Rh.T @ h.to(R.dtype)
+        return dx, dW, dUS, dVt, dR
+
+
+def sum_of_products(x, W, h, U):
+    """x W^T + h U^T: x [..., n], W [m, n], and thin h [..., r], U [m, r]. In 16 bits the sum is
+    rounded once. Added to an output that is already rounded, an update below half a unit in its
+    last place would be lost for every token."""
+    flat, h = x.flatten(0, -2), h.flatten(0, -2)
+    if x.dtype.itemsize == 2:
+        y = (h @ U.T).addmm_(flat, W.T)
+    else:
+        y = few_rows_linear(flat, W).addmm_(h, U.T)
+    return y.view(*x.shape[:-1], -1)
+
+
+def thin_product(x, V):
+    """x V^T: x [..., n], V [r, n] with few rows -> [..., r]. On a CPU (V x^T)^T is up to six times
+    as fast."""
+    y = V.contiguous() @ x.flatten(0, -2).T
+    return y.T.unflatten(0, x.shape[:-1])
+
+
+def few_rows_linear(x, W, bias=None):
+    """F.linear. On a CPU in float32 the product of 8 to 32 rows with a large W is up to a third
+    faster as (W x^T)^T."""
+    if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu":
+        return F.linear(x, W, bias)  # compiled code must not look at the number of rows
+    flat = x.flatten(0, -2)
+    if not 8 <= len(flat) <= 32 or W.numel() <= LARGE_WEIGHT:
+        return F.linear(x, W, bias)
+    y = W @ flat.T if bias is None else torch.addmm(bias[:, None], W, flat.T)
+    return y.T.reshape(*x.shape[:-1], len(W))
+
+
+# ------------------------------------------------------------------------------ fused for sampling
+
+class FusedLinear:
+    """Linears of the same input as one product, while weights and adapter stand still:
+
+        y = x W^T + b + ((x D^T) R) U^T
+
+    W [m, n] and D [k r, n] stack the linears' weights and their V^T, and U [m, k r] is block
+    diagonal with their U S R. If every row of a batch has an R of its own (per_row), U holds their
+    U S. In float32 a W that is a copy anyway takes in the update.
+    """
+
+    def fill(self, linears, adapter, per_row, joined):
+        merge = joined and not per_row and linears[0].weight.dtype == torch.float32
         adapted = [linear for linear in linears if hasattr(linear, "US")]
+        weights = [linear.weight for linear in linears]
+        if merge:
+            weights = [linear.merged() if hasattr(linear, "US") else linear.weight
+                       for linear in linears]
+            # Store W as [n, m], which makes products with few rows up to 1.7 times as fast.
+            self.weight = torch.cat(weights).T.contiguous().T
+        else:
+            self.weight = weights[0] if len(linears) == 1 else torch.cat(weights)
+        self.bias = linears[0].bias
+        self.sizes = None
+        if len(linears) > 1:
+            self.sizes = [len(W) for W in weights]
+            if self.bias is not None:
+                self.bias = torch.cat([linear.bias for linear in linears])
         self.adapter = adapter if per_row else None
-        if joined and not per_row and self.weight.dtype == torch.float32:
-            # Lies in memory as [n, m]: few rows are multiplied up to 1.7 times faster so.
-            weights = [linear.merged() if linear in adapted else linear.weight for linear in linears]
-            self.weight, adapted = torch.cat(weights).T.contiguous().T, []
-        elif self.parts:
-            self.weight = torch.cat([linear.weight for linear in linears])
-        if adapted:
-            self.index = torch.tensor([linear.index for linear in adapted], device=self.weight.device)
-            self.down = torch.cat([linear.Vt for linear in adapted]).to(self.weight.dtype)  # [k r, n]
-            ups = [torch.zeros(len(linear.weight), 0, device=self.weight.device) if linear not in adapted  # rows of 0
-                   else linear.US.float() if per_row else linear.US.float() @ linear.R for linear in linears]
-            self.up = torch.block_diag(*ups).to(self.weight.dtype)  # [m, k r]
+        self.down = None
+        if adapted and not merge:
+            indices = [linear.index for linear in adapted]
+            self.index = torch.tensor(indices, device=self.weight.device)
+            self.down = torch.cat([linear.Vt for linear in adapted]).to(self.weight.dtype)
+            ups = [update_factor(linear, per_row) for linear in linears]
+            self.up = torch.block_diag(*ups).to(self.weight.dtype)
 
     def __call__(self, x):
         if self.down is None:
@@ -40,76 +127,69 @@ class Product:
             h = F.linear(x, self.down)  # [B, T, k r]
             if self.adapter:
                 R = self.adapter.R[self.index].transpose(0, 1)[:, None]  # [B, 1, k, r, r]
-                h = (R * h.unflatten(-1, (R.shape[2], 1, -1))).sum(-1).flatten(2).to(x.dtype)  # R h of every linear
+                h = h.unflatten(-1, (len(self.index), 1, -1))  # [B, T, k, 1, r]
+                h = (R * h).sum(-1).flatten(2).to(x.dtype)  # [B, T, k r]
             y = sum_of_products(x, self.weight, h, self.up)
-            y = y if self.bias is None else y + self.bias
-        return y.split(self.parts, dim=-1) if self.parts else y
+            if self.bias is not None:
+                y = y + self.bias
+        return y.split(self.sizes, dim=-1) if self.sizes else y
 
 
-def sum_of_products(x, W, h, U):
-    """x W^T + h U^T: x [..., n], W [m, n], and thin h [..., r], U [m, r]. In 16 bits the sum is rounded once: added to
-    an output that is rounded already, an update below half a unit in its last place would be lost for every token."""
-    flat, h = x.flatten(0, -2), h.flatten(0, -2)
-    y = (h @ U.T).addmm_(flat, W.T) if x.dtype.itemsize == 2 else few_rows_linear(flat, W).addmm_(h, U.T)
-    return y.view(*x.shape[:-1], -1)
+def update_factor(linear, per_row):
+    """U S R [m, r] of a linear, or U S if R differs between rows; without an adapter [m, 0]."""
+    if not hasattr(linear, "US"):
+        return linear.weight.new_zeros(len(linear.weight), 0, dtype=torch.float32)
+    US = linear.US.float()
+    return US if per_row else US @ linear.R
 
 
-def thin_product(x, V):
-    """x V^T: x [..., n], V [r, n] with few rows -> [..., r]. On a CPU (V x^T)^T is up to six times faster."""
-    return (V.contiguous() @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
-
-
-LARGE = 500_000  # numbers in a weight, see below
-
-
-def few_rows_linear(x, W, bias=None):
-    """F.linear. On a CPU in float32 the product of 8 to 32 rows with a large W is up to a third faster the other way
-    round, (W x^T)^T; not in compiled code, which serves all sizes."""
-    flat, on_cpu = x.flatten(0, -2), x.device.type == "cpu" and x.dtype == torch.float32
-    if on_cpu and W.numel() > LARGE and not torch.compiler.is_compiling() and 8 <= len(flat) <= 32:
-        y = W @ flat.T if bias is None else torch.addmm(bias[:, None], W, flat.T)
-        return y.T.reshape(*x.shape[:-1], len(W))
-    return F.linear(x, W, bias)
-
-
-# The Product of a linear or of a method: one for good, as compiled code knows it by its identity. Empty if not in use.
-PRODUCTS = WeakKeyDictionary()
+# The FusedLinear of a linear or of a method. Each has one object for good, because torch.compile
+# guards on its identity; the object is empty while it is not in use.
+FUSED = WeakKeyDictionary()
 
 
 @contextmanager
 def sampling_form(model, per_row=False, join_below=50_000_000):
-    """While weights and adapter stand still, every linear is a Product. q, k, v and gate, up are joined in a model of
-    fewer weights than join_below: where a step's time goes into calls, and a second copy of the weights is small.
-    per_row: every row of a batch has its own R, which stands in adapter.rows at each forward pass."""
+    """While this is open, weights and adapter must stand still, and FusedLinears do the products.
+
+    q, k, v and gate, up are joined in a model of fewer block weights than join_below: there a step
+    spends its time in calls, and a second copy of the weights is small. per_row: every row of a
+    batch has an R of its own, which adapter.rows holds in each forward pass. A model whose weights
+    are spread over processes stays as it is.
+    """
     if model.is_sharded:
         yield
         return
-    adapter = getattr(model, "adapter", None)
+    adapter = model.adapter
     joined = sum(p.numel() for p in model.model.layers.parameters()) < join_below
-    changed = []  # (object, name of the method that its attribute hides, the Product)
-
-    def hide(thing, name, linears):
-        product = PRODUCTS.setdefault(thing, Product())
-        changed.append((thing, name, product))
-        product.take(linears, adapter, per_row, joined)
-        setattr(thing, name, product)
-
+    places = [place for block in model.model.layers for place in fusable(block, joined)]
     try:
         if adapter:
             adapter.refresh()
             adapter.frozen = not per_row
-        for block in model.model.layers:
-            attention, mlp = block.self_attn, block.mlp
-            inputs = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
-            if joined:
-                hide(attention, "project", inputs[0])
-                hide(mlp, "project", inputs[1])
-            for linear in [attention.o_proj, mlp.down_proj, *([] if joined else inputs[0] + inputs[1])]:
-                hide(linear, "forward", [linear])
+        for owner, method, linears in places:
+            fused = FUSED.setdefault(owner, FusedLinear())
+            fused.fill(linears, adapter, per_row, joined)
+            setattr(owner, method, fused)  # hides the method of the class
         yield
     finally:
-        for thing, name, product in changed:
-            thing.__dict__.pop(name, None)
-            vars(product).clear()
+        for owner, method, _ in places:
+            vars(owner).pop(method, None)
+            if owner in FUSED:
+                vars(FUSED[owner]).clear()
         if adapter:
             adapter.frozen, adapter.rows = False, None
+
+
+def fusable(block, joined):
+    """(object, name of its method, the linears that the method applies) for a block's linears."""
+    attention, mlp = block.self_attn, block.mlp
+    inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+    gates = [mlp.gate_proj, mlp.up_proj]
+    alone = [attention.o_proj, mlp.down_proj]
+    if joined:
+        places = [(attention, "project", inputs), (mlp, "project", gates)]
+    else:
+        places = []
+        alone += inputs + gates
+    return places + [(linear, "forward", [linear]) for linear in alone]

@@ -2,152 +2,151 @@
 
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
-import numpy as np
-import safetensors.torch
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from support import UserError
+from support import UserError, whole_file
 from support.parallel import all_gather, is_chief, rank_of, world_size
+
+TOLERANCE = 1e-5  # angle in radians by which a singular vector may be off
+GRAM_COLUMNS = 2048  # up to this many, W^T W costs less than the thin products it replaces
+CACHE_FROM = 10**7  # numbers in all weights; the SVD of smaller models takes a second or two
 
 
 @torch.no_grad()
 def top_svd(W, rank, name="a matrix"):
-    """Top singular triplets of W [m, n]: U [m, r], S [r], Vt [r, n] in fp32, with canonical signs.
+    """The top singular triplets of W [m, n]: U [m, r], S [r] and Vt [r, n] in float32.
 
-    Block Lanczos on the smaller of W^T W and W W^T with full reorthogonalisation (Golub, Luk & Overton 1981), until
-    residual / gap, a bound on the angle by which a singular vector is off, is below 1e-6 for each of them. A full SVD
-    of a 7B model takes half an hour; this takes seconds, and on flat spectra merely more rounds.
-    Signs: (u, v) and (-u, -v) are both right but give different updates, so the entry of u that is largest in
-    magnitude is made positive (the first, if several are).
+    They come from the top eigenvectors of W^T W or W W^T, whichever is smaller. This is computed in
+    float64, because squaring spreads the spectrum too far for float32. Signs: (u, v) and (-u, -v)
+    are both right but lead to different updates, so the entry of u that is largest in magnitude is
+    made positive (the first such entry, if there are several).
     """
-    W = W.detach().double()  # squaring spreads the spectrum: too much for fp32 where one value towers
-    M = W if W.shape[0] >= W.shape[1] else W.T  # [m, n], n the smaller side
+    tall = W.shape[0] >= W.shape[1]
+    M = (W if tall else W.T).detach().double().contiguous()  # [longer side, n]
     n = M.shape[1]
-    if n <= max(512, 8 * rank):  # small enough for all of M^T M, which is then faster
-        V, values = _top_eigen(M.T @ M, rank)
-        residual = 1e-15 * values[:1]
+    if n <= max(512, 8 * rank):
+        V, values = top_eigen(M.T @ M, rank)
+        residuals = 1e-15 * values[:1]
     else:
-        V, values, residual = _lanczos(M, rank, 1e-6, max(8, rank // 4), name)
-    angle = (residual / _gaps(values).clamp(min=1e-300)).max().item()
-    if angle > 1e-5:
-        print(f"note: {name}: singular values {', '.join(f'{s:.6g}' for s in values.sqrt())} nearly coincide, which "
-              "leaves their vectors open: v may mean another update on another machine")
-    US = M @ V
-    S = US.norm(dim=0)
-    U, V = (US / S.clamp(min=1e-300), V) if M is W else (V, US / S.clamp(min=1e-300))
-    sign = torch.where(U.gather(0, U.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)  # [1, r]
+        V, values, residuals = block_lanczos(M, rank, min(n, 1024 + 8 * rank), name)
+    angle = (residuals / gaps(values).clamp(min=1e-300)).max().item()
+    if angle > 10 * TOLERANCE:
+        close = ", ".join(f"{value:.6g}" for value in values.sqrt().tolist())
+        print(f"note: the singular values {close} of {name} nearly coincide, so their vectors are "
+              "not unique, and an adapter may mean another update on another machine")
+    scaled_U = M @ V
+    S = scaled_U.norm(dim=0)
+    U = scaled_U / S.clamp(min=1e-300)
+    if not tall:
+        U, V = V, U
+    largest = U.gather(0, U.abs().argmax(0, keepdim=True))  # [1, r]
+    sign = torch.where(largest < 0, -1.0, 1.0)
     return (U * sign).float().contiguous(), S.float(), (V * sign).T.float().contiguous()
 
 
-def _top_eigen(T, rank):
-    """The top eigenvectors of a symmetric T [k, k], descending [k, r], and one eigenvalue more than these (or a 0)."""
-    values, vectors = (t.to(T.device) for t in torch.linalg.eigh(T.cpu()))  # a GPU is slower at this size
+def top_eigen(T, rank):
+    """The top eigenvectors [k, r] of a symmetric T [k, k], and the top r + 1 eigenvalues in
+    descending order (the last is 0 if there are only r)."""
+    values, vectors = torch.linalg.eigh(T.cpu())  # at this size a CPU is faster than a GPU
     values = torch.cat((values.flip(0), values.new_zeros(1)))[: rank + 1].clamp(min=0)
-    return vectors.flip(1)[:, :rank], values
+    return vectors.flip(1)[:, :rank].to(T.device), values.to(T.device)
 
 
-def _gaps(values):
-    """How far each wanted eigenvalue is from its nearest neighbour: values [r + 1], descending -> [r]."""
+def gaps(values):
+    """Distance of each wanted eigenvalue from its nearest neighbour: values [r + 1] -> [r]."""
     below = values[:-1] - values[1:]
-    return torch.minimum(below, torch.cat((below[:1], below[:-1])))
+    above = torch.cat((below[:1], below[:-1]))
+    return torch.minimum(below, above)
 
 
-def _lanczos(M, rank, tol, block, name, limit=0):
-    """What _top_eigen returns of M^T M [n, n], and the residuals [r]."""
+def block_lanczos(M, rank, limit, name):
+    """The top eigenvectors [n, r], r + 1 eigenvalues and r residuals of M^T M [n, n], from a basis
+    of at most `limit` vectors (Golub, Luk & Overton 1981, with full reorthogonalisation). residual
+    / gap bounds the angle by which an eigenvector is off."""
     n = M.shape[1]
-    limit = limit or min(n, 1024 + 8 * rank)
-    generator = torch.Generator().manual_seed(0)  # the start decides the rounds needed, not the result
-    X = torch.linalg.qr(torch.randn(n, block, generator=generator).to(M)).Q
-    basis, T = X, M.new_zeros(limit, limit)  # T = basis^T M^T M basis
+    gram = M.T @ M if n <= GRAM_COLUMNS else None  # [n, n]
+    block = max(8, rank // 4)
+    generator = torch.Generator().manual_seed(0)  # decides the number of rounds, not the result
+    start = torch.randn(n, block, generator=generator, dtype=torch.float64)
+    basis = X = torch.linalg.qr(start.to(M.device)).Q
+    T = M.new_zeros(limit, limit)  # M^T M in this basis
     rounds, next_check = 0, 4
     while True:
-        rounds, k = rounds + 1, basis.shape[1]
-        Z = M.T @ (M @ X)
+        rounds += 1
+        k = basis.shape[1]
+        Z = M.T @ (M @ X) if gram is None else gram @ X
         H = basis.T @ Z
-        T[:k, k - block : k], T[k - block : k, :k] = H, H.T
+        T[:k, k - block : k] = H
+        T[k - block : k, :k] = H.T
         X, remainder = torch.linalg.qr(Z - basis @ H)
-        if (rounds >= next_check or k + block > limit) and k > rank:  # now and then, and before it gives up
-            next_check = rounds + max(2, rounds // 4)  # the eigenproblem grows: look less often as it does
-            vectors, values = _top_eigen(T[:k, :k], rank)
-            residual = (remainder @ vectors[-block:]).norm(dim=0)  # of M^T M v = s^2 v, without another product
-            if (residual <= torch.maximum(tol * _gaps(values), 1e-14 * values[0])).all():  # or all float64 can tell
-                return basis @ vectors, values, residual
-        if k + block > limit:
-            raise UserError(f"the SVD of {name} has not converged with {k} vectors; a smaller rank is easier")
-        for _ in range(2):  # twice is enough (Kahan), even where Z was in the basis but for rounding errors
+        is_full = k + block > limit
+        if k > rank and (rounds >= next_check or is_full):
+            next_check = rounds + max(2, rounds // 4)  # the eigenproblem grows, so check less often
+            vectors, values = top_eigen(T[:k, :k], rank)
+            residuals = (remainder @ vectors[-block:]).norm(dim=0)
+            rounding = 1e-14 * values[0]
+            if (residuals <= torch.maximum(TOLERANCE * gaps(values), rounding)).all():
+                return basis @ vectors, values, residuals
+        if is_full:
+            raise UserError(f"the SVD of {name} has not converged with {k} vectors; lower the rank")
+        for _ in range(2):  # twice is enough, even where Z lay nearly in the basis (Kahan)
             X = torch.linalg.qr(X - basis @ (basis.T @ X)).Q
-        basis = torch.cat((basis, X), 1)
-
-
-CACHE_FROM = 10**7  # numbers in the adapted weights; the SVD of smaller models takes less than a second or two
+        basis = torch.cat((basis, X), dim=1)
 
 
 def svd_factors(weights, rank, device):
-    """[(US [m, r], Vt [r, n])] in fp32 of weights {name: W}; of large models from the disk cache, where they are.
+    """[(U S [m, r], Vt [r, n])] of weights {name: W}, in float32 on `device`. W may lie elsewhere.
 
-    The cache is a file in $TINYLORA_CACHE (default: ~/.cache/tinylora) under a name that depends on every bit of the
-    weights. It is renamed into place when whole, and what fails its own checksum is made again. The ranks of a shard
-    (model.Shard) divide the matrices among them and move one at a time to their devices.
+    Those of a large model are kept on disk, in $TINYLORA_CACHE or else in ~/.cache/tinylora. The
+    processes of torchrun divide the matrices among them.
     """
-    path = cache_path(weights, rank, device) if sum(W.numel() for W in weights.values()) >= CACHE_FROM else None
-    tensors = read_cache(path) if path else None
+    is_large = sum(W.numel() for W in weights.values()) >= CACHE_FROM
+    path = cache_path(weights, rank)
+    tensors = read_cache(path) if is_large else None
     if not all(all_gather(tensors is not None)):  # another run may be writing the file just now
-        tensors = {}
         mine = list(weights.items())[rank_of() :: world_size()]
-        for name, W in tqdm(mine, desc="SVD", leave=False, disable=None if path and is_chief() else True):
+        show = is_large and is_chief()
+        tensors = {}
+        for name, W in tqdm(mine, desc="SVD", leave=False, disable=None if show else True):
             U, S, Vt = top_svd(W.to(device), rank, name)
-            tensors |= {f"{name}.US": (U * S).cpu(), f"{name}.Vt": Vt.cpu()}
-        tensors = {name: t for share in all_gather(tensors) for name, t in share.items()}
-        if path and is_chief():
+            tensors[f"{name}.US"] = (U * S).cpu()
+            tensors[f"{name}.Vt"] = Vt.cpu()
+        tensors = {name: t for part in all_gather(tensors) for name, t in part.items()}
+        if is_large and is_chief():
             write_cache(path, tensors)
-    return [(tensors[f"{name}.US"].to(device), tensors[f"{name}.Vt"].to(device)) for name in weights]
+    tensors = {name: t.to(device) for name, t in tensors.items()}
+    return [(tensors[f"{name}.US"], tensors[f"{name}.Vt"]) for name in weights]
 
 
-def cache_path(weights, rank, device):
-    key = hashlib.sha256(f"svd-1 {rank}".encode())
-    with ThreadPoolExecutor(4) as pool:
-        checksums = pool.map(lambda W: weight_checksum(W.to(device)), weights.values())
-        for (name, W), sums in zip(weights.items(), checksums):
-            key.update(f"{name} {W.dtype} {list(W.shape)}".encode() + sums)
-    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinylora")
-    return os.path.join(os.environ.get("TINYLORA_CACHE") or default, key.hexdigest()[:40] + ".svd")
-
-
-def weight_checksum(W):
-    """Bytes that depend on every bit of W: its rows as 64-bit words times fixed odd numbers, summed modulo 2^64. Any
-    one changed word changes its row's sum; no adversary is meant (the cache is the user's own). Integers are exact in
-    any order, so this runs where the weights are, at the speed of memory: SHA-256 of 15 GB would take longer than the
-    SVD on a GPU."""
-    words = W.detach().contiguous().view(torch.int64 if W[0].nbytes % 8 == 0 else torch.int16).long()
-    odd = torch.from_numpy(np.random.RandomState(0).randint(-(2**62), 2**62, words.shape[1]) * 2 + 1).to(W.device)
-    sums = words @ odd if W.device.type == "cpu" else (words * odd).sum(1)  # CUDA multiplies no integer matrices
-    return sums.cpu().numpy().tobytes()
+def cache_path(weights, rank):
+    """The cache file of these weights. Its name depends on a thousand entries of each, and on the
+    sum of all its bits, which are exact on every device."""
+    key = hashlib.sha256(f"svd-2 {rank}".encode())
+    for name, W in weights.items():
+        flat = W.detach().flatten()
+        entries = flat[:: max(1, len(flat) // 1000)].double().cpu().numpy()
+        bits = flat[: len(flat) // 4 * 4].view(torch.int64).sum().item()
+        key.update(f"{name} {W.dtype} {list(W.shape)} {bits}".encode() + entries.tobytes())
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.environ.get("TINYLORA_CACHE") or os.path.join(caches, "tinylora")
+    return os.path.join(folder, key.hexdigest()[:40] + ".safetensors")
 
 
 def read_cache(path):
     try:
-        with open(path, "rb") as f:
-            digest, data = f.read(32), f.read()
-    except OSError:
+        return load_file(path)
+    except (OSError, SafetensorError):  # missing or damaged: the SVD is made again
         return None
-    if hashlib.sha256(os.path.basename(path).encode() + data).digest() == digest:
-        return safetensors.torch.load(data)
-    print(f"the cached SVD in {path} is damaged; it is made again")
-    return None
 
 
 def write_cache(path, tensors):
-    data = safetensors.torch.save(tensors)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.{os.getpid()}.tmp", "wb") as f:  # the ranks of one run write at the same time
-            f.write(hashlib.sha256(os.path.basename(path).encode() + data).digest() + data)
-        os.replace(f.name, path)
-    except OSError as error:
-        print(f"the SVD could not be cached and will be made again next time: {error}")
-        with suppress(OSError):
-            os.remove(f"{path}.{os.getpid()}.tmp")
+        with whole_file(path) as aside:
+            save_file(tensors, aside)
+    except (OSError, UserError) as error:
+        print(f"note: the SVD is not cached and will be made again next time: {error}")

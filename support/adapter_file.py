@@ -1,0 +1,79 @@
+"""Reading adapters that others made: a file, or a text that came in a message. What they hold is
+read as data and checked; what it means to a model is tinylora.py's business."""
+
+import json
+import os
+import re
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from support import UserError, foreign_file
+from support.checkpoint import DTYPES
+from support.parallel import print0_once
+
+FORMAT = "tinylora-2"
+ANY_BASE = "any"  # in the place of a fingerprint: fits every base model
+KINDS = {"method": str, "rank": int, "u": int, "n_tie": int, "tie": str, "seed": int,
+         "targets": str, "alpha": float, "base": str, "dtype": str}
+
+
+def read_adapter(where):
+    """A name for messages, the settings, and the tensors in float32 of an adapter: a file, a
+    directory that holds adapter.safetensors, or a text. UserError if it cannot be read."""
+    if where.startswith("hex:"):
+        name = f"the adapter '{where[:20]}...'"
+        try:
+            form, settings, tensors = read_text("".join(where.split()))  # mail may break lines
+        except (ValueError, KeyError):
+            raise UserError(f"{name} is mistyped or cut off; copy it again") from None
+    else:
+        if os.path.isfile(os.path.join(where, "model", "config.json")):
+            raise UserError(f"{where} is a run that trained all weights: use --model={where}/model "
+                            "without an adapter")
+        name = os.path.join(where, "adapter.safetensors") if os.path.isdir(where) else where
+        try:
+            with foreign_file(name), safe_open(name, framework="pt") as f:
+                info = f.metadata() or {}
+                form, settings = info.get("format"), json.loads(info.get("settings", "{}"))
+                tensors = {key: f.get_tensor(key) for key in f.keys()}
+        except OSError as error:
+            raise UserError(f"no adapter can be read from '{name}': {error}") from None
+    if form != FORMAT:
+        raise UserError(f"{name} has format {str(form)[:40]!r}, but this version reads {FORMAT!r}")
+    with foreign_file(name):
+        wrong = [key for key, kind in KINDS.items() if type(settings.get(key, kind())) is not kind]
+        if wrong:
+            raise UserError(f"{name}: its settings {', '.join(wrong)} have values of another type")
+        tensors = {key: t.float() for key, t in tensors.items()}
+        if not all(torch.isfinite(t).all() for t in tensors.values()):
+            raise UserError(f"{name} holds numbers that are not finite")
+    return name, settings, tensors
+
+
+def read_text(text):
+    """The format, the settings, and {"v": all numbers in one row} of a text by adapter_text.
+    Numbers alone, 'hex:3c23d70a', are float32, and one v of all linears for any base model."""
+    _, numbers, *rest = text.split(":")
+    if not rest:
+        u = len(numbers) // 8
+        print0_once(f"note: {u} numbers alone are read with rank 2 and seed 0, for any base model")
+        rest = [FORMAT, "method=tinylora", "rank=2", f"u={u}", "n_tie=0", "tie=tiled", "seed=0",
+                "targets=all", f"base={ANY_BASE}", "dtype=float32"]
+    settings = {}
+    for pair in rest[1:]:
+        key, _, value = pair.partition("=")
+        settings[key] = KINDS[key](value.replace("+", ","))
+    dtype = DTYPES[settings["dtype"]]
+    size = dtype.itemsize
+    bits = np.frombuffer(bytes.fromhex(numbers), dtype=f">i{size}").astype(f"i{size}")
+    return rest[0], settings, {"v": torch.from_numpy(bits).view(dtype)}
+
+
+def same_base(a, b, tolerance=0.004):
+    """Are these fingerprints (tinylora.fingerprint) of one base model, in whatever dtype?"""
+    if not all(re.fullmatch("[0-9a-f]{32}", str(x)) for x in (a, b)):
+        return False
+    a, b = (np.frombuffer(bytes.fromhex(x), dtype=">f2").astype(float) for x in (a, b))
+    return bool(np.sqrt(np.mean((a - b) ** 2)) <= tolerance)
