@@ -1,5 +1,4 @@
-"""Text generation with a KV cache: many prompts of any length at once, greedy or sampled, with the
-log-prob of every token.
+"""Text generation with a KV cache: many prompts at once, greedy or sampled, with log-probs.
 
     python sample.py --prompt="Tom has 3 apples. Tom finds 4 more. How many apples are there now?"
     python sample.py --prompt_file=questions.txt --temperature=0
@@ -12,9 +11,9 @@ Training and evaluation call generate(). KVCache holds keys and values; Sampler.
 import functools
 import math
 import time
-from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -143,8 +142,8 @@ def keep_likeliest(logits, top_k, top_p):
         ordered, order = logits.sort(descending=True)
         p = ordered.softmax(-1)
         before = p.cumsum(-1) - p  # total probability of the likelier tokens
-        enough = max(top_p, 1e-30)  # float32 would round less to 0, and the likeliest has to stay
-        logits = logits.scatter(1, order, ordered.masked_fill(before >= enough, -math.inf))
+        excluded = (before >= top_p) & (before > 0)  # the likeliest always stays
+        logits = logits.scatter(1, order, ordered.masked_fill(excluded, -math.inf))
     return logits
 
 
@@ -158,13 +157,11 @@ def row_uniforms(seed, prompt_id, sample_id, count):
 # ------------------------------------------------------------------------------ the sampling loop
 
 @dataclass
-class Row:
-    """A completion that is being sampled."""
-
+class Row:  # a completion that is being sampled
     prompt: int  # the place of its prompt in the list
     sample: int  # which of the n completions of that prompt
     ids: list  # the prompt and what has been sampled; the last one is the next input
-    uniforms: list  # a random number for each token that may be sampled
+    uniforms: np.ndarray  # a random number for each token that may be sampled
     logprobs: list = field(default_factory=list)  # of each token that has been sampled
 
 
@@ -175,36 +172,32 @@ def decode(model, cache, tokens, positions, columns):
     return F.linear(hidden, model.head)
 
 
-@functools.cache
-def compiled_decode():
-    """decode() under torch.compile, once for the whole process. It serves all sizes above 1."""
-    compiled = torch.compile(decode)
+compiled = functools.cache(torch.compile)  # a function is compiled once in a process
 
-    def run(model, cache, *inputs):
-        for t in inputs:
-            torch._dynamo.maybe_mark_dynamic(t, 0)
-        for t in (cache.keys, cache.values):
-            torch._dynamo.maybe_mark_dynamic(t, (1, 3))
-        try:
-            return compiled(model, cache, *inputs)
-        except torch._dynamo.exc.ShortenTraceback as error:  # as without a C++ compiler or Triton
-            reason = str(getattr(error, "inner_exception", error)).splitlines()[0]
-            raise UserError(f"torch.compile failed ({reason}); use --compile=False") from None
 
-    return run
+def compiled_decode(model, cache, *inputs):
+    """decode() under torch.compile. One compiled step serves all sizes above 1."""
+    for t in inputs:
+        torch._dynamo.maybe_mark_dynamic(t, 0)
+    for t in (cache.keys, cache.values):
+        torch._dynamo.maybe_mark_dynamic(t, (1, 3))
+    try:
+        return compiled(decode)(model, cache, *inputs)
+    except torch._dynamo.exc.ShortenTraceback as error:  # as without a C++ compiler or Triton
+        reason = str(getattr(error, "inner_exception", error)).splitlines()[0]
+        raise UserError(f"torch.compile failed ({reason}); use --compile=False") from None
 
 
 class Sampler:
     """Samples rows, as many at a time as there are slots.
 
     self.rows[s] has slot s of the KV cache until it stops. Then the last row moves into the slot,
-    and a waiting row starts behind it. So short rows do not wait for long ones, and no step
-    computes a row that has stopped. The first input of a row is the last token of its prompt; the
-    keys and values before it come from one forward pass for all rows of that prompt.
+    and a waiting row starts behind the others, so short rows do not wait for long ones. A prompt is
+    prefilled once for all of its rows. The first input of a row is the last token of its prompt.
     """
 
     def __init__(self, model, prompts, slots, length, draw, R=None):
-        """prompts: lists of token ids. length: positions of the longest row.
+        """prompts: lists of token ids. length: tokens of the longest row, its prompt included.
         draw(logits [B, V], uniforms [B]) -> ids [B], logprobs [B].
         R [N, prompts, r, r]: every prompt's own adapter (tinylora.load_adapters), or None."""
         self.model, self.prompts, self.slots, self.draw, self.R = model, prompts, slots, draw, R
@@ -216,7 +209,7 @@ class Sampler:
         self.inputs = torch.zeros(3, slots, dtype=torch.long, device=model.device)
         self.uniforms = torch.zeros(slots, device=model.device)
         is_compiled = model.compile_decode and not model.is_sharded and R is None
-        self.decode = compiled_decode() if is_compiled else decode
+        self.decode = compiled_decode if is_compiled else decode
         self.graphs = {}  # (B, end) -> the step of that size as a CUDA graph, and its outputs
         has_graphs = model.device.type == "cuda" and not model.is_sharded
         self.graph_memory = torch.cuda.graph_pool_handle() if has_graphs else None
@@ -224,20 +217,21 @@ class Sampler:
     def run(self, rows, stop_ids, on_token=None):
         """Sample rows that are in the order of their prompts. Yields each of them when it stops.
         on_token(prompt, sample, id) is called for every token."""
-        waiting = deque(rows)
-        while waiting or self.rows:
-            while waiting and len(self.rows) < self.slots:
-                row = waiting.popleft()
+        waiting = iter(rows)
+        while True:
+            for row in islice(waiting, self.slots - len(self.rows)):
                 if row.prompt not in self.prefilled:
                     self.prefill(row.prompt)
                 self.cache.copy_row(len(self.rows), *self.prefilled[row.prompt], len(row.ids) - 1)
                 self.rows.append(row)
+            if not self.rows:
+                return
             for row, token, logprob in zip(self.rows, *self.step()):
                 row.ids.append(token)
                 row.logprobs.append(logprob)
                 if on_token:
                     on_token(row.prompt, row.sample, token)
-            for slot in reversed(range(len(self.rows))):  # backwards: a row that moves is looked at
+            for slot in reversed(range(len(self.rows))):  # the last row, which may move, goes first
                 row = self.rows[slot]
                 if row.ids[-1] in stop_ids or len(row.logprobs) == len(row.uniforms):
                     last = self.rows.pop()
@@ -247,26 +241,25 @@ class Sampler:
                     yield row
 
     def prefill(self, first):
-        """Compute keys and values of prompt `first` and of some that follow, in one forward pass.
-        They take a quarter of the memory of self.cache, or are a single one."""
-        most = min(PREFILL_TOKENS, self.slots * len(self.cache.columns) // 4)
-        count = max(1, most // max(map(len, self.prompts)))
+        """Compute the keys and values of prompt `first` and of some after it, in a single pass."""
+        fits = self.slots * len(self.cache.columns) // 8  # tokens, for an eighth of the memory
+        count = max(1, min(PREFILL_TOKENS, fits) // max(map(len, self.prompts)))
         chosen = [torch.tensor(prompt) for prompt in self.prompts[first : first + count]]
         ids = pad_sequence(chosen, batch_first=True).to(self.model.device)  # on the right, with 0
-        self.prefilled.clear()  # no row of these prompts waits any more
         cache = KVCache(self.model.config, *ids.shape, like=self.model.head)
         if self.R is not None:
             self.model.adapter.rows = self.R[:, first : first + count]  # of each line [N, B, r, r]
         self.model.model(ids, cache=cache)
+        # No row waits for earlier prompts any more.
         self.prefilled = {first + line: (cache, line) for line in range(len(chosen))}
 
     def step(self):
         """Sample a token for every row. Returns their ids and log-probs, as lists."""
-        inputs = [(row.ids[-1], len(row.ids) - 1, row.prompt) for row in self.rows]
-        self.inputs[:, : len(inputs)] = torch.tensor(inputs).T
-        uniforms = [row.uniforms[len(row.logprobs)] for row in self.rows]
-        self.uniforms[: len(uniforms)] = torch.tensor(uniforms)
         B, end = len(self.rows), max(len(row.ids) for row in self.rows)
+        inputs = [(row.ids[-1], len(row.ids) - 1, row.prompt) for row in self.rows]
+        self.inputs[:, :B] = torch.tensor(inputs).T
+        uniforms = [row.uniforms.item(len(row.logprobs)) for row in self.rows]
+        self.uniforms[:B] = torch.tensor(uniforms)
         if self.inputs.is_cuda:  # few sizes; slots beyond the rows compute what nobody reads
             B, end = min(self.slots, 2 ** math.ceil(math.log2(B))), end + -end % 128
         ids, logprobs = self.replay(B, end) if self.graph_memory else self.compute(B, end)
@@ -307,41 +300,38 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     on_done(i, completions) is called when all completions of prompt i are complete, and
     on_token(i, j, id) for every token of completion j of prompt i.
     Where several processes hold the weights between them, all must call this, even without prompts.
-    Raises UserError for a prompt that is empty or fills the model's context, for settings that
-    cannot work, and where not even one row fits into the memory.
+    UserError: a prompt is empty or fills the context, or not even one row fits into the memory.
     """
-    prompts = [tokenizer.bos_ids + tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+    prompts = [encode_prompt(tokenizer, prompt, chat=False) if isinstance(prompt, str) else prompt
+               for prompt in prompts]
     check_sampling(n, max_new_tokens, temperature, top_k, top_p, seed)
     prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
     context = model.config.max_position_embeddings
-    rows = []
+    limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     for i, prompt in enumerate(prompts):
-        limit = min(max_new_tokens, context - len(prompt))
-        if not prompt or limit < 1:
+        if not 0 < len(prompt) < context:
             raise UserError(f"prompt {i} has {len(prompt)} tokens; the model's context holds 1 to "
                             f"{context - 1} of them")
-        for j in range(n):
-            uniforms = row_uniforms(seed, prompt_ids[i], j, limit).tolist()
-            rows.append(Row(i, j, [*prompt], uniforms))
+    rows = (Row(i, j, [*prompts[i]], row_uniforms(seed, prompt_ids[i], j, limits[i]))
+            for i in range(len(prompts)) for j in range(n))
     groups = [[None] * n for _ in prompts]
     draw = functools.partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    bar = tqdm(total=len(rows), desc=progress, unit="row", leave=False,
+    bar = tqdm(total=len(prompts) * n, desc=progress, unit="row", leave=False,
                disable=None if progress and is_chief() else True)
     # Weights that were gathered in inference mode could not be trained later.
     mode = torch.no_grad() if model.is_sharded else torch.inference_mode()
     with mode, bar, in_step(model), own_adapters(model, prompts, adapters) as R:
-        if not rows:
+        if not prompts:
             return groups
-        length = max(len(row.ids) + len(row.uniforms) for row in rows)
-        slots = fitting_rows(model, length, len(rows))
+        length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
+        slots = fitting_rows(model, length, len(prompts) * n)
         sampler = Sampler(model, prompts, slots, length, draw, R)
         with nullcontext() if model.is_sharded else sampling_form(model, per_row=R is not None):
             for row in sampler.run(rows, tokenizer.stop_ids, on_token):
                 ids = row.ids[-len(row.logprobs) :]
                 stopped = ids[-1] in tokenizer.stop_ids
                 text = tokenizer.decode(ids[:-1] if stopped else ids, skip_special=True)
-                completion = Completion(ids, row.logprobs, text, truncated=not stopped)
-                groups[row.prompt][row.sample] = completion
+                groups[row.prompt][row.sample] = Completion(ids, row.logprobs, text, not stopped)
                 bar.update()
                 if on_done and None not in groups[row.prompt]:
                     on_done(row.prompt, groups[row.prompt])
@@ -350,8 +340,7 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
 
 def check_sampling(n, max_new_tokens, temperature, top_k, top_p, seed):
     for is_met, rule in (
-        (n >= 1, "n must be at least 1"),
-        (max_new_tokens >= 1, "max_new_tokens must be at least 1"),
+        (n >= 1 and max_new_tokens >= 1, "n and max_new_tokens must be at least 1"),
         (temperature == 0 or 1e-6 <= temperature < math.inf,  # below, logits overflow
          "temperature must be 0 (greedy) or at least 1e-6"),
         (top_k >= 0 and 0 < top_p <= 1, "top_k must not be negative, and top_p be in (0, 1]"),
@@ -387,8 +376,8 @@ def fitting_rows(model, length, rows):
     row = token * length + logits
     if row > budget:
         most = max(0, int((budget - logits) / token))
-        raise UserError(f"a row of {length} tokens needs {row / 1e9:.2f} GB, of which {budget / 1e9:.2f}"
-                        f" are free; lower max_new_tokens, so that it has at most {most}")
+        raise UserError(f"a row of {length} tokens takes {row / 1e9:.2f} GB of memory, and at most "
+                        f"{most} tokens fit into {budget / 1e9:.2f} GB; lower max_new_tokens")
     return min(rows, MOST_ROWS, int(budget / row))
 
 
@@ -425,22 +414,20 @@ def converse(net, tokenizer, system_prompt, options):
             text = input("> ").strip()
         except (EOFError, RuntimeError):  # RuntimeError: the standard input is closed
             text = ""
-        except UnicodeDecodeError as error:
-            message = f"the terminal's text is not {error.encoding}: set PYTHONUTF8=1"
-            raise UserError(message) from None
+        except UnicodeDecodeError as e:
+            raise UserError(f"the terminal's text is not {e.encoding}: set PYTHONUTF8=1") from None
         if not text:
             return print()
         messages.append({"role": "user", "content": text})
-        prompt = tokenizer.encode_chat(messages)
         printer = Printer(tokenizer)
         began = time.time()
         try:
-            turn = len(messages)
-            generate(net, tokenizer, [prompt], prompt_ids=[turn], on_token=printer, **options)
+            generate(net, tokenizer, [tokenizer.encode_chat(messages)], prompt_ids=[len(messages)],
+                     on_token=printer, **options)
         except KeyboardInterrupt:
             pass
-        count = len(printer.ids)
-        print(f"\n[{count} tokens, {count / (time.time() - began):.1f} a second]")
+        speed = len(printer.ids) / (time.time() - began)
+        print(f"\n[{len(printer.ids)} tokens, {speed:.1f} a second]")
         messages.append({"role": "assistant", "content": printer.text})
 
 
@@ -464,8 +451,7 @@ def answer(net, tokenizer, cfg, ranks, texts, adapters, options):
         if len(adapters) > 1:
             print0(f"=== {name or 'no adapter'}")
         for c in completions:
-            text = "" if is_single else c.text
-            print0(text + " [cut off]\n---" if c.truncated else text + "\n---")
+            print0(f"{'' if is_single else c.text}{' [cut off]' if c.truncated else ''}\n---")
             tokens += len(c.ids)
     print0(f"{tokens} tokens, {tokens / seconds:.1f} a second")
 
