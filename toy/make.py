@@ -22,8 +22,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
-from configurator import UserError, run  # noqa: E402
 from model import load_model, save_model  # noqa: E402
+from support import UserError, one_line_errors  # noqa: E402
 from support.tokenizer import WORDS  # noqa: E402
 
 SEED = 1337
@@ -233,4 +233,5 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    one_line_errors()
+    main()
