@@ -38,11 +38,9 @@ from support.svd import svd_factors
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGETS = {"all": LINEARS, "attention": LINEARS[:4], "mlp": LINEARS[4:]}
-METHODS = {  # the settings of add_adapter that each method reads
-    "tinylora": ("rank", "u", "n_tie", "tie", "seed", "targets"),
-    "lora_xs": ("rank", "targets"),
-    "lora": ("rank", "alpha", "seed", "targets"),
-}
+METHODS = {"tinylora": ("rank", "u", "n_tie", "tie", "seed", "targets"),
+           "lora_xs": ("rank", "targets"),
+           "lora": ("rank", "alpha", "seed", "targets")}  # the settings that each method reads
 
 # ------------------------------------------------------------------------------------ the adapter
 
@@ -144,8 +142,8 @@ class Adapter(nn.Module):
 
 def mix(v, groups, P):
     """R [N, r, r] = sum_i v_i P_i of every linear, from v [groups, u] and P [N, u, r, r]."""
-    of_linears = F.embedding(groups, v)  # v[groups], but its gradient is deterministic
-    return torch.einsum("nu,nuij->nij", of_linears, P)
+    # F.embedding is v[groups] with a deterministic gradient.
+    return torch.einsum("nu,nuij->nij", F.embedding(groups, v), P)
 
 
 @torch.no_grad()
@@ -275,12 +273,10 @@ def init_lora(meta, linears, device):
 
 def learning_rate_rule(config, method, steps):
     """A first learning rate for 'full' or 'lora' (LoRA Without Regret, with the constants that
-    tinker-cookbook fitted to supervised runs of 14 Llama and Qwen models).
-
-    All weights: 5e-5 (2000 / hidden)^p with p = 0.781 for Llama and 0.0775 for Qwen. LoRA of any
-    rank at alpha = 32 wants 10 times as much, and 15 times in runs of under 100 steps. The factors
-    hold for RL, too, but the base rate does not: its authors use 2e-5 to 8e-5 for LoRA there.
-    """
+    tinker-cookbook fitted to supervised runs of 14 Llama and Qwen models). All weights want
+    5e-5 (2000 / hidden)^p, p = 0.781 for Llama and 0.0775 for Qwen; LoRA of any rank at alpha = 32
+    wants 10 times as much, and 15 times in runs of under 100 steps. The factors hold for RL, too,
+    but the base rate does not: there its authors use 2e-5 to 8e-5 for LoRA."""
     power = 0.781 if config.raw["model_type"] == "llama" else 0.0775
     rate = 5e-5 * (2000 / config.hidden_size) ** power
     if method == "full":
@@ -291,12 +287,9 @@ def learning_rate_rule(config, method, steps):
 # -------------------------------------------------------------------------- for grpo.py and sft.py
 
 def attach(net, cfg, shard=1):
-    """Make ready what cfg.method trains, and spread the weights over `shard` processes. Replaces
-    lr = 0 by the learning rate of the rule.
-
-    Returns the trained parameters {name: parameter}, and the settings without which these numbers
-    would mean something else. Of these, 'base' is a fingerprint: compare it with same_base.
-    """
+    """Make ready what cfg.method trains, and spread the weights over `shard` processes. The rule's
+    learning rate replaces lr = 0. Returns the trained {name: parameter}, and the settings without
+    which they would mean something else; of these 'base' is to be compared with same_base."""
     if cfg.lr == 0:
         if cfg.method not in ("lora", "full"):
             raise UserError("lr must be above 0: the rule for lr = 0 knows lora and full alone")
@@ -332,12 +325,10 @@ def save(net, cfg, best=False):
 # --------------------------------------------------------------------------------- files and texts
 
 def fingerprint(model):
-    """32 hex digits that tell base models apart, whatever dtype the weights are held in.
-
-    Eight random projections a^T W b, each summed over all linears scaled to norm 1, so about
-    N(0, 1). Rounding to bfloat16 moves them by some 0.001. Fine-tuning moves them by its share in
-    the weights, so by 0.01 if it changes these by one per cent.
-    """
+    """32 hex digits that tell base models apart, whatever dtype the weights are held in: eight
+    random projections a^T W b, each summed over all linears scaled to norm 1, so about N(0, 1).
+    Rounding to bfloat16 moves them by some 0.001. Fine-tuning moves them by its share in the
+    weights, so by 0.01 if it changes these by one per cent."""
     total = 0
     for name, linear in all_linears(model).items():
         state = random_state("fingerprint", name)
@@ -378,7 +369,7 @@ def read_for(model, where):
     where, settings, tensors = read_adapter(where)
     with foreign_file(where):
         linears, groups, meta = plan(model, settings)
-        base = settings["base"]
+    base = settings.get("base")
     here = model.adapter.meta["base"] if model.adapter else fingerprint(model)
     if base != ANY_BASE and not same_base(base, here):
         raise UserError(f"{where} was trained on another base model: its fingerprint differs")

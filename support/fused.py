@@ -87,11 +87,11 @@ def few_rows_linear(x, W, bias=None):
 class FusedLinear:
     """Linears of the same input as one product, while weights and adapter stand still:
 
-        y = x W^T + b + ((x D^T) R) U^T
+        y = x weight^T + bias + ((x down^T) R) up^T
 
-    W [m, n] and D [k r, n] stack the linears' weights and their V^T, and U [m, k r] is block
-    diagonal with their U S R. If every row of a batch has an R of its own (per_row), U holds their
-    U S. In float32 a W that is a copy anyway takes in the update.
+    weight [m, n] and down [k r, n] stack the linears' W and V^T, and up [m, k r] is block diagonal
+    with their U S R. If every row of a batch has an R of its own (per_row), up holds their U S. If
+    weight is a copy anyway (joined), in float32, the update is added to it.
     """
 
     def fill(self, linears, adapter, per_row, joined):
