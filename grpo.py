@@ -340,7 +340,7 @@ def train(cfg):
     net.model.recompute = cfg.recompute
     net.compile_decode = cfg.compile
     prepare(net, tokenizer, train_set + test_set, cfg)
-    parameters, identity = tinylora.attach(net, cfg)
+    parameters, identity = tinylora.attach(net, cfg, cfg.shard)
     optimizer = torch.optim.Adam(parameters.values(), lr=cfg.lr)
     run = Run(cfg, ranks, parameters, optimizer, identity | {"script": "grpo.py"})
     if is_chief():

@@ -385,7 +385,8 @@ def check_shapes(where, tensors, linears, groups, meta):
             m, n = linear.weight.shape
             shapes |= {f"A.{i}": (rank, n), f"B.{i}": (m, rank)}
     else:
-        shapes["v"] = (max(groups) + 1, meta.get("u", rank**2))
+        _, u, _, _ = projections(meta, list(linears)[:1]).shape
+        shapes["v"] = (max(groups) + 1, u)
         if "v" in tensors and tensors["v"].numel() == math.prod(shapes["v"]):
             tensors["v"] = tensors["v"].view(shapes["v"])  # a text has all numbers in one row
     found = {name: tuple(t.shape) for name, t in tensors.items()}
