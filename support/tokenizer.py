@@ -181,7 +181,7 @@ def _read_tokenizer_json(path):
         case {"model": {"type": "BPE", "vocab": vocab, "merges": merges},
               "pre_tokenizer": {"pretokenizers": [
                   {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"},
-                  {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}}:
+                  {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}} if pattern:
             pass
         case _:
             raise UserError(f"{file}: only byte-level BPE behind one split pattern is supported "
