@@ -138,8 +138,8 @@ class Tokenizer:
             asked = self.encode(prompt[len(done) :], special=True, guard=GUARD)
             said = self.encode(turn[len(prompt) :], special=True, guard=GUARD)
             if self.eos_id not in said:
-                raise UserError("the chat template ends a turn without a special token, and without "
-                                "it no model learns to stop; use another checkpoint's template")
+                raise UserError("the chat template ends a turn without a special token, so that no "
+                                "model learns to stop; use another checkpoint's template")
             end = said.index(self.eos_id) + 1
             ids += asked + said
             trained += [False] * len(asked) + [True] * end + [False] * (len(said) - end)
