@@ -109,8 +109,9 @@ def read_config(path, cfg):
         override(cfg, name, value, path)
         defines_function |= callable(value)
     if defines_function:
-        with open(path, encoding="utf-8") as f:
-            cfg.code += f.read().partition(VALUES_BEGIN)[0]  # the file may be an earlier settings.py
+        with open(path, encoding="utf-8-sig") as f:
+            code = f.read().partition(VALUES_BEGIN)[0]  # the file may be an earlier settings.py
+        cfg.code += code.rstrip() + "\n"
 
 
 def check_name(cfg, name, where):

@@ -7,7 +7,7 @@ loading is a state dict and there is no table of renamings.
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -240,6 +240,9 @@ FAMILIES = {  # model_type in config.json: what differs between families
     "qwen2": {"qkv_bias": True, "max_position_embeddings": 32768},
     "llama": {"qkv_bias": False, "max_position_embeddings": 2048},
 }
+MOST = {int: 2**31, float: math.inf}  # the numbers in a Config are above 0 and below this
+
+
 def load_config(path):
     """Read config.json, as published checkpoints have it or as transformers 5 writes it."""
     file = os.path.join(path, "config.json")
@@ -269,11 +272,14 @@ def load_config(path):
             qkv_bias=family["qkv_bias"],
             raw=raw,
         )
-        for name, value in vars(config).items():
-            if type(value) is int and not 0 < value < 2**31 or type(value) is float and not value > 0:
-                raise UserError(f"{file}: {name} must be a number above 0, not {value!r}")
-        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-            raise UserError(f"{file}: num_key_value_heads must divide the heads, and head_dim be even")
+        for field in fields(config):
+            value, most = getattr(config, field.name), MOST.get(field.type)
+            if most and not (type(value) is field.type and 0 < value < most):
+                kind = "whole number" if field.type is int else "number"
+                raise UserError(f"{file}: {field.name} must be a {kind} above 0, not {value!r}")
+        if heads % config.num_key_value_heads or config.head_dim % 2:
+            raise UserError(f"{file}: num_key_value_heads must divide num_attention_heads, and "
+                            "head_dim must be even")
     return config
 
 
@@ -287,10 +293,13 @@ def config_rules(raw, rope):
                              f"({', '.join(FAMILIES)})")
     yield str(architectures[0]).endswith("ForCausalLM"), (
         f"{architectures[0]} is not a language model; use a checkpoint that ends in ForCausalLM")
-    yield raw.get("hidden_act", "silu") == "silu", f"hidden_act {raw.get('hidden_act')!r} is not supported"
+    yield raw.get("hidden_act", "silu") == "silu", (
+        f"hidden_act {raw.get('hidden_act')!r} is not supported")
     for key in ("use_sliding_window", "mlp_bias", "quantization_config"):
-        yield not raw.get(key), f"{key} is not supported; use a checkpoint without it, not quantised"
-    yield kind == "qwen2" or not raw.get("attention_bias"), f"attention_bias is not supported for {kind}"
+        yield not raw.get(key), (
+            f"{key} is not supported; use a checkpoint without it, not quantised")
+    yield kind == "qwen2" or not raw.get("attention_bias"), (
+        f"attention_bias is not supported for {kind}")
     yield layer_types <= {"full_attention"}, f"layer_types {sorted(layer_types)} are not supported"
     yield rope_type in ("default", "llama3"), f"rope type {rope_type!r} is not supported"
     wanted = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

@@ -18,7 +18,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 def checkpoint_dir(path):
-    """A local directory as it is. A hub name such as Qwen/Qwen2.5-7B-Instruct is downloaded once."""
+    """A local directory as it is. A hub name, as Qwen/Qwen2.5-7B-Instruct, is downloaded once."""
     if os.path.isdir(path):
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
@@ -30,8 +30,8 @@ def checkpoint_dir(path):
             path, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
     except Exception as error:  # the hub client raises many kinds, and all mean the same here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"'{path}' is no local directory and could not be downloaded ({reason}); copy "
-                        "the checkpoint here and give its directory") from None
+        raise UserError(f"'{path}' is no local directory and could not be downloaded ({reason}); "
+                        "copy the checkpoint here and give its directory") from None
 
 
 def read_weights(path, model, device, dtype):
@@ -48,9 +48,9 @@ def read_weights(path, model, device, dtype):
                         tensor = check_tensor(file, name, f.get_tensor(name), shapes)
                         tensors[name] = tensor.to(device, dtype)
         except (SafetensorError, OSError) as error:
-            small = "; a 130-byte file is a git-lfs pointer" if os.path.getsize(file) < 1000 else ""
-            raise UserError(f"{file} is damaged or no safetensors file ({error}{small}); download it "
-                            "again") from None
+            hint = "; a 130-byte file is a git-lfs pointer" if os.path.getsize(file) < 1000 else ""
+            raise UserError(f"{file} is damaged or no safetensors file ({error}{hint}); download "
+                            "it again") from None
     if model.config.tie_word_embeddings and "lm_head.weight" in tensors:
         copy = tensors.pop("lm_head.weight")
         if not torch.equal(copy, tensors.get(embedding, copy)):
@@ -70,12 +70,14 @@ def weight_files(path):
         with foreign_file(index):
             names = sorted(set(read_json(index)["weight_map"].values()))
             if not names or any(os.path.basename(name) != name for name in names):
-                raise UserError(f"{index}: weight_map is empty or names a file outside the directory")
+                raise UserError(f"{index}: weight_map is empty, or names a file outside the "
+                                "directory; download it again")
     for file in [os.path.join(path, name) for name in names]:
         if not os.path.isfile(file):
-            pickled = [n for n in os.listdir(path) if n.endswith((".bin", ".pt", ".pth"))]
-            cure = f"{pickled[0]} is a pickle and is never read; convert it to safetensors" if pickled \
-                else "download it again"
+            pickles = [n for n in os.listdir(path) if n.endswith((".bin", ".pt", ".pth"))]
+            cure = "download it again"
+            if pickles:
+                cure = f"{pickles[0]} is a pickle and is never read; convert it to safetensors"
             raise UserError(f"{file} is missing; {cure}")
         yield file
 
@@ -88,9 +90,12 @@ def check_tensor(file, name, tensor, shapes):
         raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, config.json says "
                         f"{list(shapes[name])}; {cure}")
     if tensor.dtype not in DTYPES.values():
-        raise UserError(f"{file}: {name} is {tensor.dtype}; use the checkpoint in {', '.join(DTYPES)}")
-    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():  # the sum may overflow
-        raise UserError(f"{file}: {name} holds NaN or infinity; the file is damaged, download it again")
+        raise UserError(f"{file}: {name} is {tensor.dtype}; use a checkpoint in one of "
+                        f"{', '.join(DTYPES)}")
+    # The sum is quick and finite if all numbers are; it may also overflow.
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        raise UserError(f"{file}: {name} holds NaN or infinity, so the file is damaged; download "
+                        "it again")
     return tensor
 
 
@@ -119,7 +124,9 @@ def save_model(model, path, tokenizer_from=None, max_file_bytes=5 * 10**9):
                 save_file(tensors, aside, {"format": "pt"})
     if not is_chief():
         return
-    documents = {"config.json": model.config.raw | {"dtype": str(model.dtype)[6:]}}
+    raw = model.config.raw
+    key = "dtype" if "dtype" in raw else "torch_dtype"  # as older files and libraries call it
+    documents = {"config.json": raw | {key: str(model.dtype)[6:]}}
     if len(files) > 1:
         weight_map = {name: file for file, tensors in zip(names, files) for name in tensors}
         total = sum(p.nbytes for p in model.parameters())

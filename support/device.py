@@ -7,7 +7,12 @@ import sys
 
 import torch
 
-from support import UserError
+from support import UserError, one_line_errors
+
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+    one_line_errors()
+    raise UserError(f"torch 2.11 or newer is needed, and this is {torch.__version__}: "
+                    "pip install -r requirements.txt")
 
 # MKL chooses the code of these functions in their first call. If two threads make that call at the
 # same time, one of them may get code that is accurate to 4 digits only (pytorch issue 188792), and
@@ -24,7 +29,8 @@ def pick_device(device="auto"):
     try:
         device = torch.empty(1, device=device).device  # with its number: "cuda" becomes "cuda:0"
     except (RuntimeError, AssertionError):
-        raise UserError(f"device '{device}' is not available here; use --device=auto, cpu or cuda") from None
+        raise UserError(f"device '{device}' is not available here; use --device=auto, cpu or "
+                        "cuda") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # cuDNN's attention, the first choice on Hopper, was seen to be wrong with fewer than 8 key

@@ -33,6 +33,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support import UserError
+from support.device import pick_device
 
 PATIENCE = timedelta(hours=2)  # how long a process waits for the slowest, in evaluations too
 
@@ -69,6 +70,7 @@ class Ranks:
             raise UserError(f"shard = {shard} must divide the number of processes, which is {world}; "
                             f"start with torchrun --nproc_per_node={max(1, shard)}")
         if not launched:
+            self.device = pick_device(device)  # refuses a wrong one before anything is downloaded
             return
         on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
         if on_gpu:
