@@ -178,7 +178,6 @@ def claim(out_dir, evidence, fresh):
         names = (f"{os.path.normpath(out_dir)}.{i}" for i in count(1))
         aside = next(name for name in names if not os.path.exists(name))
         os.rename(out_dir, aside)
-        lock.close()
     except BlockingIOError:
         lock.close()
         raise UserError(f"another run is writing to out_dir '{out_dir}'; wait for it, or choose "
@@ -186,7 +185,8 @@ def claim(out_dir, evidence, fresh):
     except OSError as error:
         raise UserError(f"out_dir '{out_dir}' cannot be written: {error}") from None
     print(f"moved the earlier run in {out_dir} to {aside}")
-    return claim(out_dir, evidence, fresh)
+    with lock:
+        return claim(out_dir, evidence, fresh)
 
 
 def remove_partial_files(out_dir):
