@@ -103,8 +103,9 @@ def verdicts(problem, completion):
 def problems(cfg, split):
     """The rows to train on (split "train") or to evaluate on ("test"): dicts with a "question", and
     whatever else reward() reads."""
-    name = cfg.dataset if split == "train" else cfg.eval_dataset
-    return load_problems(name, split) if name else []
+    if split == "train":
+        return load_problems(cfg.dataset, split)
+    return load_problems(cfg.eval_dataset, split) if cfg.eval_dataset else []
 
 
 # ------------------------------------------------------------------------------------ the objective
@@ -280,7 +281,7 @@ def evaluate(net, tokenizer, test_set, cfg, ranks):
     rows = []
     for (_, problem), [completion] in zip(mine, groups):
         lenient = verdicts(problem, completion)["lenient"] if cfg.reward is reward else None
-        rows.append((cfg.reward(problem, completion), lenient, len(completion.ids),
+        rows.append((float(cfg.reward(problem, completion)), lenient, len(completion.ids),
                      completion.truncated, problem["question"], completion.text))
     rewards, lenient, lengths, truncated, questions, texts = zip(*ranks.gather(rows))
     figures = {"reward": fmean(rewards), "stderr": pstdev(rewards) / math.sqrt(len(rewards)),
@@ -307,6 +308,8 @@ def check(cfg):
     at_least(cfg, 1, "batch_size", "max_new_tokens", "num_passes", "micro_batch_tokens")
     at_least(cfg, 0, "max_steps", "lr", "clip_low", "clip_high", "kl_coef", "tis_cap", "grad_clip",
              "resample", "overlong_tokens", "eval_size", "eval_interval", "save_interval", "seed")
+    if cfg.seed >= 2**32 - 1:  # RandomState, which orders the data, takes 32 bits of seed + 1
+        raise UserError(f"seed must be below {2**32 - 1}, got {cfg.seed}")
     if cfg.temperature <= 0:
         raise UserError("temperature must be above 0 in training: greedy groups are all alike")
     if cfg.overlong_tokens >= cfg.max_new_tokens:
@@ -360,7 +363,7 @@ def train(cfg):
         if run.save_due(step) or stop:
             run.save(step)
             tinylora.save(net, cfg)
-        if step == cfg.max_steps or stop:
+        if step >= cfg.max_steps or stop:
             break
 
         # Sample a group of completions for each problem, reward them, compute advantages.

@@ -24,6 +24,8 @@ def print_error(kind, error, trace):
     elif out_of_memory or "can't allocate memory" in str(error):
         reason = (str(error).splitlines() or ["on the host"])[0]
         code, line = 2, f"error: out of memory ({reason}); lower the number of rows or tokens at a time"
+    elif kind is ModuleNotFoundError:
+        code, line = 2, f"error: {error}: pip install {error.name}"
     elif kind is KeyboardInterrupt:
         code, line = 130, "interrupted"
     else:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support import UserError, whole_file
+from support.adapter_file import same_base
 from support.parallel import full_tensor, is_chief, print0, spread_like
 
 
@@ -171,20 +172,29 @@ def claim(out_dir, evidence, fresh):
         os.makedirs(out_dir, exist_ok=True)
         lock = open(os.path.join(out_dir, ".lock"), "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in glob(os.path.join(out_dir, "**", "*.tmp*"), recursive=True):
-            os.remove(left)  # a killed run may leave what it was writing
+        remove_partial_files(out_dir)
         if not fresh or not os.path.exists(os.path.join(out_dir, evidence)):
             return lock
         names = (f"{os.path.normpath(out_dir)}.{i}" for i in count(1))
         aside = next(name for name in names if not os.path.exists(name))
         os.rename(out_dir, aside)
     except BlockingIOError:
+        lock.close()
         raise UserError(f"another run is writing to out_dir '{out_dir}'; wait for it, or choose "
                         "another") from None
     except OSError as error:
         raise UserError(f"out_dir '{out_dir}' cannot be written: {error}") from None
     print(f"moved the earlier run in {out_dir} to {aside}")
-    return claim(out_dir, evidence, fresh)
+    with lock:
+        return claim(out_dir, evidence, fresh)
+
+
+def remove_partial_files(out_dir):
+    """A killed run may leave what it was writing: whole_file's *.tmp and safetensors' .tmp*."""
+    for folder in (out_dir, os.path.join(out_dir, "model"), os.path.join(out_dir, "best")):
+        for pattern in ("*.tmp", ".tmp*"):
+            for name in glob(pattern, root_dir=folder):
+                os.remove(os.path.join(folder, name))
 
 
 def open_reports(cfg, step):
@@ -204,6 +214,7 @@ def open_reports(cfg, step):
         def report(step, numbers):
             for name, number in numbers.items():
                 writer.add_scalar(name, number, step)
+            writer.flush()
 
         reports.append(report)
     return reports
@@ -229,4 +240,8 @@ def comparable(cfg):
 
 
 def changes(before, now):
-    return ", ".join(key for key in now if before.get(key) != now[key])
+    """Which settings differ. The base model's fingerprint may differ a little: rounding moves it."""
+    different = [key for key in now if before.get(key) != now[key]]
+    if "base" in different and same_base(before.get("base"), now["base"]):
+        different.remove("base")
+    return ", ".join(different)
