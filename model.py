@@ -35,13 +35,13 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float
     max_position_embeddings: int
-    rope_theta: float
-    rope_scaling: dict | None  # Llama-3.1's frequency bands, or None
-    tie_word_embeddings: bool
     qkv_bias: bool
+    rope_scaling: dict | None  # Llama-3.1's frequency bands, or None
     raw: dict
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
 
 
 class Linear(nn.Linear):
@@ -240,7 +240,6 @@ FAMILIES = {  # model_type in config.json: what differs between families
     "qwen2": {"qkv_bias": True, "max_position_embeddings": 32768},
     "llama": {"qkv_bias": False, "max_position_embeddings": 2048},
 }
-MOST = {int: 2**31, float: math.inf}  # the numbers in a Config are above 0 and below this
 
 
 def load_config(path):
@@ -253,30 +252,15 @@ def load_config(path):
         for supported, message in config_rules(raw, rope):
             if not supported:
                 raise UserError(f"{file}: {message}")
-        family = FAMILIES[raw["model_type"]]
         heads = raw["num_attention_heads"]
-        config = Config(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads", heads),
-            head_dim=raw.get("head_dim", raw["hidden_size"] // heads),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            max_position_embeddings=raw.get("max_position_embeddings",
-                                            family["max_position_embeddings"]),
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            rope_scaling=rope if "low_freq_factor" in rope else None,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=family["qkv_bias"],
-            raw=raw,
-        )
+        values = FAMILIES[raw["model_type"]] | {"num_key_value_heads": heads,
+                                                "head_dim": raw["hidden_size"] // heads} | raw | rope
+        values |= {"rope_scaling": rope if "low_freq_factor" in rope else None, "raw": raw}
+        config = Config(**{f.name: values[f.name] for f in fields(Config) if f.name in values})
         for field in fields(config):
-            value, most = getattr(config, field.name), MOST.get(field.type)
-            if most and not (type(value) is field.type and 0 < value < most):
-                kind = "whole number" if field.type is int else "number"
-                raise UserError(f"{file}: {field.name} must be a {kind} above 0, not {value!r}")
+            value, is_number = getattr(config, field.name), field.type in (int, float)
+            if is_number and not (type(value) in (int, field.type) and 0 < value < 2**31):
+                raise UserError(f"{file}: {field.name} must be a number above 0, not {value!r}")
         if heads % config.num_key_value_heads or config.head_dim % 2:
             raise UserError(f"{file}: num_key_value_heads must divide num_attention_heads, and "
                             "head_dim must be even")
@@ -302,10 +286,8 @@ def config_rules(raw, rope):
         f"attention_bias is not supported for {kind}")
     yield layer_types <= {"full_attention"}, f"layer_types {sorted(layer_types)} are not supported"
     yield rope_type in ("default", "llama3"), f"rope type {rope_type!r} is not supported"
-    wanted = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if rope_type == "llama3":
-        for key in wanted:
-            yield rope.get(key, 0) > 0, f"its llama3 rope settings lack {key}"
+    for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        yield rope_type == "default" or rope.get(key, 0) > 0, f"its rope settings lack {key}"
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     yield partial == 1.0, "partial_rotary_factor is not supported"
 

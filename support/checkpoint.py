@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from glob import glob
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,7 @@ from support import UserError, foreign_file, read_json, whole_file
 from support.parallel import full_tensor, is_chief
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                    "generation_config.json", "special_tokens_map.json")
 
@@ -64,7 +66,7 @@ def read_weights(path, model, device, dtype):
 
 
 def weight_files(path):
-    index = os.path.join(path, "model.safetensors.index.json")
+    index = os.path.join(path, INDEX)
     names = ["model.safetensors"]
     if os.path.exists(index):
         with foreign_file(index):
@@ -99,46 +101,25 @@ def check_tensor(file, name, tensor, shapes):
     return tensor
 
 
-def save_model(model, path, tokenizer_from=None, max_file_bytes=5 * 10**9):
-    """Write a directory that transformers loads: config.json and model.safetensors, in several
-    files above max_file_bytes.
+def save_model(model, path, tokenizer_from=None):
+    """Write a directory that transformers loads: config.json and model.safetensors.
 
     tokenizer_from: a checkpoint directory or hub name whose tokenizer files are copied along.
     If the weights are spread over processes, all of them must call this; one of them writes.
     """
-    os.makedirs(path, exist_ok=True)
-    files, size = [{}], 0
-    for name, p in model.state_dict(keep_vars=True).items():
-        if size and size + p.nbytes > max_file_bytes:
-            files.append({})
-            size = 0
-        files[-1][name] = p
-        size += p.nbytes
-    names = ["model.safetensors"]
-    if len(files) > 1:
-        names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-    for file, parameters in zip(names, files):
-        tensors = {name: full_tensor(p) for name, p in parameters.items()}
-        if is_chief():
-            with whole_file(os.path.join(path, file)) as aside:
-                save_file(tensors, aside, {"format": "pt"})
+    tensors = {name: full_tensor(p) for name, p in model.state_dict(keep_vars=True).items()}
     if not is_chief():
         return
+    os.makedirs(path, exist_ok=True)
+    with whole_file(os.path.join(path, "model.safetensors")) as aside:
+        save_file(tensors, aside, {"format": "pt"})
     raw = model.config.raw
     key = "dtype" if "dtype" in raw else "torch_dtype"  # as older files and libraries call it
-    documents = {"config.json": raw | {key: str(model.dtype)[6:]}}
-    if len(files) > 1:
-        weight_map = {name: file for file, tensors in zip(names, files) for name in tensors}
-        total = sum(p.nbytes for p in model.parameters())
-        documents["model.safetensors.index.json"] = {"metadata": {"total_size": total},
-                                                     "weight_map": weight_map}
-    for name, document in documents.items():
-        with whole_file(os.path.join(path, name)) as aside, open(aside, "w", encoding="utf-8") as f:
-            json.dump(document, f, indent=2)
-    for name in sorted(os.listdir(path), reverse=True):  # an earlier save would be read instead
-        weights = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name)
-        if weights and name not in names and name not in documents:
-            os.remove(os.path.join(path, name))
+    with whole_file(os.path.join(path, "config.json")) as aside, open(aside, "w") as f:
+        json.dump(raw | {key: str(model.dtype)[6:]}, f, indent=2)
+    for file in glob(os.path.join(path, "model*-of-*.safetensors")) + [os.path.join(path, INDEX)]:
+        if os.path.exists(file):
+            os.remove(file)  # of an earlier checkpoint, which would be read instead
     source = checkpoint_dir(tokenizer_from) if tokenizer_from else path
     for name in TOKENIZER_FILES:
         file = os.path.join(source, name)

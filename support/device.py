@@ -49,14 +49,21 @@ def free_memory(device):
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
-    if LIBC:
-        LIBC.malloc_trim(0)  # give back what glibc keeps, so that it counts as free
     try:
-        with open("/proc/meminfo") as f:
-            sizes = dict(line.split(":") for line in f)
-        return int(sizes["MemAvailable"].split()[0]) * 1024
+        free, total = host_memory()
+        if LIBC and free < total / 2:
+            LIBC.malloc_trim(0)  # return what glibc keeps; this takes time, so only if memory is short
+            free, total = host_memory()
+        return free
     except (OSError, KeyError):
         return 4 * 10**9
+
+
+def host_memory():
+    """Bytes of memory that are available on the host, and all."""
+    with open("/proc/meminfo") as f:
+        sizes = dict(line.split(":") for line in f)
+    return [int(sizes[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal")]
 
 
 def peak_gb(device):
