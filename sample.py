@@ -203,7 +203,7 @@ class Sampler:
         self.model, self.prompts, self.slots, self.draw, self.R = model, prompts, slots, draw, R
         self.cache = KVCache(model.config, slots, length, like=model.head)
         self.rows = []
-        self.prefilled = {}  # place of a prompt -> a cache and the line in it
+        self.prefilled = {}  # place of a prompt that rows still wait for -> a cache, a line in it
         # What a step reads: for each slot token, position and prompt, and a random number. A CUDA
         # graph needs them in the same memory every time.
         self.inputs = torch.zeros(3, slots, dtype=torch.long, device=model.device)
@@ -211,7 +211,8 @@ class Sampler:
         is_compiled = model.compile_decode and not model.is_sharded and R is None
         self.decode = compiled_decode if is_compiled else decode
         self.graphs = {}  # (B, end) -> the step of that size as a CUDA graph, and its outputs
-        has_graphs = model.device.type == "cuda" and not model.is_sharded
+        self.on_gpu = model.device.type == "cuda"
+        has_graphs = self.on_gpu and not model.is_sharded
         self.graph_memory = torch.cuda.graph_pool_handle() if has_graphs else None
 
     def run(self, rows, stop_ids, on_token=None):
@@ -250,7 +251,6 @@ class Sampler:
         if self.R is not None:
             self.model.adapter.rows = self.R[:, first : first + count]  # of each line [N, B, r, r]
         self.model.model(ids, cache=cache)
-        # No row waits for earlier prompts any more.
         self.prefilled = {first + line: (cache, line) for line in range(len(chosen))}
 
     def step(self):
@@ -260,7 +260,7 @@ class Sampler:
         self.inputs[:, :B] = torch.tensor(inputs).T
         uniforms = [row.uniforms.item(len(row.logprobs)) for row in self.rows]
         self.uniforms[:B] = torch.tensor(uniforms)
-        if self.inputs.is_cuda:  # few sizes; slots beyond the rows compute what nobody reads
+        if self.on_gpu:  # few sizes; slots beyond the rows compute what nobody reads
             B, end = min(self.slots, 2 ** math.ceil(math.log2(B))), end + -end % 128
         ids, logprobs = self.replay(B, end) if self.graph_memory else self.compute(B, end)
         return ids.tolist(), logprobs.tolist()
@@ -354,7 +354,7 @@ def check_sampling(n, max_new_tokens, temperature, top_k, top_p, seed):
 def own_adapters(model, prompts, adapters):
     """What load_adapters returns, or None without adapters. In the end the model is as before."""
     if adapters and (model.is_sharded or len(adapters) != len(prompts)):
-        raise UserError("adapters must be one for each prompt, and need shard = 1; got "
+        raise UserError("adapters must be one per prompt, and need shard = 1; got "
                         f"{len(adapters)} adapters for {len(prompts)} prompts")
     had_adapter = model.adapter
     R = load_adapters(model, adapters) if adapters else None
@@ -368,10 +368,9 @@ def own_adapters(model, prompts, adapters):
 def fitting_rows(model, length, rows):
     """How many of `rows` rows of `length` tokens to sample at a time: as many as 60 % of the free
     memory hold, and at most MOST_ROWS. Raises UserError where that is not even one."""
-    config = model.config
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    token = numbers * model.dtype.itemsize  # bytes of keys and values
-    logits = 16 * config.vocab_size  # bytes, with their copies in float32
+    c = model.config
+    token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
+    logits = 16 * c.vocab_size  # bytes, with their copies in float32
     budget = 0.6 * free_memory(model.device)
     row = token * length + logits
     if row > budget:
