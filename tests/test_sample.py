@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -43,7 +44,7 @@ def test_greedy_equals_transformers(net, tokenizer, checkpoint):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("settings", [None, dict(u=5), dict(u=3, targets="q_proj,up_proj"), dict(method="lora", rank=4)])
+@pytest.mark.parametrize("settings", [None, dict(u=5), dict(u=3, targets="q_proj,up_proj"), dict(method="lora")])
 def test_logprobs_are_those_of_a_fresh_forward_pass(net, tokenizer, temperature, settings):
     if settings:
         for p in tinylora.add_adapter(net, **settings).parameters():
@@ -130,7 +131,8 @@ def test_refilled_slots_give_the_same_tokens_as_one_slot_a_row(net, tokenizer, m
 
 @pytest.mark.parametrize("slots", [3, 8, 20])
 def test_recorded_steps_give_the_same_tokens(net, tokenizer, monkeypatch, slots):
-    """The steps of a GPU, with a stand-in for its graphs: their sizes are rounded up, and recording computes nothing."""
+    """The steps of a GPU with a stand-in for its graphs. Sizes are rounded up, and a step that is recorded computes
+    nothing: its outputs are there after a replay."""
     monkeypatch.setattr(tokenizer, "stop_ids", OFTEN)
     options = dict(n=5, max_new_tokens=150, seed=4)
     expected = sample.generate(net, tokenizer, PROMPTS, **options)
@@ -138,7 +140,7 @@ def test_recorded_steps_give_the_same_tokens(net, tokenizer, monkeypatch, slots)
 
     class Graph:
         def replay(self):
-            for output, new in zip(self.outputs, compute(*self.recorded)):
+            for output, new in zip(self.outputs, compute(*self.step)):
                 output.copy_(new)
 
     @contextmanager
@@ -150,18 +152,16 @@ def test_recorded_steps_give_the_same_tokens(net, tokenizer, monkeypatch, slots)
     def computing(self, B, end):
         if not recording:
             return compute(self, B, end)
-        recording[-1].recorded = self, B, end
-        recording[-1].outputs = torch.zeros(B, dtype=torch.long), torch.zeros(B)
-        return recording[-1].outputs
+        recording[0].step, recording[0].outputs = (self, B, end), (torch.zeros(B, dtype=torch.long), torch.zeros(B))
+        return recording[0].outputs
 
     def starting(self, *arguments):
         init(self, *arguments)
         self.on_gpu, self.graph_memory = True, "of a GPU"
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(sample.Sampler, "compute", computing)
-    monkeypatch.setattr(sample.Sampler, "__init__", starting)
+    for owner, name, stand_in in [(torch.cuda, "CUDAGraph", Graph), (torch.cuda, "graph", record),
+                                  (sample.Sampler, "compute", computing), (sample.Sampler, "__init__", starting)]:
+        monkeypatch.setattr(owner, name, stand_in)
     with_slots(monkeypatch, slots)
     replayed = sample.generate(net, tokenizer, PROMPTS, **options)
     assert ids_of(replayed) == ids_of(expected) and 1 < len(graphs) < 12
@@ -181,38 +181,36 @@ def test_a_decode_step_never_waits_for_the_device(net):
             ids.sum().item()  # such a look
 
 
-def test_a_prompt_is_prefilled_once_and_no_step_computes_a_row_that_has_stopped(net, tokenizer, monkeypatch):
-    """40 rows of 5 prompts in 8 slots."""
-    monkeypatch.setattr(tokenizer, "stop_ids", OFTEN)
-    with_slots(monkeypatch, 8)
+@pytest.fixture
+def passes(net, monkeypatch):
+    """The shapes of the ids in the forward passes of `net`: of prompts, and of decode steps."""
     prefills, steps, forward = [], [], net.model.forward
 
     def counting(ids, positions=None, cache=None):
-        (prefills if positions is None else steps).append(len(ids))
+        (prefills if positions is None else steps).append(tuple(ids.shape))
         return forward(ids, positions, cache)
 
     monkeypatch.setattr(net.model, "forward", counting)
+    return prefills, steps
+
+
+def test_a_prompt_is_prefilled_once_and_no_step_computes_a_row_that_has_stopped(net, tokenizer, monkeypatch, passes):
+    """40 rows of 5 prompts in 8 slots."""
+    monkeypatch.setattr(tokenizer, "stop_ids", OFTEN)
+    with_slots(monkeypatch, 8)
     groups = sample.generate(net, tokenizer, ["Tom has.", "x y", "How many?", "a b c d", "so"], n=8, max_new_tokens=60)
     lengths = [len(c.ids) for group in groups for c in group]
+    prefills, steps = ([rows for rows, _ in shapes] for shapes in passes)
     assert sum(prefills) == 5 and sum(steps) == sum(lengths)
     assert len(steps) <= sum(lengths) / 8 + max(lengths) and steps == sorted(steps, reverse=True)
 
 
-def test_prompts_are_prefilled_in_batches_that_the_memory_bears(net, tokenizer, monkeypatch):
-    sizes, forward = [], net.model.forward
-
-    def counting(ids, positions=None, cache=None):
-        if positions is None:
-            sizes.append(tuple(ids.shape))
-        return forward(ids, positions, cache)
-
-    monkeypatch.setattr(net.model, "forward", counting)
+def test_prompts_are_prefilled_in_batches_that_the_memory_bears(net, tokenizer, monkeypatch, passes):
     sample.generate(net, tokenizer, [[5] * 500] * 40, n=4, max_new_tokens=2)
-    assert sizes == [(16, 500), (16, 500), (8, 500)]  # at most 8,192 tokens
-    sizes.clear()
+    assert passes[0] == [(16, 500), (16, 500), (8, 500)]  # at most 8,192 tokens
     with_slots(monkeypatch, 4)
     sample.generate(net, tokenizer, [[5] * 11] * 9, n=2, max_new_tokens=2)
-    assert sizes == [(1, 11)] * 9  # at most an eighth of the cache
+    assert passes[0][3:] == [(1, 11)] * 9  # at most an eighth of the cache
 
 
 def test_every_row_can_run_with_an_adapter_of_its_own(net, checkpoint, tokenizer, monkeypatch):
@@ -296,15 +294,11 @@ def test_a_token_of_probability_zero_is_never_drawn():
     assert (ids < 5).all()  # the trainer reports it
 
 
-def test_logits_in_16_bits_are_drawn_from_in_32():
+def test_log_probs_are_in_32_bits_and_of_the_whole_distribution_where_greedy():
     torch.manual_seed(0)
     logits, uniforms = torch.randn(40, 1000).bfloat16(), torch.rand(40)
-    ids, logprobs = sample.sample_tokens(logits, uniforms, 0.7)
-    exact_ids, exact = sample.sample_tokens(logits.float(), uniforms, 0.7)
-    assert torch.equal(ids, exact_ids) and torch.equal(logprobs, exact) and logprobs.dtype == torch.float32
-
-
-def test_greedy_log_probs_are_those_of_the_whole_distribution():
+    (ids, logprobs), exact = (sample.sample_tokens(x, uniforms, 0.7) for x in (logits, logits.float()))
+    assert torch.equal(ids, exact[0]) and torch.equal(logprobs, exact[1]) and logprobs.dtype == torch.float32
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     ids, logprobs = sample.sample_tokens(logits, torch.zeros(1), 0.0, top_k=1, top_p=0.5)
     assert ids.tolist() == [1] and torch.allclose(logprobs, logits.log_softmax(-1)[:, 1])
@@ -462,20 +456,17 @@ def test_the_script_prints_completions(run, tmp_path):
 ])
 def test_settings_that_the_script_refuses(run, checkpoint, tmp_path, args, words):
     (tmp_path / "EMPTY").write_text("\n")
-    plain = tmp_path / "PLAIN"
-    plain.symlink_to(checkpoint)
-    if "PLAIN" in str(args):
-        plain.unlink()
-        make_checkpoint(plain)
-        file = plain / "tokenizer_config.json"
-        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "chat_template"}))
+    plain = tmp_path / "PLAIN"  # without a chat template
+    shutil.copytree(checkpoint, plain)
+    file = plain / "tokenizer_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "chat_template"}))
     args = [arg.replace("EMPTY", f"{tmp_path}/EMPTY").replace("PLAIN", str(plain)) for arg in args]
     with pytest.raises(UserError, match=words):
         run(*args)
 
 
 def test_a_chat_takes_a_single_process(run, monkeypatch):
-    monkeypatch.setattr(sample, "Ranks", lambda *_: SimpleNamespace(dp_size=2, device="cpu"))
+    monkeypatch.setattr(sample, "Ranks", lambda *_: SimpleNamespace(dp_size=2))
     with pytest.raises(UserError, match="a chat .* a single process"):
         run("--prompt=-")
 
