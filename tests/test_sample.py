@@ -465,10 +465,11 @@ def test_settings_that_the_script_refuses(run, checkpoint, tmp_path, args, words
         run(*args)
 
 
-def test_a_chat_takes_a_single_process(run, monkeypatch):
+@pytest.mark.parametrize("arg", ["--prompt=-", "--adapter=,a"])
+def test_a_chat_and_several_adapters_take_a_single_process(run, monkeypatch, arg):
     monkeypatch.setattr(sample, "Ranks", lambda *_: SimpleNamespace(dp_size=2))
-    with pytest.raises(UserError, match="a chat .* a single process"):
-        run("--prompt=-")
+    with pytest.raises(UserError, match="a single process"):
+        run(arg)
 
 
 def test_an_error_is_one_line(tmp_path):
