@@ -31,7 +31,6 @@ from support.packing import attention
 from support.parallel import Ranks, in_step, is_chief, print0
 from tinylora import detach, load_adapted, load_adapters
 
-MOST_ROWS = 512  # sampled at a time
 PREFILL_TOKENS = 8192  # prefilled at a time, which bounds the memory of the activations
 
 
@@ -203,7 +202,7 @@ class Sampler:
         self.model, self.prompts, self.slots, self.draw, self.R = model, prompts, slots, draw, R
         self.cache = KVCache(model.config, slots, length, like=model.head)
         self.rows = []
-        self.prefilled = {}  # place of a prompt -> a cache and the line in it
+        self.prefilled = {}  # place of a prompt that rows still wait for -> a cache, a line in it
         # What a step reads: for each slot token, position and prompt, and a random number. A CUDA
         # graph needs them in the same memory every time.
         self.inputs = torch.zeros(3, slots, dtype=torch.long, device=model.device)
@@ -211,7 +210,8 @@ class Sampler:
         is_compiled = model.compile_decode and not model.is_sharded and R is None
         self.decode = compiled_decode if is_compiled else decode
         self.graphs = {}  # (B, end) -> the step of that size as a CUDA graph, and its outputs
-        has_graphs = model.device.type == "cuda" and not model.is_sharded
+        self.on_gpu = model.device.type == "cuda"
+        has_graphs = self.on_gpu and not model.is_sharded
         self.graph_memory = torch.cuda.graph_pool_handle() if has_graphs else None
 
     def run(self, rows, stop_ids, on_token=None):
@@ -248,9 +248,8 @@ class Sampler:
         ids = pad_sequence(chosen, batch_first=True).to(self.model.device)  # on the right, with 0
         cache = KVCache(self.model.config, *ids.shape, like=self.model.head)
         if self.R is not None:
-            self.model.adapter.rows = self.R[:, first : first + count]  # of each line [N, B, r, r]
+            self.model.adapter.rows = self.R[:, first : first + count]  # [N, B, r, r]
         self.model.model(ids, cache=cache)
-        # No row waits for earlier prompts any more.
         self.prefilled = {first + line: (cache, line) for line in range(len(chosen))}
 
     def step(self):
@@ -260,7 +259,7 @@ class Sampler:
         self.inputs[:, :B] = torch.tensor(inputs).T
         uniforms = [row.uniforms.item(len(row.logprobs)) for row in self.rows]
         self.uniforms[:B] = torch.tensor(uniforms)
-        if self.inputs.is_cuda:  # few sizes; slots beyond the rows compute what nobody reads
+        if self.on_gpu:  # few sizes; slots beyond the rows compute what nobody reads
             B, end = min(self.slots, 2 ** math.ceil(math.log2(B))), end + -end % 128
         ids, logprobs = self.replay(B, end) if self.graph_memory else self.compute(B, end)
         return ids.tolist(), logprobs.tolist()
@@ -354,7 +353,7 @@ def check_sampling(n, max_new_tokens, temperature, top_k, top_p, seed):
 def own_adapters(model, prompts, adapters):
     """What load_adapters returns, or None without adapters. In the end the model is as before."""
     if adapters and (model.is_sharded or len(adapters) != len(prompts)):
-        raise UserError("adapters must be one for each prompt, and need shard = 1; got "
+        raise UserError("adapters must be one per prompt, and need shard = 1; got "
                         f"{len(adapters)} adapters for {len(prompts)} prompts")
     had_adapter = model.adapter
     R = load_adapters(model, adapters) if adapters else None
@@ -367,18 +366,17 @@ def own_adapters(model, prompts, adapters):
 
 def fitting_rows(model, length, rows):
     """How many of `rows` rows of `length` tokens to sample at a time: as many as 60 % of the free
-    memory hold, and at most MOST_ROWS. Raises UserError where that is not even one."""
-    config = model.config
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    token = numbers * model.dtype.itemsize  # bytes of keys and values
-    logits = 16 * config.vocab_size  # bytes, with their copies in float32
+    memory hold, and at most 512. Raises UserError where that is not even one."""
+    c = model.config
+    token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
+    logits = 16 * c.vocab_size  # bytes, with their copies in float32
     budget = 0.6 * free_memory(model.device)
     row = token * length + logits
     if row > budget:
         most = max(0, int((budget - logits) / token))
         raise UserError(f"a row of {length} tokens takes {row / 1e9:.2f} GB of memory, and at most "
                         f"{most} tokens fit into {budget / 1e9:.2f} GB; lower max_new_tokens")
-    return min(rows, MOST_ROWS, int(budget / row))
+    return min(rows, 512, int(budget / row))
 
 
 # ------------------------------------------------------------------------------------- the script
@@ -426,8 +424,8 @@ def converse(net, tokenizer, system_prompt, options):
                      on_token=printer, **options)
         except KeyboardInterrupt:
             pass
-        speed = len(printer.ids) / (time.time() - began)
-        print(f"\n[{len(printer.ids)} tokens, {speed:.1f} a second]")
+        count = len(printer.ids)
+        print(f"\n[{count} tokens, {count / (time.time() - began):.1f} a second]")
         messages.append({"role": "assistant", "content": printer.text})
 
 
@@ -443,7 +441,6 @@ def answer(net, tokenizer, cfg, ranks, texts, adapters, options):
                       adapters=[name for _, name in mine] if len(adapters) > 1 else None,
                       on_token=Printer(tokenizer) if is_single else None, **options)
     groups = ranks.gather(list(zip(mine, groups)))
-    seconds = time.time() - began
     tokens = 0
     for (i, name), completions in sorted(groups, key=lambda group: group[0][0]):
         if len(texts) > 1 and name == adapters[0]:
@@ -453,7 +450,7 @@ def answer(net, tokenizer, cfg, ranks, texts, adapters, options):
         for c in completions:
             print0(f"{'' if is_single else c.text}{' [cut off]' if c.truncated else ''}\n---")
             tokens += len(c.ids)
-    print0(f"{tokens} tokens, {tokens / seconds:.1f} a second")
+    print0(f"{tokens} tokens, {tokens / (time.time() - began):.1f} a second")
 
 
 def read_prompts(path):
@@ -476,8 +473,10 @@ def main():
     texts = read_prompts(cfg.prompt_file) if cfg.prompt_file else [cfg.prompt]
     is_chat = texts == ["-"]
     ranks = Ranks(cfg.device, cfg.shard)
-    if is_chat and (len(adapters) > 1 or cfg.n > 1 or ranks.dp_size > 1):
-        raise UserError("a chat (prompt=-) takes one adapter, n = 1, and a single process")
+    if is_chat and (len(adapters) > 1 or cfg.n > 1):
+        raise UserError("a chat (prompt=-) takes one adapter and n = 1")
+    if (is_chat or len(adapters) > 1) and ranks.dp_size > 1:
+        raise UserError("a chat (prompt=-) and several adapters take a single process, no torchrun")
     tokenizer = load_tokenizer(cfg.model)
     if (is_chat or cfg.system_prompt) and not (cfg.chat and tokenizer.template):
         raise UserError("a chat (prompt=-) and a system_prompt need a chat template: leave out "

@@ -21,6 +21,7 @@ weight, gradient and Adam's moments in float32: 144 GB a GPU for 72B, which does
 
 import math
 import os
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
@@ -76,7 +77,9 @@ class Ranks:
         if on_gpu:
             self.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(self.device)
+        hook = sys.excepthook
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+        sys.excepthook = hook  # torch's own would swallow the line that a UserError prints
         self.dp_rank, self.dp_size = dist.get_rank(), world
 
     def mine(self, rows):

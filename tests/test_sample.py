@@ -1,23 +1,37 @@
 """sample.py: what is sampled does not depend on how it is batched, and its log-probs are the model's."""
 
+import json
 import re
+import shutil
+import sys
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, make_checkpoint
-from forks import fork_script
+from conftest import ROOT, assert_refused, make_checkpoint, run_script
 
-import grpo
 import model
 import sample
 import tinylora
-from configurator import UserError
+from support import UserError
+from support.fused import sampling_form
 
 RAGGED = ["Tom has 3 apples. " * (1 + i % 5) + "How many?" * (i % 3) + chr(97 + i % 26) for i in range(32)]
 PROMPTS = ["Tom has 3 apples.", "How many?", "Ann has 12 coins. Ann finds 7 more. Then the number doubles.", "x"]
+OFTEN = frozenset(range(0, 512, 16))  # stop tokens with which rows of many lengths come out
+
+
+def ids_of(groups):
+    return [[c.ids for c in group] for group in groups]
+
+
+def with_slots(monkeypatch, slots):
+    monkeypatch.setattr(sample, "fitting_rows", lambda *_: slots)
+
+
+# ---------------------------------------------------------------------------------------- the tokens are the model's
 
 
 def test_greedy_equals_transformers(net, tokenizer, checkpoint):
@@ -29,49 +43,283 @@ def test_greedy_equals_transformers(net, tokenizer, checkpoint):
         assert ours.ids == out[0, ids.shape[1] :].tolist()
 
 
-@pytest.fixture(scope="module")
-def toy():
-    return model.load_model(ROOT / "toy/base", device="cpu"), model.load_tokenizer(ROOT / "toy/base")
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("settings", [None, dict(u=5), dict(u=3, targets="q_proj,up_proj"), dict(method="lora")])
+def test_logprobs_are_those_of_a_fresh_forward_pass(net, tokenizer, temperature, settings):
+    if settings:
+        for p in tinylora.add_adapter(net, **settings).parameters():
+            torch.nn.init.normal_(p, std=0.1)
+    prompts = [tokenizer.encode(p) for p in PROMPTS]
+    groups = sample.generate(net, tokenizer, prompts, n=4, max_new_tokens=40, temperature=temperature)
+    for prompt, group in zip(prompts, groups):
+        for c in group:
+            with torch.no_grad():
+                logits = net(torch.tensor([prompt + c.ids]))[0, len(prompt) - 1 : -1]
+            expected = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(c.ids)[:, None])[:, 0]
+            assert (expected - torch.tensor(c.logprobs)).abs().max() <= 1e-5
+
+
+def test_every_token_of_a_row_is_drawn_with_a_random_number_of_its_own(net, tokenizer, monkeypatch):
+    """Plain forward passes and the numbers of (seed, prompt, sample), one position after the other."""
+    monkeypatch.setattr(tokenizer, "stop_ids", {511})
+    [group] = sample.generate(net, tokenizer, [[7, 8, 9]], 3, 12, 0.8, 5, prompt_ids=[40])
+    for j, c in enumerate(group):
+        uniforms, ids = torch.from_numpy(sample.row_uniforms(5, 40, j, 12)), [7, 8, 9]
+        for token, u in zip(c.ids, uniforms):
+            with torch.no_grad():
+                [drawn], _ = sample.sample_tokens(net(torch.tensor([ids]))[:, -1], u[None], 0.8)
+            assert token == drawn
+            ids.append(token)
+    assert len({u for j in range(3) for u in sample.row_uniforms(5, 40, j, 12).tolist()}) == 36
+    others = [sample.row_uniforms(*key, 12).tolist() for key in ((6, 40, 0), (5, 41, 0), (5, 39, 1), (40, 5, 0))]
+    assert sample.row_uniforms(5, 40, 0, 12).tolist() not in others
+
+
+@pytest.mark.parametrize("join_below", [0, 10**9])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("settings", [None, dict(u=3), dict(u=3, n_tie=2, targets="mlp"),
+                                      dict(method="lora", rank=4)])
+def test_the_sampling_form_computes_what_the_model_computes(checkpoint, join_below, dtype, settings):
+    """In bfloat16 to the bit, as it rounds where the trainer rounds."""
+    net = model.load_model(checkpoint, dtype, "cpu")
+    if settings:
+        for p in tinylora.add_adapter(net, **settings).parameters():
+            torch.nn.init.normal_(p, std=0.3)
+    ids = torch.randint(0, 500, (3, 9))
+    with torch.no_grad():
+        expected = net(ids)
+        with sampling_form(net, join_below=join_below):
+            error = (net(ids) - expected).abs().max()
+        assert error < 1e-5 * expected.abs().max() if dtype == "float32" else error == 0
+        assert torch.equal(net(ids), expected)
+
+
+def test_attention_may_lie_in_memory_as_a_gpu_lays_it(net, tokenizer, monkeypatch):
+    """The kernels that take a mask put the queries before the heads."""
+    expected = sample.generate(net, tokenizer, [[7, 8, 9], [5] * 9], 3, 9)
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def as_on_a_gpu(*arguments, **options):
+        return kernel(*arguments, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", as_on_a_gpu)
+    assert sample.generate(net, tokenizer, [[7, 8, 9], [5] * 9], 3, 9) == expected
+
+
+# ------------------------------------------------------------------------------- batches, slots, processes, adapters
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
 def test_a_batch_equals_one_by_one(net, tokenizer, temperature):
     options = dict(n=3, max_new_tokens=30, temperature=temperature, seed=11)
-    together = sample.generate(net, tokenizer, PROMPTS, **options)
+    together = ids_of(sample.generate(net, tokenizer, PROMPTS, **options))
     for i, prompt in enumerate(PROMPTS):
-        [alone] = sample.generate(net, tokenizer, [prompt], prompt_ids=[i], **options)
-        assert [c.ids for c in alone] == [c.ids for c in together[i]]
-    if temperature:
-        assert len({tuple(c.ids) for group in together for c in group}) == 12  # samples differ
-    else:
-        assert all(a.ids == b.ids for a, b, _ in together)
+        assert ids_of(sample.generate(net, tokenizer, [prompt], prompt_ids=[i], **options)) == [together[i]]
+    different = len({tuple(ids) for group in together for ids in group})
+    assert different == (12 if temperature else 4)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])
 def test_refilled_slots_give_the_same_tokens_as_one_slot_a_row(net, tokenizer, monkeypatch, slots):
-    monkeypatch.setattr(tokenizer, "stop_ids", set(range(0, 512, 16)))
+    monkeypatch.setattr(tokenizer, "stop_ids", OFTEN)
     options = dict(n=5, max_new_tokens=30, seed=4)
-    once = sample.generate(net, tokenizer, PROMPTS, **options)
-    assert len({len(c.ids) for group in once for c in group}) > 3  # ragged lengths: slots free at different times
-    monkeypatch.setattr(sample, "fitting_rows", lambda *_: slots)
-    refilled = sample.generate(net, tokenizer, PROMPTS, **options)
-    assert [[c.ids for c in group] for group in refilled] == [[c.ids for c in group] for group in once]
+    once = ids_of(sample.generate(net, tokenizer, PROMPTS, **options))
+    assert len({len(ids) for group in once for ids in group}) > 3  # slots become free at different times
+    with_slots(monkeypatch, slots)
+    assert ids_of(sample.generate(net, tokenizer, PROMPTS, **options)) == once
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("adapted", [False, True])
-def test_sampler_logprobs_are_the_trainers(net, tokenizer, temperature, adapted):
-    if adapted:
-        tinylora.add_adapter(net, u=5, n_tie=0)
-        torch.nn.init.normal_(net.adapter.v, std=0.3)
-    prompts = [tokenizer.encode(p) for p in PROMPTS]
-    groups = sample.generate(net, tokenizer, prompts, n=4, max_new_tokens=40, temperature=temperature)
-    rows = [grpo.Row(p, c.ids, c.logprobs, 0.0) for p, group in zip(prompts, groups) for c in group]
-    with torch.no_grad():
-        logp, _, mask = grpo.completion_logprobs(net, tokenizer, rows, temperature)
-    for row, line in zip(rows, logp):
-        assert (line[: len(row.ids)] - torch.tensor(row.sampler_logprobs)).abs().max() <= 1e-5
-    assert mask.sum() == sum(len(row.ids) for row in rows)
+@pytest.mark.parametrize("slots", [3, 8, 20])
+def test_recorded_steps_give_the_same_tokens(net, tokenizer, monkeypatch, slots):
+    """The steps of a GPU with a stand-in for its graphs. Sizes are rounded up, and a step that is recorded computes
+    nothing: its outputs are there after a replay."""
+    monkeypatch.setattr(tokenizer, "stop_ids", OFTEN)
+    options = dict(n=5, max_new_tokens=150, seed=4)
+    expected = sample.generate(net, tokenizer, PROMPTS, **options)
+    graphs, recording, compute, init = [], [], sample.Sampler.compute, sample.Sampler.__init__
+
+    class Graph:
+        def replay(self):
+            for output, new in zip(self.outputs, compute(*self.step)):
+                output.copy_(new)
+
+    @contextmanager
+    def record(graph, pool):
+        recording.append(graph)
+        yield
+        graphs.append(recording.pop())
+
+    def computing(self, B, end):
+        if not recording:
+            return compute(self, B, end)
+        recording[0].step, recording[0].outputs = (self, B, end), (torch.zeros(B, dtype=torch.long), torch.zeros(B))
+        return recording[0].outputs
+
+    def starting(self, *arguments):
+        init(self, *arguments)
+        self.on_gpu, self.graph_memory = True, "of a GPU"
+
+    for owner, name, stand_in in [(torch.cuda, "CUDAGraph", Graph), (torch.cuda, "graph", record),
+                                  (sample.Sampler, "compute", computing), (sample.Sampler, "__init__", starting)]:
+        monkeypatch.setattr(owner, name, stand_in)
+    with_slots(monkeypatch, slots)
+    replayed = sample.generate(net, tokenizer, PROMPTS, **options)
+    assert ids_of(replayed) == ids_of(expected) and 1 < len(graphs) < 12
+    for a, b in zip(sum(replayed, []), sum(expected, [])):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+def test_a_decode_step_never_waits_for_the_device(net):
+    """On fake tensors, which have no numbers, any look at one raises: so the step can be recorded as a CUDA graph."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        draw = partial(sample.sample_tokens, temperature=0.7, top_k=9, top_p=0.9)
+        ids, _ = sample.Sampler(net, [[5]], 4, 30, draw).compute(4, 16)
+        assert ids.shape == (4,)
+        with pytest.raises(RuntimeError):
+            ids.sum().item()  # such a look
+
+
+@pytest.fixture
+def passes(net, monkeypatch):
+    """The shapes of the ids in the forward passes of `net`: of prompts, and of decode steps."""
+    prefills, steps, forward = [], [], net.model.forward
+
+    def counting(ids, positions=None, cache=None):
+        (prefills if positions is None else steps).append(tuple(ids.shape))
+        return forward(ids, positions, cache)
+
+    monkeypatch.setattr(net.model, "forward", counting)
+    return prefills, steps
+
+
+def test_a_prompt_is_prefilled_once_and_no_step_computes_a_row_that_has_stopped(net, tokenizer, monkeypatch, passes):
+    """40 rows of 5 prompts in 8 slots."""
+    monkeypatch.setattr(tokenizer, "stop_ids", OFTEN)
+    with_slots(monkeypatch, 8)
+    groups = sample.generate(net, tokenizer, ["Tom has.", "x y", "How many?", "a b c d", "so"], n=8, max_new_tokens=60)
+    lengths = [len(c.ids) for group in groups for c in group]
+    prefills, steps = ([rows for rows, _ in shapes] for shapes in passes)
+    assert sum(prefills) == 5 and sum(steps) == sum(lengths)
+    assert len(steps) <= sum(lengths) / 8 + max(lengths) and steps == sorted(steps, reverse=True)
+
+
+def test_prompts_are_prefilled_in_batches_that_the_memory_bears(net, tokenizer, monkeypatch, passes):
+    sample.generate(net, tokenizer, [[5] * 500] * 40, n=4, max_new_tokens=2)
+    assert passes[0] == [(16, 500), (16, 500), (8, 500)]  # at most 8,192 tokens
+    with_slots(monkeypatch, 4)
+    sample.generate(net, tokenizer, [[5] * 11] * 9, n=2, max_new_tokens=2)
+    assert passes[0][3:] == [(1, 11)] * 9  # at most an eighth of the cache
+
+
+def test_every_row_can_run_with_an_adapter_of_its_own(net, checkpoint, tokenizer, monkeypatch):
+    texts, alone, options = ["hex:3c23d70a"], [], dict(n=2, max_new_tokens=12, seed=3)
+    for v in (0.1, 0.3):
+        other = model.load_model(checkpoint, device="cpu")
+        torch.nn.init.constant_(tinylora.add_adapter(other, u=2, n_tie=3).v, v)
+        texts.append(tinylora.adapter_text(other.adapter))
+    for text in (*texts, ""):
+        other = model.load_model(checkpoint, device="cpu")
+        if text:
+            tinylora.load_adapter(other, text)
+        alone += ids_of(sample.generate(other, tokenizer, ["Tom has"], **options))
+    with_slots(monkeypatch, 3)  # so that slots pass from one adapter to another
+    groups = sample.generate(net, tokenizer, ["Tom has"] * 4, prompt_ids=[0] * 4, adapters=[*texts, ""], **options)
+    assert ids_of(groups) == alone and len({str(group) for group in alone}) > 1
+    assert net.adapter is None
+    adapter = tinylora.add_adapter(net)
+    net(torch.tensor([[1, 2]])).sum().backward()  # nothing of it was made for inference only
+    assert adapter.v.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_two_processes_that_share_the_weights_answer_as_one(checkpoint, tmp_path, count):
+    """With one prompt the second process has nothing to do but empty passes; with three, the first has more."""
+    (tmp_path / "prompts").write_text("".join(f"{prompt}\n" for prompt in PROMPTS[:count]))
+    script = ["sample.py", f"--model={checkpoint}", f"--prompt_file={tmp_path}/prompts", "--n=2", "--max_new_tokens=9"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--"]
+    answers = []
+    for done in (run_script(*script), run_script(*torchrun, *script, "--shard=2", "--device=cpu")):
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stdout.splitlines() if "; command line)" not in line]
+        answers.append(lines[:-1])  # without the speed
+    assert answers[0] == answers[1] and answers[0].count("---") == 2 * count
+
+
+def test_a_model_that_processes_share_is_sampled_as_it_is(net, tokenizer, monkeypatch):
+    """No second form of its weights, no compiled step, all processes in step, and no adapter for each row."""
+    expected, entered = sample.generate(net, tokenizer, ["x"], 2, 9), []
+
+    @contextmanager
+    def entering(model):
+        entered.append(model)
+        yield
+
+    monkeypatch.setattr(sample, "in_step", entering)
+    monkeypatch.setattr(sample, "sampling_form", None)
+    monkeypatch.setattr(sample, "compiled_decode", None)
+    net.is_sharded = net.compile_decode = True
+    assert ids_of(sample.generate(net, tokenizer, ["x"], 2, 9)) == ids_of(expected)
+    assert sample.generate(net, tokenizer, []) == [] and entered == [net, net]
+    with pytest.raises(UserError, match="shard = 1"):
+        sample.generate(net, tokenizer, ["x", "y"], adapters=["hex:3c23d70a", ""])
+
+
+# ---------------------------------------------------------------------------------------------------- one token
+
+
+def test_tokens_follow_the_distribution():
+    """Inverse CDF over 20,000 uniforms against the softmax itself: chi-square with 9 degrees of freedom."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 10).expand(20000, 10)
+    ids, logprobs = sample.sample_tokens(logits, torch.rand(20000), 0.5)
+    p = torch.softmax(logits[0] / 0.5, 0)
+    counts = torch.bincount(ids, minlength=10)
+    assert ((counts - 20000 * p) ** 2 / (20000 * p)).sum() < 27.9  # p = 0.001
+    assert torch.allclose(logprobs, p[ids].log(), atol=1e-5)
+
+
+def test_a_token_of_probability_zero_is_never_drawn():
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(3, 5)
+    ids, _ = sample.sample_tokens(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]))
+    assert ids.tolist() == [1, 3, 3]
+    torch.manual_seed(0)  # a thousand probabilities add up to a little less than 1
+    logits = torch.cat((torch.randn(200, 1000), torch.full((200, 9), -torch.inf)), 1)
+    u = torch.full((200,), 1 - 2**-24)
+    assert (torch.softmax(logits, -1).cumsum(-1)[:, -1] < u).any()
+    ids, logprobs = sample.sample_tokens(logits, u)
+    assert (ids < 1000).all() and logprobs.isfinite().all()
+    ids, _ = sample.sample_tokens(torch.full((2, 5), torch.nan), torch.tensor([0.1, 0.9]))
+    assert (ids < 5).all()  # the trainer reports it
+
+
+def test_log_probs_are_in_32_bits_and_of_the_whole_distribution_where_greedy():
+    torch.manual_seed(0)
+    logits, uniforms = torch.randn(40, 1000).bfloat16(), torch.rand(40)
+    (ids, logprobs), exact = (sample.sample_tokens(x, uniforms, 0.7) for x in (logits, logits.float()))
+    assert torch.equal(ids, exact[0]) and torch.equal(logprobs, exact[1]) and logprobs.dtype == torch.float32
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    ids, logprobs = sample.sample_tokens(logits, torch.zeros(1), 0.0, top_k=1, top_p=0.5)
+    assert ids.tolist() == [1] and torch.allclose(logprobs, logits.log_softmax(-1)[:, 1])
+
+
+@pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (5, 1.0), (0, 0.6), (20, 0.9), (600, 0.999), (0, 1e-50)])
+def test_top_k_and_top_p_leave_the_tokens_that_transformers_leaves(top_k, top_p):
+    warpers = pytest.importorskip("transformers", reason="transformers is the oracle here").generation
+    torch.manual_seed(0)
+    logits = torch.randn(50, 512) * 3
+    expected = logits
+    if top_k:
+        expected = warpers.TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = warpers.TopPLogitsWarper(top_p)(None, expected)
+    assert torch.equal(sample.keep_likeliest(logits, top_k, top_p), expected)
+    ids, logprobs = sample.sample_tokens(logits, torch.rand(50), 1.0, top_k, top_p)
+    assert torch.allclose(logprobs, expected.log_softmax(-1).gather(1, ids[:, None])[:, 0], atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- what a completion is
 
 
 def test_a_row_ends_with_the_stop_token_or_is_marked_as_truncated(net, tokenizer):
@@ -97,12 +345,13 @@ def test_the_text_is_all_but_the_stop_token_and_special_tokens(net, tokenizer, m
         assert (c.ids, c.text, c.truncated) == (ids, tokenizer.decode(text), truncated)
 
 
-def test_a_prompt_is_done_once_when_all_of_its_rows_are(net, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "stop_ids", set(range(0, 512, 16)))
-    done = []
-    groups = sample.generate(net, tokenizer, PROMPTS, 5, 30, seed=4, on_done=lambda *pair: done.append(pair))
-    assert sorted(done, key=lambda pair: pair[0]) == list(enumerate(groups))
-    assert any(len(c.ids) > len(group[-1].ids) for group in groups for c in group)  # the last to start ends before
+def test_what_is_reported_while_sampling_is_what_is_returned(net, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "stop_ids", OFTEN)
+    done, shown = [], {}
+    groups = sample.generate(net, tokenizer, PROMPTS, 5, 30, seed=4, on_done=lambda *pair: done.append(pair),
+                             on_token=lambda i, j, token: shown.setdefault((i, j), []).append(token))
+    assert sorted(done, key=lambda pair: pair[0]) == list(enumerate(groups))  # each prompt once, and complete
+    assert shown == {(i, j): c.ids for i, group in enumerate(groups) for j, c in enumerate(group)}
 
 
 def test_raw_text_begins_with_the_checkpoints_bos(net, tokenizer, monkeypatch):
@@ -111,185 +360,45 @@ def test_raw_text_begins_with_the_checkpoints_bos(net, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "bos_ids", [9])
     assert sample.generate(net, tokenizer, ["Tom has"], **options) == expected
     assert sample.encode_prompt(tokenizer, "Tom has", chat=False) == [9, *tokenizer.encode("Tom has")]
-    assert sample.encode_prompt(tokenizer, "Tom has") == tokenizer.encode_chat([dict(role="user", content="Tom has")])
+    asked = [dict(role="system", content="Be brief."), dict(role="user", content="Tom has")]
+    assert sample.encode_prompt(tokenizer, "Tom has") == tokenizer.encode_chat(asked[1:])
+    assert sample.encode_prompt(tokenizer, "Tom has", "Be brief.") == tokenizer.encode_chat(asked)
 
 
-def test_tokens_follow_the_distribution():
-    """Inverse CDF over 20,000 uniforms against the softmax itself: chi-square with 9 degrees of freedom."""
-    torch.manual_seed(0)
-    logits = torch.randn(1, 10).expand(20000, 10)
-    ids, logprobs = sample.sample_tokens(logits, torch.rand(20000), 0.5)
-    p = torch.softmax(logits[0] / 0.5, 0)
-    counts = torch.bincount(ids, minlength=10)
-    assert ((counts - 20000 * p) ** 2 / (20000 * p)).sum() < 27.9  # p = 0.001
-    assert torch.allclose(logprobs, p[ids].log(), atol=1e-5)
+# ------------------------------------------------------------------------------------------------ limits and errors
 
 
-def test_a_token_of_probability_zero_is_never_drawn():
-    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(3, 5)
-    ids, _ = sample.sample_tokens(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]))
-    assert ids.tolist() == [1, 3, 3]
+def test_a_row_stops_at_the_end_of_the_context(net, tokenizer, tmp_path):
+    short = model.load_model(make_checkpoint(tmp_path / "short", max_position_embeddings=24), device="cpu")
+    groups = sample.generate(short, tokenizer, [[5] * 10, [5] * 22, [5] * 23], n=20, max_new_tokens=50)
+    assert [max(len(c.ids) for c in group) for group in groups] == [14, 2, 1]
+    [[c]] = sample.generate(net, tokenizer, [[5] * 500], max_new_tokens=10**8, temperature=0)  # would be gigabytes
+    assert len(c.ids) <= 12
 
 
-def test_every_token_of_a_row_is_drawn_with_a_uniform_of_its_own(net, tokenizer, monkeypatch):
-    """The plain forward pass and the uniforms of (seed, prompt, sample), a position after the other."""
-    monkeypatch.setattr(tokenizer, "stop_ids", {511})
-    [group] = sample.generate(net, tokenizer, [[7, 8, 9]], 3, 12, 0.8, 5, prompt_ids=[40])
-    for j, c in enumerate(group):
-        uniforms, ids = torch.from_numpy(sample.row_uniforms(5, 40, j, 12)), [7, 8, 9]
-        for token, u in zip(c.ids, uniforms):
-            with torch.no_grad():
-                [drawn], _ = sample.sample_tokens(net(torch.tensor([ids]))[:, -1], u[None], 0.8)
-            assert token == drawn
-            ids.append(token)
-    assert len({u for j in range(3) for u in sample.row_uniforms(5, 40, j, 12).tolist()}) == 36
-    others = [sample.row_uniforms(*key, 12).tolist() for key in ((6, 40, 0), (5, 41, 0), (5, 39, 1), (40, 5, 0))]
-    assert sample.row_uniforms(5, 40, 0, 12).tolist() not in others
+@pytest.mark.parametrize("prompts, options, words", [
+    ([""], {}, "prompt 0 has 0 tokens"), ([[5], [5] * 512], {}, "prompt 1 has 512 tokens.* 1 to 511"),
+    (["x"], dict(n=0), "n and max_new_tokens"), (["x"], dict(max_new_tokens=0), "n and max_new_tokens"),
+    (["x"], dict(temperature=-1.0), "temperature"), (["x"], dict(temperature=1e-40), "temperature"),
+    (["x"], dict(temperature=float("nan")), "temperature"), (["x"], dict(temperature=float("inf")), "temperature"),
+    (["x"], dict(seed=-1), "seed"), (["x"], dict(top_k=-1), "top_k"), (["x"], dict(top_p=0.0), "top_p"),
+    (["x"], dict(top_p=1.1), "top_p"), (["x"], dict(adapters=["", ""]), "one per prompt"),
+])
+def test_requests_that_cannot_work(net, tokenizer, prompts, options, words):
+    with pytest.raises(UserError, match=words):
+        sample.generate(net, tokenizer, prompts, **options)
+    assert sample.generate(net, tokenizer, []) == []
 
 
-def test_logits_in_16_bits_are_drawn_from_in_32():
-    torch.manual_seed(0)
-    logits, uniforms = torch.randn(40, 1000).bfloat16(), torch.rand(40)
-    ids, logprobs = sample.sample_tokens(logits, uniforms, 0.7)
-    exact_ids, exact = sample.sample_tokens(logits.float(), uniforms, 0.7)
-    assert torch.equal(ids, exact_ids) and torch.equal(logprobs, exact) and logprobs.dtype == torch.float32
-
-
-def test_what_rounding_leaves_of_the_total_goes_to_no_token():
-    """A thousand probabilities add up to a little less than 1, and behind them stand tokens that cannot be."""
-    torch.manual_seed(0)
-    logits = torch.cat((torch.randn(200, 1000), torch.full((200, 9), -torch.inf)), 1)
-    u = torch.full((200,), 1 - 2**-24)
-    assert (torch.softmax(logits, -1).cumsum(-1)[:, -1] < u).any()
-    ids, logprobs = sample.sample_tokens(logits, u)
-    assert (ids < 1000).all() and logprobs.isfinite().all()
-    ids, _ = sample.sample_tokens(torch.full((2, 5), torch.nan), torch.tensor([0.1, 0.9]))
-    assert (ids < 5).all()  # the trainer reports it
-
-
-def test_greedy_log_probs_are_those_of_the_whole_distribution():
-    logits = torch.tensor([[1.0, 3.0, 2.0]])
-    ids, logprobs = sample.sample_tokens(logits, torch.zeros(1), 0.0, top_k=1, top_p=0.5)
-    assert ids.tolist() == [1] and torch.allclose(logprobs, logits.log_softmax(-1)[:, 1])
-
-
-def test_ranks_that_share_the_weights_take_the_first_ones_tokens(net, tokenizer):
-    net.shard = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, least=lambda budget: budget,
-                                follow=lambda token, logprob: (token.fill_(7), logprob.fill_(-0.5)))
-    [[c]] = sample.generate(net, tokenizer, [[5, 6]], max_new_tokens=4)
-    assert c.ids == [7] * 4 and c.logprobs == [-0.5] * 4
-
-
-def test_prompts_are_prefilled_in_batches_that_memory_bears_and_forgotten_after(net, tokenizer, monkeypatch):
-    sizes, samplers, forward, init = [], [], net.model.forward, sample.Sampler.__init__
-
-    def counting(ids, positions=None, cache=None):
-        if positions is None:
-            sizes.append(ids.numel())
-        return forward(ids, positions, cache)
-
-    monkeypatch.setattr(net.model, "forward", counting)
-    monkeypatch.setattr(sample.Sampler, "__init__", lambda self, *a: (samplers.append(self), init(self, *a))[1])
-    sample.generate(net, tokenizer, [[5] * 501] * 40, n=2, max_new_tokens=2)
-    assert sizes == [16 * 500, 16 * 500, 8 * 500]  # at most 8,192
-    assert not samplers[0].prefilled
-    sizes.clear()
-    monkeypatch.setattr(sample, "fitting_rows", lambda *_: 4)
-    sample.generate(net, tokenizer, [[5] * 11] * 9, n=2, max_new_tokens=2)
-    assert max(sizes) <= 3 * 10  # no more than the slots may soon need
-
-
-@pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (5, 1.0), (0, 0.6), (20, 0.9), (600, 0.999), (0, 1e-50)])
-def test_top_k_and_top_p_leave_the_tokens_that_transformers_leaves(top_k, top_p):
-    warpers = pytest.importorskip("transformers", reason="transformers is the oracle here").generation
-    torch.manual_seed(0)
-    logits = torch.randn(50, 512) * 3
-    expected = logits
-    if top_k:
-        expected = warpers.TopKLogitsWarper(top_k)(None, expected)
-    if top_p < 1:
-        expected = warpers.TopPLogitsWarper(top_p)(None, expected)
-    assert torch.equal(sample.keep_likeliest(logits, top_k, top_p), expected)
-    ids, logprobs = sample.sample_tokens(logits, torch.rand(50), 1.0, top_k, top_p)
-    assert torch.allclose(logprobs, expected.log_softmax(-1).gather(1, ids[:, None])[:, 0], atol=1e-5)
-
-
-def test_a_decode_step_never_waits_for_the_device(net, tokenizer):
-    """On fake tensors, which have no numbers, any look at one raises: so the step can be recorded as a CUDA graph."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        draw = partial(sample.sample_tokens, temperature=0.7, top_k=9, top_p=0.9)
-        sampler = sample.Sampler(net, tokenizer, 4, 30, 20, draw)
-        sampler.step(4, 16)
-        with pytest.raises(RuntimeError):
-            sampler.state.logprobs.sum().item()  # such a look
-
-
-def test_the_rows_of_a_group_share_one_prefill_and_short_rows_are_replaced_at_once(net, tokenizer, monkeypatch):
-    """40 rows of 5 prompts in 8 slots: 5 prefilled lines, and as many steps as full slots need, plus the last rows'."""
-    monkeypatch.setattr(sample, "fitting_rows", lambda *_: 8)
-    monkeypatch.setattr(tokenizer, "stop_ids", set(range(0, 512, 16)))
-    lines, steps = [], []
-    forward, step = net.model.forward, sample.Sampler.step
-
-    def counting(ids, positions=None, cache=None):
-        if positions is None:
-            lines.append(len(ids))
-        return forward(ids, positions, cache)
-
-    monkeypatch.setattr(net.model, "forward", counting)
-    monkeypatch.setattr(sample.Sampler, "step", lambda self, B, end: (steps.append(B), step(self, B, end)))
-    groups = sample.generate(net, tokenizer, ["Tom has.", "x y", "How many?", "a b c d", "so"], n=8, max_new_tokens=60)
-    lengths = [len(c.ids) for group in groups for c in group]
-    assert sum(lines) == 5
-    assert sum(steps) == sum(lengths)  # no step computes a row that has stopped
-    assert len(steps) <= sum(lengths) / 8 + max(lengths)
-    assert steps == sorted(steps, reverse=True)
-
-
-@pytest.mark.parametrize("slots", [3, 8, 20])
-def test_recorded_steps_give_the_same_tokens(net, tokenizer, monkeypatch, slots):
-    """The schedule of a GPU, with stand-ins for its graphs: shapes rounded up, four steps between looks, and a step
-    that is being recorded computes nothing."""
-    monkeypatch.setattr(tokenizer, "stop_ids", set(range(0, 512, 16)))
-    options = dict(n=5, max_new_tokens=150, seed=4)
-    expected = sample.generate(net, tokenizer, PROMPTS, **options)
-    recording, graphs, step, init = [], [], sample.Sampler.step, sample.Sampler.__init__
-
-    class Graph:
-        def replay(self):
-            step(*self.recorded)
-
-    @contextmanager
-    def record(graph, pool):
-        recording.append(graph)
-        yield
-        graphs.append(recording.pop())
-
-    def stepping(self, B, end):
-        if recording:
-            recording[-1].recorded = self, B, end
-        else:
-            step(self, B, end)
-
-    def starting(self, *arguments):
-        init(self, *arguments)
-        self.pool = "of a GPU"
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(sample.Sampler, "step", stepping)
-    monkeypatch.setattr(sample.Sampler, "__init__", starting)
-    monkeypatch.setattr(sample, "fitting_rows", lambda *_: slots)
-    replayed = sample.generate(net, tokenizer, PROMPTS, **options)
-    assert [[c.ids for c in group] for group in replayed] == [[c.ids for c in group] for group in expected]
-    for a, b in zip(replayed, expected):
-        assert torch.allclose(torch.tensor(a[0].logprobs), torch.tensor(b[0].logprobs), atol=1e-5)
-    assert 1 < len(graphs) < 12
-    shown = {}
-    sample.generate(net, tokenizer, PROMPTS, **options, on_token=lambda i, j, t: shown.setdefault((i, j), []).append(t))
-    assert shown == {(i, j): c.ids for i, group in enumerate(expected) for j, c in enumerate(group)}
+def test_the_number_of_slots_follows_the_memory(net, tokenizer, monkeypatch):
+    assert sample.fitting_rows(net, 10, 511) == 511 and sample.fitting_rows(net, 10, 5000) == 512
+    monkeypatch.setattr(sample, "free_memory", lambda _: 400_000)  # holds a few rows
+    assert len(sample.generate(net, tokenizer, ["x"], n=9, max_new_tokens=20)[0]) == 9
+    monkeypatch.setattr(sample, "free_memory", lambda _: 50_000)
+    for adapters in (None, ["hex:3c23d70a"]):
+        with pytest.raises(UserError, match=r"takes .* GB .* at most \d+ tokens .* lower max_new_tokens"):
+            sample.generate(net, tokenizer, ["x"], max_new_tokens=200, adapters=adapters)
+        assert net.adapter is None
 
 
 def test_an_interruption_leaves_the_model_as_it_was(net, tokenizer):
@@ -308,171 +417,108 @@ def test_an_interruption_leaves_the_model_as_it_was(net, tokenizer):
     assert a.logprobs != b.logprobs
 
 
-@pytest.mark.parametrize("adapted", ["none", "q_proj,up_proj", "all"])
-@pytest.mark.parametrize("join_below", [0, 10**9])
-def test_the_sampling_form_computes_what_the_model_computes(net, adapted, join_below):
-    if adapted != "none":
-        tinylora.add_adapter(net, u=3, n_tie=2, targets=adapted)
-        torch.nn.init.normal_(net.adapter.v, std=0.3)
-    ids = torch.randint(0, 500, (3, 9))
-    with torch.no_grad():
-        expected = net(ids)
-        with tinylora.sampling_form(net, join_below=join_below):
-            assert (net(ids) - expected).abs().max() < 1e-5 * expected.abs().max()
-        assert torch.equal(net(ids), expected)
+# -------------------------------------------------------------------------------------------------------- the script
 
 
-@pytest.mark.parametrize("settings", [None, dict(u=3), dict(u=3, targets="mlp"), dict(method="lora", rank=4)])
-def test_the_sampling_form_rounds_as_the_trainer_does_in_bfloat16(net, settings):
-    net = net.bfloat16()
-    if settings:
-        for p in tinylora.add_adapter(net, **settings).parameters():
-            torch.nn.init.normal_(p, std=0.3)
-    ids = torch.randint(0, 500, (3, 9))
-    with torch.no_grad():
-        expected = net(ids)
-        with tinylora.sampling_form(net):
-            assert torch.equal(net(ids), expected)
+@pytest.fixture
+def run(monkeypatch, capsys, checkpoint):
+    """Run the script in this process: arguments -> what it prints."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which it replaces
+
+    def main(*args):
+        monkeypatch.setattr(sys, "argv", ["sample.py", f"--model={checkpoint}", "--device=cpu", *args])
+        sample.main()
+        return capsys.readouterr().out
+
+    return main
 
 
-def test_a_failure_while_the_sampling_form_is_made_leaves_nothing(net, monkeypatch):
-    tinylora.add_adapter(net)
-    before = {name: set(vars(module)) for name, module in net.named_modules()}
-    made, real = [], tinylora.Product.take
-
-    def failing(product, *arguments):
-        real(product, *arguments)
-        made.append(product)
-        if len(made) == 5:
-            raise torch.OutOfMemoryError("no")
-
-    monkeypatch.setattr(tinylora.Product, "take", failing)
-    with pytest.raises(torch.OutOfMemoryError):
-        sample.generate(net, SimpleNamespace(stop_ids={1}, pad_id=0), [[5]], max_new_tokens=2)
-    assert {name: set(vars(module)) for name, module in net.named_modules()} == before and not net.adapter.frozen
-    assert len(made) == 5 and not any(map(vars, made))  # no second copy of the weights
+def test_the_script_prints_completions(run, tmp_path):
+    out = run("--prompt=a=b", "--n=2", "--max_new_tokens=5")
+    assert out.count(" [cut off]\n---\n") == 2 and re.search(r"\n10 tokens, \d+\.\d a second\n$", out)
+    (tmp_path / "prompts").write_bytes("\ufeffHow many?\r\n\r\nWho?\r\n".encode())
+    out = run(f"--prompt_file={tmp_path}/prompts", "--max_new_tokens=5")
+    assert re.findall("### (.*)\n", out) == ["How many?", "Who?"]
+    asked = "--prompt=Who?", "--n=2", "--max_new_tokens=5"
+    out = run("--adapter=,hex:3c23d70a", *asked)
+    assert re.findall("=== (.*)\n", out) == ["no adapter", "hex:3c23d70a"]
+    alone = run(*asked).split("command line)\n")[-1].rpartition("---")[0]
+    assert f"=== no adapter\n{alone}" in out
 
 
-def test_attention_may_lie_in_memory_as_a_gpu_lays_it(net, tokenizer, monkeypatch):
-    """The kernels that take a mask put the queries before the heads."""
-    expected = sample.generate(net, tokenizer, [[7, 8, 9], [5] * 9], 3, 9)
-    kernel = torch.nn.functional.scaled_dot_product_attention
-
-    def as_on_a_gpu(*arguments, **options):
-        return kernel(*arguments, **options).transpose(1, 2).contiguous().transpose(1, 2)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", as_on_a_gpu)
-    assert sample.generate(net, tokenizer, [[7, 8, 9], [5] * 9], 3, 9) == expected
-
-
-def test_the_limit_is_no_larger_than_the_context(net, tokenizer):
-    [[c]] = sample.generate(net, tokenizer, [[5] * 500], max_new_tokens=10**8, temperature=0)  # would be gigabytes
-    assert len(c.ids) <= 12
-
-
-def test_too_little_memory_for_one_row_is_refused_with_what_fits(net, tokenizer, monkeypatch):
-    monkeypatch.setattr(sample, "free_memory", lambda _: 50_000)
-    with pytest.raises(UserError, match=r"needs .* GB .* at most \d+ tokens"):
-        sample.generate(net, tokenizer, ["x"], max_new_tokens=200)
-    with pytest.raises(UserError, match="needs .* GB"):
-        sample.generate(net, tokenizer, ["x"], max_new_tokens=200, adapters=["hex:3c23d70a"])
-    assert not hasattr(net, "adapter")
-    monkeypatch.setattr(sample, "free_memory", lambda _: 400_000)  # enough for a few rows: slots, not failure
-    assert len(sample.generate(net, tokenizer, ["x"], n=9, max_new_tokens=20)[0]) == 9
+@pytest.mark.parametrize("args, words", [
+    (["--prompt_file=nowhere"], "prompt_file cannot be read"), (["--prompt_file=EMPTY"], "holds no prompt"),
+    (["--prompt=-", "--n=2"], "a chat"), (["--prompt=-", "--adapter=,a"], "a chat"),
+    (["--prompt=-", "--chat=False"], "chat template"), (["--system_prompt=Hi", "--chat=False"], "chat template"),
+    (["--prompt=-", "--model=PLAIN"], "chat template"), (["--system_prompt=Hi", "--model=PLAIN"], "chat template"),
+    (["--top_p=2", "--model=nowhere"], "top_p"),  # is noticed before the model is loaded
+    (["--adapter=hex:00"], "mistyped or cut off"),
+])
+def test_settings_that_the_script_refuses(run, checkpoint, tmp_path, args, words):
+    (tmp_path / "EMPTY").write_text("\n")
+    plain = tmp_path / "PLAIN"  # without a chat template
+    shutil.copytree(checkpoint, plain)
+    file = plain / "tokenizer_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "chat_template"}))
+    args = [arg.replace("EMPTY", f"{tmp_path}/EMPTY").replace("PLAIN", str(plain)) for arg in args]
+    with pytest.raises(UserError, match=words):
+        run(*args)
 
 
-def test_a_row_stops_at_the_end_of_the_context(tokenizer, tmp_path):
-    net = model.load_model(make_checkpoint(tmp_path / "short", max_position_embeddings=24), device="cpu")
-    groups = sample.generate(net, tokenizer, [[5] * 10, [5] * 22], n=20, max_new_tokens=50)
-    assert max(len(c.ids) for c in groups[0]) == 14 and max(len(c.ids) for c in groups[1]) == 2
-    with pytest.raises(UserError, match="prompt 0 has 24 tokens"):
-        sample.generate(net, tokenizer, [[5] * 24], max_new_tokens=1)
+@pytest.mark.parametrize("arg", ["--prompt=-", "--adapter=,a"])
+def test_a_chat_and_several_adapters_take_a_single_process(run, monkeypatch, arg):
+    monkeypatch.setattr(sample, "Ranks", lambda *_: SimpleNamespace(dp_size=2))
+    with pytest.raises(UserError, match="a single process"):
+        run(arg)
 
 
-def test_odd_requests(net, tokenizer):
-    assert sample.generate(net, tokenizer, []) == []
-    for bad in (dict(n=0), dict(max_new_tokens=0), dict(temperature=-1.0), dict(temperature=1e-40),
-                dict(temperature=float("nan"))):
-        with pytest.raises(UserError):
-            sample.generate(net, tokenizer, ["x"], **bad)
-    with pytest.raises(UserError, match="prompt 0 has 0 tokens"):
-        sample.generate(net, tokenizer, [""])
-    for bad in (dict(seed=-1), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(adapters=["", ""])):
-        with pytest.raises(UserError):
-            sample.generate(net, tokenizer, ["x"], **bad)
+def test_an_error_is_one_line(tmp_path):
+    assert_refused(run_script(ROOT / "sample.py", "--model=nowhere", cwd=tmp_path), "no model directory at 'nowhere'")
 
 
-def test_the_script_prints_completions_and_refuses_a_missing_model(checkpoint, tmp_path):
-    done = fork_script("sample.py", f"--model={checkpoint}", "--prompt=a=b", "--n=2", "--max_new_tokens=5")
-    assert done.returncode == 0 and done.stdout.count(" [cut off]\n---") == 2, done.stderr
-    assert re.search(r"\d+ tokens, \d+\.\d a second", done.stdout)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("How many?\n\nWho?\n")
-    done = fork_script("sample.py", f"--model={checkpoint}", f"--prompt_file={prompts}", "--max_new_tokens=5")
-    assert re.findall("### (.*)", done.stdout) == ["How many?", "Who?"], done.stderr
-    assert_refused(fork_script("sample.py", "--model=nowhere"), "no model directory at 'nowhere'")
-    assert_refused(fork_script("sample.py", f"--model={checkpoint}", "--prompt_file=nowhere"), "prompt_file cannot be")
-    assert_refused(fork_script("sample.py", "--prompt=-", "--n=2"), "a talk")
-    assert_refused(fork_script("sample.py", "--prompt=-", "--chat=False"), "need the chat template")
-    assert_refused(fork_script("sample.py", "--top_p=2", "--model=nowhere"), "top_p in (0, 1]")  # before it is loaded
-    prompts.write_text("\n")
-    assert_refused(fork_script("sample.py", f"--model={checkpoint}", f"--prompt_file={prompts}"), "holds no prompt")
-    assert_refused(fork_script("sample.py", "--adapter=hex:00"), "mistyped or cut off")
-
-
-def test_a_single_completion_is_streamed_and_equals_the_whole(net, tokenizer, capsys):
+@pytest.mark.parametrize("text", ["Zo\u00eb \u65e5\u672c \U0001f642!", None])
+def test_a_single_completion_is_printed_as_it_grows(net, tokenizer, capsys, text):
+    """A character of several tokens appears when it is complete."""
     printer = sample.Printer(tokenizer)
-    [[c]] = sample.generate(net, tokenizer, ["Zoë"], max_new_tokens=60, seed=3, on_token=printer)
+    if text:
+        ids = tokenizer.encode(text)
+        assert len(ids) > len(text)
+        for token in ids:
+            printer(0, 0, token)
+    else:
+        [[c]] = sample.generate(net, tokenizer, ["Zo\u00eb"], max_new_tokens=60, seed=3, on_token=printer)
+        text = c.text
     shown = capsys.readouterr().out
-    assert c.text.startswith(shown) and c.text[len(shown) :].strip("\ufffd") == "" and len(shown) > 20
+    assert text.startswith(shown) and text[len(shown) :].strip("\ufffd") == "" and len(shown) > 5
 
 
-def test_a_character_of_several_tokens_is_shown_when_it_is_whole(tokenizer, capsys):
-    text, printer = "Zo\u00eb \u65e5\u672c \U0001f642!", sample.Printer(tokenizer)
-    ids = tokenizer.encode(text)
-    assert len(ids) > len(text)
-    for token in ids:
-        printer(0, 0, token)
-    assert capsys.readouterr().out == text
+@pytest.fixture(scope="module")
+def toy():
+    return model.load_model(ROOT / "toy/base", device="cpu"), model.load_tokenizer(ROOT / "toy/base")
 
 
-def test_ctrl_c_ends_an_answer_and_not_the_talk(toy, monkeypatch, capsys):
-    lines, asked = iter(["How many?", "Why?", ""]), []
-
-    def interrupted(net, tokenizer, prompts, *arguments, prompt_ids, on_token):
-        asked.append((tokenizer.decode(prompts[0]), arguments, prompt_ids))
-        for token in tokenizer.encode("It is 7"):
-            on_token(0, 0, token)
-        if len(asked) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    monkeypatch.setattr(sample, "generate", interrupted)
-    cfg = SimpleNamespace(model="toy", system_prompt="", max_new_tokens=20, temperature=0.7, seed=3, top_k=9, top_p=0.9)
-    sample.converse(*toy, cfg)
-    assert [a[1] for a in asked] == [(1, 20, 0.7, 3, 9, 0.9)] * 2 and asked[0][2] != asked[1][2]
-    assert "It is 7" in asked[1][0] and "Why?" in asked[1][0] and "How many?" in asked[1][0]
-
-
-def test_a_system_prompt_without_a_template_is_refused():
-    plain, cfg = SimpleNamespace(template=None), SimpleNamespace(model="base", system_prompt="Be brief.")
-    with pytest.raises(UserError, match="base has no chat template, where a system_prompt could stand"):
-        sample.check_template(cfg, plain)
-    sample.check_template(SimpleNamespace(system_prompt=""), plain)
-
-
-def test_no_more_than_512_rows_are_sampled_at_a_time(net):
-    assert sample.fitting_rows(net, 10, 511) == 511 and sample.fitting_rows(net, 10, 5000) == 512
-
-
-def test_a_talk_remembers_what_was_said(toy, monkeypatch, capsys):
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_chat_remembers_what_was_said(toy, monkeypatch, capsys, interrupted):
+    """Ctrl-C ends an answer and not the chat: what was sampled so far is remembered, too."""
     lines, asked = iter(["Tom has 3 apples. Tom finds 4 more. How many apples are there now?", "Why?", ""]), []
-    generate = sample.generate
+    generate, answers = sample.generate, []
+
+    def asking(net, tokenizer, prompts, prompt_ids, on_token, **options):
+        def counting(i, j, token):
+            on_token(i, j, token)
+            answers[-1].append(token)
+            if interrupted and len(answers) == 1 and len(answers[0]) == 4:
+                raise KeyboardInterrupt
+
+        answers.append([])
+        asked.append((tokenizer.decode(prompts[0]), prompt_ids))
+        return generate(net, tokenizer, prompts, prompt_ids=prompt_ids, on_token=counting, **options)
+
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    monkeypatch.setattr(sample, "generate", lambda net, tok, prompts, *a, **k: (
-        asked.append(tok.decode(prompts[0])), generate(net, tok, prompts, *a, **k)))
-    cfg = SimpleNamespace(model="toy", system_prompt="Answer at once.", max_new_tokens=20, temperature=0.0, seed=0,
-                          top_k=0, top_p=1.0)
-    sample.converse(*toy, cfg)
-    assert asked[1].startswith(asked[0]) and "Why?" in asked[1] and "####" in asked[1][len(asked[0]) :]
-    assert "tokens" in capsys.readouterr().out
+    monkeypatch.setattr(sample, "generate", asking)
+    sample.converse(*toy, "Answer at once.", dict(max_new_tokens=20, temperature=0.0, seed=3, top_k=9, top_p=0.9))
+    [(first, a), (second, b)] = asked
+    said = toy[1].decode(answers[0], skip_special=True)
+    assert second.startswith(first) and said and said in second[len(first) :] and "Why?" in second and a != b
+    assert "Answer at once." in first and (len(answers[0]) == 4) == interrupted
+    assert re.search(r"\[\d+ tokens, \d+\.\d a second\]", capsys.readouterr().out)
