@@ -384,7 +384,8 @@ def train(cfg):
                 loss, figures, diff = batch_loss(net, batch, totals, cfg)
                 loss.backward()
                 sums.update(figures)
-                max_diff = max(max_diff, diff)
+                if not passes:  # the first pass has the weights that sampled
+                    max_diff = max(max_diff, diff)
             grad_norm = reduce_gradients(parameters.values(), cfg.grad_clip)
             optimizer.step()
             passes.append(ranks.sum(sums))

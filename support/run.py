@@ -94,6 +94,7 @@ class Run:
             self.history["best"] = score
         self.history["first"] = self.history["first"] or figures
         self.history |= {"last": figures, "evaluated": step}
+        self.saved_step = None  # a checkpoint of this step, from before a resume, lacks these
         return best is not None and score > best
 
     def save(self, step):
