@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 import make  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import model  # noqa: E402
+from support import UserError  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
@@ -35,6 +38,27 @@ def make_checkpoint(path, seed=0, **changes):
         for p in net.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.dim() == 2 else 0.5))
     model.save_model(net, str(path))
+    return str(path)
+
+
+def changed(source, path, files):
+    """A copy of a checkpoint's directory. files: for each name the new text or bytes; or an object (of tensors where
+    the name says so) whose keys replace those of the file, with None for a tensor to drop; or a function of the old
+    bytes; or None for a file to delete."""
+    shutil.copytree(source, path)
+    for name, change in files.items():
+        file = path / name
+        if change is None:
+            file.unlink()
+        elif callable(change):
+            file.write_bytes(change(file.read_bytes()))
+        elif isinstance(change, dict) and file.suffix == ".safetensors":
+            tensors = load_file(file) | change
+            save_file({key: t for key, t in tensors.items() if t is not None}, file)
+        elif isinstance(change, dict):
+            file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | change), encoding="utf-8")
+        else:
+            file.write_bytes(change.encode() if isinstance(change, str) else change)
     return str(path)
 
 
@@ -62,8 +86,16 @@ def problems(tmp_path_factory):
     return str(path)
 
 
+def refusal(function, *arguments, **options):
+    """The one line with which a call is refused."""
+    with pytest.raises(UserError) as error:
+        function(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def run_script(*args, cwd=ROOT, **env):
-    """Run a script as a user would; returns the finished process with its output as text."""
+    """Run a script as a user would. Returns the finished process with its output as text."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"} | env
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=environment, capture_output=True, text=True,
                           timeout=600)

@@ -1,155 +1,177 @@
-"""configurator.py: every setting is known, typed, printed and saved; nothing is dropped in silence."""
+"""configurator.py: every setting is known, typed, printed and saved, and nothing is dropped in silence; how a script
+ends that meets a mistake of the user's (support/__init__.py)."""
 
-from types import SimpleNamespace
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import pytest
-from conftest import assert_refused
+from conftest import ROOT, refusal, run_script
 from forks import fork_script
 
 import configurator
-from configurator import UserError, configure
-
-SCRIPT = '''"""A script.
-
-    python script.py
-"""
-import os
-
-# what it does
-name = "toy"  # a name
-steps = 10  # how many
-rate = 0.5  # how fast
-loud = False  # whether it shouts
-CONSTANT = 3
-
-def main():
-    inner = 1
-'''
+import grpo
+import sft
+from configurator import VALUES_BEGIN, configure, save_settings
 
 
-@pytest.fixture
-def script(tmp_path):
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
-    namespace = {"__file__": str(path)}
-    exec(compile(SCRIPT, str(path), "exec"), namespace)
-    return namespace
+@dataclass
+class Settings:
+    name: str = "toy"  # a name
+    steps: int = 10  # how many
+    rate: float = 0.5  # how fast
+    loud: bool = False  # whether it shouts
+    taste: Literal["sweet", "sour"] = "sweet"  # one of two
+    lr: float = 0.1  # a name that TRL and VERL spell out
+    init_from: Literal["scratch", "resume"] = "scratch"  # where to begin
 
 
-def config_file(tmp_path, text):
-    path = tmp_path / "config.py"
-    path.write_text(text)
+def reward(problem, completion):
+    """What a completion earns."""
+    return 1.0
+
+
+def config_file(path, text, encoding="utf-8", newline=None):
+    path.write_text(text, encoding=encoding, newline=newline)
     return str(path)
 
 
-def test_defaults_are_the_block(script):
-    assert vars(configure(script, [])) == dict(name="toy", steps=10, rate=0.5, loud=False)
+def test_without_arguments_the_defaults_hold(capsys):
+    cfg = configure(Settings, reward, argv=[])
+    assert asdict(cfg) == asdict(Settings()) and cfg.reward is reward and capsys.readouterr().out == ""
 
 
-def test_overrides_apply_from_left_to_right_and_are_printed(script, tmp_path, capsys):
-    file = config_file(tmp_path, "steps = 5\nrate = 2\n_private = 1\n")
-    cfg = configure(script, ["--steps=7", file, "--loud=true", "--name=a=b --c"])
-    assert vars(cfg) == dict(name="a=b --c", steps=5, rate=2.0, loud=True) and type(cfg.rate) is float
+def test_overrides_apply_from_left_to_right_and_are_printed(tmp_path, capsys):
+    file = config_file(tmp_path / "c.py", "import math\nsteps = 5\nrate = 2\nlr = math.pi\n_private = 1\n")
+    cfg = configure(Settings, argv=["--steps=7", file, "--loud=true", "--name=a=b --c", "--taste=sour"])
+    assert (cfg.name, cfg.steps, cfg.rate, cfg.loud, cfg.taste) == ("a=b --c", 5, 2.0, True, "sour")
+    assert type(cfg.rate) is float and 3.1 < cfg.lr < 3.2
     out = capsys.readouterr().out
-    assert f"steps = 5 (was 7; {file})" in out and "name = 'a=b --c' (was 'toy'; command line)" in out
+    assert f"steps = 5 (was 7; {file})\n" in out and "name = 'a=b --c' (was 'toy'; command line)\n" in out
 
 
-@pytest.mark.parametrize(
-    "argument, words",
-    [
-        ("--stepps=3", "unknown setting 'stepps' in the command line; did you mean 'steps'?"),
-        ("--CONSTANT=3", "unknown setting 'CONSTANT'"),
-        ("--inner=3", "unknown setting 'inner'"),
-        ("--zzz=3", "--help lists the settings"),
-        ("--steps", "write --steps=..."),
-        ("--steps=1.5", "--steps wants an int, got '1.5'"),
-        ("--steps=", "--steps wants an int, got ''"),
-        ("--rate=fast", "--rate wants a number, got 'fast'"),
-        ("--rate=nan", "finite"),
-        ("--loud=maybe", "--loud wants True or False, got 'maybe'"),
-        ("config/nowhere.py", "no config file at 'config/nowhere.py'"),
-        ("steps=3", "Did you mean --steps=3?"),
-        ("-steps=3", "Did you mean --steps=3?"),
-        ("--rate=1e300", "below 1e18"),
-        ("--steps=99999999999999999999", "below 1e18"),
-    ],
-)
-def test_a_wrong_argument_is_refused_with_the_cure(script, argument, words):
-    with pytest.raises(UserError) as error:
-        configure(script, [argument])
-    assert words in str(error.value) and "\n" not in str(error.value)
+def test_what_is_not_changed_is_not_printed_and_one_process_speaks(monkeypatch, capsys):
+    for rank, argument, printed in (("0", "--steps=10", ""), ("1", "--steps=11", ""),
+                                    ("0", "--steps=11", "steps = 11 (was 10; command line)\n")):
+        monkeypatch.setenv("RANK", rank)
+        configure(Settings, argv=[argument])
+        assert capsys.readouterr().out == printed
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("stepz = 3", "did you mean 'steps'?"),
-        ("steps = '3'", "wants int, got '3'"),
-        ("steps = True", "wants int, got True"),
-        ("1 / 0", "failed: ZeroDivisionError"),
-        ("steps = (", "failed: SyntaxError"),
-    ],
-)
-def test_a_wrong_config_file_is_refused(script, tmp_path, text, words):
-    with pytest.raises(UserError, match="config.py") as error:
-        configure(script, [config_file(tmp_path, text)])
-    assert words in str(error.value)
+@pytest.mark.parametrize("argument, words", [
+    ("--stepps=3", "unknown setting 'stepps' in the command line; did you mean 'steps'?"),
+    ("--zzz=3", "unknown setting 'zzz' in the command line; --help lists the settings"),
+    ("--code=3", "unknown setting 'code'"),
+    ("--learning_rate=1", "did you mean 'lr'?"),
+    ("--top_p=1.0", "'top_p' in the command line is no setting any more: training samples from all tokens; delete"),
+    ("--packing=True", "'packing' in the command line is no setting any more: rows are always packed; delete"),
+    ("--steps", "--steps needs a value: write --steps=..."),
+    ("--steps=1.5", "steps in command line wants a value of type int, got '1.5'"),
+    ("--steps=", "wants a value of type int, got ''"),
+    ("--rate=fast", "wants a value of type float, got 'fast'"),
+    ("--rate=nan", "rate in command line wants a finite number, got nan"),
+    ("--loud=maybe", "wants a value of type bool, got 'maybe'"),
+    ("--taste=bitter", "taste in command line must be one of sweet, sour, got 'bitter'"),
+    ("--reward=3", "reward in command line wants a value of type function"),
+    ("config/nowhere.py", "no config file at 'config/nowhere.py'"),
+    ("steps=3", "no config file at 'steps=3'; did you mean --steps=3?"),
+    ("-steps=3", "did you mean --steps=3?"),
+])
+def test_a_wrong_argument_is_refused_with_the_cure(argument, words):
+    assert words in refusal(configure, Settings, reward, argv=[argument])
 
 
-def test_a_config_file_may_import_and_is_named_by_its_last_line(script, tmp_path):
-    assert configure(script, [config_file(tmp_path, "import math\nrate = math.pi\n")]).rate > 3
-    with pytest.raises(UserError, match=r"config\.py, line 3 wants int"):
-        configure(script, [config_file(tmp_path, "steps = 3\n\nsteps = '3'\n")])
+@pytest.mark.parametrize("text, words", [
+    ("stepz = 3", "unknown setting 'stepz' in {}; did you mean 'steps'?"),
+    ("top_k = 0", "'top_k' in {} is no setting any more: training samples from all tokens; delete it"),
+    ("steps = '3'", "steps in {} wants a value of type int, got '3'"),
+    ("steps = True", "wants a value of type int, got True"),
+    ("rate = float('inf')", "wants a finite number, got inf"),
+    ("taste = 'bitter'", "taste in {} must be one of sweet, sour, got 'bitter'"),
+    ("reward = 1.0", "reward in {} wants a value of type function, got 1.0"),
+    ("def steps(): pass", "steps in {} wants a value of type int, got <function steps"),
+    ("def helper(): pass", "unknown setting 'helper' in {}"),
+    ("1 / 0", "config file '{}' failed: ZeroDivisionError"),
+    ("steps = (", "config file '{}' failed: SyntaxError"),
+    ("raise SystemExit", "config file '{}' failed: SystemExit"),
+])
+def test_a_wrong_config_file_is_refused(tmp_path, text, words):
+    file = config_file(tmp_path / "c.py", text)
+    assert words.format(file) in refusal(configure, Settings, reward, argv=[file])
 
 
-def test_what_is_not_changed_is_not_printed_and_one_rank_speaks(script, monkeypatch, capsys):
-    assert configure(script, ["--steps=10", "--rate=0.5"]).steps == 10 and capsys.readouterr().out == ""
-    monkeypatch.setenv("RANK", "1")
-    assert configure(script, ["--steps=11"]).steps == 11 and capsys.readouterr().out == ""
-    monkeypatch.setenv("RANK", "0")
-    assert configure(script, ["--steps=11"]) and capsys.readouterr().out == "steps = 11 (was 10; command line)\n"
+def test_names_of_trl_and_verl_lead_to_ours():
+    for theirs, ours in configurator.TRL_AND_VERL.items():
+        scripts = [script for script in (grpo, sft) if hasattr(script.Settings, ours)]
+        assert scripts, f"no script has a setting {ours}"
+        for script in scripts:
+            assert f"did you mean '{ours}'?" in refusal(configure, script.Settings, argv=[f"--{theirs}=1"])
 
 
-def test_saved_settings_are_a_config_file(script, tmp_path):
-    cfg = configure(script, ["--name=it's\\n", "--rate=1e-7"])
-    configurator.save_settings(cfg, tmp_path / "saved.py")
-    assert configure(script, [str(tmp_path / "saved.py")]) == cfg
+def test_text_on_the_command_line_is_never_executed():
+    assert configure(Settings, argv=["--name=__import__('os').getcwd()"]).name == "__import__('os').getcwd()"
 
 
-def test_an_earlier_run_is_moved_aside_and_every_place_is_locked(tmp_path, monkeypatch, capsys):
-    fcntl = pytest.importorskip("fcntl")
-    monkeypatch.chdir(tmp_path)
-    settings = SimpleNamespace(out_dir="run/", init_from="scratch", seed=3)
-    for number in range(3):
-        configurator.prepare_out_dir(settings, "log.jsonl")
-        assert not (tmp_path / "run" / "log.jsonl").exists()
-        (tmp_path / "run" / "log.jsonl").write_text(str(number))
-        with open(tmp_path / "run" / ".lock", "w") as lock, pytest.raises(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    assert [(tmp_path / name / "log.jsonl").read_text() for name in ("run.1", "run.2", "run")] == ["0", "1", "2"]
-    assert "moved the earlier run in run/ to run.2" in capsys.readouterr().out
-    settings.init_from = "resume"
-    configurator.prepare_out_dir(settings, "log.jsonl")
-    assert (tmp_path / "run" / "log.jsonl").exists()  # it goes on here
-    assert (tmp_path / "run" / "settings.py").read_text() == "out_dir = 'run/'\ninit_from = 'scratch'\nseed = 3\n"
+CODE = "import math\nfrom statistics import fmean\n\n_HALF = 0.5\n\n\ndef reward(problem, completion):\n    return fmean([0, problem]) + math.floor(_HALF)\n"
 
 
-def test_text_on_the_command_line_is_never_executed(script):
-    assert configure(script, ["--name=__import__('os').getcwd()"]).name == "__import__('os').getcwd()"
+def test_a_config_file_may_define_functions_which_are_saved_as_source(tmp_path, capsys):
+    first = config_file(tmp_path / "c.py", f"steps = 3\n{CODE}", "utf-8-sig", "\r\n")  # as Windows writes it
+    cfg = configure(Settings, reward, argv=[first, "--lr=7", "--init_from=resume"])
+    assert cfg.reward(3, None) == 1.5 and cfg.steps == 3
+    assert "reward = a function\n" in capsys.readouterr().out
+    texts = []
+    for file in ("one.py", "two.py"):  # what is saved is a config file, and does not grow when it is used
+        save_settings(cfg, tmp_path / file)
+        cfg = configure(Settings, reward, argv=[str(tmp_path / file)])
+        assert cfg.reward(3, None) == 1.5 and (cfg.steps, cfg.lr, cfg.init_from) == (3, 7.0, "scratch")
+        texts.append((tmp_path / file).read_text())
+    assert texts[0] == texts[1] and texts[0].startswith(f"steps = 3\n{CODE}{VALUES_BEGIN}")
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
-def test_too_little_memory_ends_in_one_line(error, capsys):
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as stopped:
-        configurator.run(main)
-    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory (")
+def test_settings_without_functions_are_saved_without_source(tmp_path):
+    cfg = configure(Settings, reward, argv=["--name=it's\\n", "--rate=1e-7", config_file(tmp_path / "c.py", "steps = 3")])
+    save_settings(cfg, tmp_path / "saved.py")
+    assert vars(configure(Settings, reward, argv=[str(tmp_path / "saved.py")])) == vars(cfg) and cfg.code == ""
 
 
-@pytest.mark.parametrize("name", ["grpo.py", "sft.py", "sample.py", "eval_math.py"])
-def test_help_prints_the_block_with_its_comments(name):
+@pytest.mark.parametrize("name", ["grpo.py", "sft.py", "sample.py", "eval_math.py", "export.py"])
+def test_help_prints_the_settings_with_their_comments_and_the_functions(name):
     done = fork_script(name, "--help")
-    assert done.returncode == 0 and "seed = " in done.stdout and '# checkpoint directory or hub name' in done.stdout
-    assert_refused(fork_script(name, "--sead=3"), "did you mean 'seed'?")
+    assert done.returncode == 0 and '    model: str = "toy/base"  # checkpoint directory or hub name' in done.stdout
+    functions = {"grpo.py": ["reward(problem, completion)", "problems(cfg, split)"], "sft.py": ["reward(problem, "]}
+    assert all(f"A config file may define {function}" in done.stdout for function in functions.get(name, []))
+
+
+SCRIPT = r"""
+import os, signal
+from dataclasses import dataclass
+from configurator import configure
+from support import UserError
+
+class OutOfMemoryError(RuntimeError):  # torch's is known by its name
+    pass
+
+@dataclass
+class Settings:
+    seed: int = 0
+
+configure(Settings)
+print("\u03c0 \ud800")
+"""
+MEMORY = "lower the number of rows or tokens at a time\n"
+
+
+@pytest.mark.parametrize("line, code, printed", [
+    ("pass", 0, ""),
+    ("raise UserError('no such thing; take another')", 2, "error: no such thing; take another\n"),
+    ("os.kill(os.getpid(), signal.SIGINT)", 130, "interrupted\n"),
+    ("raise MemoryError", 2, f"error: out of memory (on the host); {MEMORY}"),
+    ("raise OutOfMemoryError('of CUDA\\nmore')", 2, f"error: out of memory (of CUDA); {MEMORY}"),
+    ("raise RuntimeError('can\\'t allocate memory')", 2, f"error: out of memory (can't allocate memory); {MEMORY}"),
+    ("1 / 0", 1, "Traceback (most recent call last):"),
+])
+def test_how_a_script_ends(tmp_path, line, code, printed):
+    (tmp_path / "script.py").write_text(SCRIPT + line)
+    done = run_script(tmp_path / "script.py", PYTHONPATH=ROOT, PYTHONIOENCODING="ascii")
+    assert done.returncode == code and (done.stderr == printed or code == 1 and done.stderr.startswith(printed))
+    assert done.stdout == "\\u03c0 \\ud800\n"  # any terminal can show any text
