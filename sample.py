@@ -100,6 +100,7 @@ class KVCache:
             self.keys[layer, :, :, :T] = k
             self.values[layer, :, :, :T] = v
             return attention(q, k, v)
+        # Indices that are all tensors, since compiled code would copy the cache to write to a view.
         place = self.layers[layer], self.rows, slice(None), self.positions
         self.keys[place] = k[:, :, 0]
         self.values[place] = v[:, :, 0]
@@ -441,7 +442,7 @@ def answer(net, tokenizer, cfg, ranks, texts, adapters, options):
                       adapters=[name for _, name in mine] if len(adapters) > 1 else None,
                       on_token=Printer(tokenizer) if is_single else None, **options)
     groups = ranks.gather(list(zip(mine, groups)))
-    tokens = 0
+    tokens = sum(len(c.ids) for _, completions in groups for c in completions)
     for (i, name), completions in sorted(groups, key=lambda group: group[0][0]):
         if len(texts) > 1 and name == adapters[0]:
             print0(f"### {texts[i]}")
@@ -449,7 +450,6 @@ def answer(net, tokenizer, cfg, ranks, texts, adapters, options):
             print0(f"=== {name or 'no adapter'}")
         for c in completions:
             print0(f"{'' if is_single else c.text}{' [cut off]' if c.truncated else ''}\n---")
-            tokens += len(c.ids)
     print0(f"{tokens} tokens, {tokens / (time.time() - began):.1f} a second")
 
 
