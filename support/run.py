@@ -8,6 +8,7 @@ The checkpoint is written under another name and renamed, and it records how lon
 run that is killed at any moment resumes from its last checkpoint, to the same numbers and log.
 """
 
+import atexit
 import fcntl
 import json
 import os
@@ -43,9 +44,10 @@ class Run:
         self.began = time.time() - self.history["seconds"]
         if is_chief():
             self.lock = claim(cfg.out_dir, "log.jsonl", fresh=cfg.init_from == "scratch")
-            self.log_file = open(self.log_path, "a", encoding="utf-8")
-            if os.path.getsize(self.log_path) > self.history["log_bytes"]:
-                self.log_file.truncate(self.history["log_bytes"])  # steps that will be repeated
+            atexit.register(self.lock.close)  # also if the run fails
+            with open(self.log_path, "a") as f:
+                if f.tell() > self.history["log_bytes"]:
+                    f.truncate(self.history["log_bytes"])  # steps that will be repeated
             self.reports = open_reports(cfg, self.step)
         self.signal, self.signalled_at = 0, 0.0
         self.old_handlers = {number: signal.signal(number, self.on_signal)
@@ -81,8 +83,8 @@ class Run:
 
     def log(self, step, record):
         if is_chief():
-            self.log_file.write(json.dumps({"step": step} | record) + "\n")
-            self.log_file.flush()
+            with open(self.log_path, "a", encoding="utf-8") as f:
+                f.write(json.dumps({"step": step} | record) + "\n")
             for report in self.reports:
                 report(step, flatten(record))
 
@@ -108,9 +110,10 @@ class Run:
         self.saved_step = step
         if not is_chief():
             return
-        os.fsync(self.log_file.fileno())
+        with open(self.log_path, "a") as f:
+            os.fsync(f.fileno())
+            self.history["log_bytes"] = f.tell()
         self.history["seconds"] = time.time() - self.began
-        self.history["log_bytes"] = os.path.getsize(self.log_path)
         info = {"step": step, "history": self.history, "identity": self.identity,
                 "settings": comparable(self.cfg)}
         with whole_file(self.checkpoint) as aside:
@@ -159,7 +162,6 @@ class Run:
         if self.signal:
             print0(f"stopped: go on with --out_dir={self.cfg.out_dir} --init_from=resume")
         if is_chief():
-            self.log_file.close()
             self.lock.close()
         self.ranks.leave()
         if self.signal:
