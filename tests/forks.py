@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
-PRELOADED = ("torch._dynamo", "model", "tinylora", "sample", "eval_math", "grpo", "sft")
+PRELOADED = ("torch._dynamo", "model", "tinylora", "sample", "eval_math", "grpo", "sft", "export")
 _server = None
 
 
@@ -109,8 +109,5 @@ if __name__ == "__main__":
             sys.excepthook(type(error), error, error.__traceback__)
     except SystemExit as stopped:
         code = stopped.code or 0
-    try:
-        sys.stdout and sys.stdout.flush()
-    except OSError:
-        code = 120  # Python's own
+    sys.stdout.flush()
     os._exit(code)  # to take torch down properly takes longer than most of the scripts
