@@ -21,7 +21,7 @@ from typing import get_args
 
 from support import UserError, one_line_errors, whole_file
 
-VALUES_BEGIN = "# ---- all settings of the run ----\n"  # in settings.py, below the code of the config
+VALUES_BEGIN = "# ---- all settings of the run ----\n"  # in settings.py, below the code of configs
 TRL_AND_VERL = {"learning_rate": "lr", "num_generations": "group_size", "rollout_n": "group_size",
                 "max_completion_length": "max_new_tokens", "max_response_length": "max_new_tokens",
                 "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size",
@@ -128,7 +128,7 @@ def check_name(cfg, name, where):
 
 
 def from_text(text, default):
-    """Text converted to the type of default; left as text if it cannot be, which override refuses."""
+    """Text as the type of default. It stays text if it cannot be converted; override refuses that."""
     if isinstance(default, bool):
         return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
     try:
@@ -142,7 +142,8 @@ def override(cfg, name, value, where):
     before = getattr(cfg, name)
     if isinstance(before, float) and type(value) is int:
         value = float(value)
-    if callable(before) != callable(value) or not callable(before) and type(value) is not type(before):
+    same_type = callable(value) if callable(before) else type(value) is type(before)
+    if not same_type:
         kind = "function" if callable(before) else type(before).__name__
         raise UserError(f"{name} in {where} wants a value of type {kind}, got {value!r}")
     if isinstance(value, (int, float)) and not math.isfinite(value):

@@ -87,7 +87,7 @@ class Settings:
     tensorboard: bool = False  # log to TensorBoard, too, in out_dir
 
 
-# ------------------------------------- the task: a config file may define its own reward or problems
+# ---------------------------------------- the task: a config file may define its reward and problems
 
 def reward(problem, completion):
     """What a completion earns: 1 if it ended and states the right answer in the format that the
@@ -131,8 +131,8 @@ def overlong_penalty(lengths, limits, overlong_tokens):
 
 
 def token_weights(batch, totals, cfg):
-    """The weight of each rollout's tokens in the loss -> [B]. The normaliser is fixed over the whole
-    batch of all processes, so the gradient does not depend on how the batch is cut."""
+    """The weight of each rollout's tokens in the loss -> [B]. The normaliser is that of the batch
+    of all processes, so the gradient does not depend on how the batch is cut."""
     lengths = torch.tensor([float(len(rollout.ids)) for rollout in batch])
     if cfg.objective == "dr_grpo":  # a constant normaliser does not favour long wrong completions
         return torch.full_like(lengths, 1 / (cfg.max_new_tokens * totals["batch_rollouts"]))
@@ -155,7 +155,7 @@ def clipped_surrogate(log_ratio, advantages, loss_mask, cfg):
 
 
 def batch_loss(net, batch, totals, cfg):
-    """The loss of a micro-batch of rollouts, and sums over its tokens for the log. The losses of all
+    """The loss of a micro-batch, and sums over its tokens for the log. The losses of all
     micro-batches add up to that of the whole batch, which `totals` counts."""
     if cfg.kl_coef:
         # The reference runs before the policy's forward pass: with recompute, the backward pass
@@ -292,7 +292,7 @@ def evaluate(net, tokenizer, test_set, cfg, ranks):
         by_last_number = f" (read leniently {figures['lenient']:.3f})"
     print0(f"--- greedy {label_of(cfg)} {figures['reward']:.3f} +- {figures['stderr']:.3f}"
            f"{by_last_number} on {len(rewards)} problems, {figures['length']:.0f} tokens each, "
-           f"{figures['truncated']:.1%} cut off. For example:\n    {questions[0]}\n    -> {texts[0]}")
+           f"{figures['truncated']:.1%} cut off. Example:\n    {questions[0]}\n    -> {texts[0]}")
     return figures
 
 
@@ -349,8 +349,8 @@ def train(cfg):
     if is_chief():
         save_settings(cfg, f"{cfg.out_dir}/settings.py")
     numbers = sum(p.numel() for p in parameters.values())
-    print0(f"{cfg.method} trains {numbers:,} numbers of {cfg.model} on {len(train_set):,} problems; "
-           f"{net.dtype} on {net.device}, {ranks.dp_size} process(es)")
+    print0(f"{cfg.method} trains {numbers:,} numbers of {cfg.model} on {len(train_set):,} problems "
+           f"({net.dtype}, {net.device}, {ranks.dp_size} processes)")
 
     step = run.step
     while True:
@@ -402,12 +402,13 @@ def train(cfg):
         for advice in advice_on(record, cfg, net.dtype):
             print0(f"warning: {advice}")
     if "v" in parameters and numbers <= 1000:
-        print0(f"the adapter as text: --adapter={tinylora.adapter_text(net.adapter, cfg.save_dtype)}")
+        text = tinylora.adapter_text(net.adapter, cfg.save_dtype)
+        print0(f"the adapter as text: --adapter={text}")
     run.close(f"greedy {label_of(cfg)}", f"{numbers:,} numbers")
 
 
 def means(totals, passes, cfg):
-    """The record of a step: means over all sampled completions, then over tokens that are trained."""
+    """The record of a step: means over all sampled completions, then over trained tokens."""
     count = totals["rollouts"]
     first, last = passes[0], passes[-1]
     record = {"reward": totals["reward"] / count, "truncated": totals["truncated"] / count,
@@ -439,18 +440,18 @@ def summary(record):
 def advice_on(record, cfg, dtype):
     """What in a step's record calls for a change of settings."""
     if record["truncated"] > 0.2:
-        yield (f"{record['truncated']:.0%} of the completions were cut off and earned nothing; raise "
-               f"max_new_tokens, which is {cfg.max_new_tokens}")
+        yield (f"{record['truncated']:.0%} of the completions were cut off and earned nothing; "
+               f"raise max_new_tokens, which is {cfg.max_new_tokens}")
     if record["reward"] == 0 and record.get("lenient"):
         yield (f"{record['lenient']:.0%} of the completions hold the right number, but not in the "
-               f"format '{cfg.answer_format}': ask for it in prompt_template, or change answer_format")
+               f"format '{cfg.answer_format}'; change prompt_template or answer_format")
     if record["equal_groups"] > 0.9:
         yield ("in nearly all groups all completions earned the same, which teaches nothing; take "
                "harder or easier problems, a larger group_size, or resample")
     if record["entropy"] is not None and record["entropy"] < 0.005:
         yield "the entropy is nearly 0, so all completions of a group are the same; lower lr"
     if record["diff"] and record["diff"] > (1e-3 if dtype == torch.float32 else 0.05):
-        yield (f"sampler and trainer disagree by {record['diff']:.3f} on average; set tis_cap to 2, "
+        yield (f"sampler and trainer disagree by {record['diff']:.3f} on average; set tis_cap = 2 "
                "or use float32")
 
 

@@ -253,8 +253,8 @@ def load_config(path):
             if not supported:
                 raise UserError(f"{file}: {message}")
         heads = raw["num_attention_heads"]
-        values = FAMILIES[raw["model_type"]] | {"num_key_value_heads": heads,
-                                                "head_dim": raw["hidden_size"] // heads} | raw | rope
+        derived = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads}
+        values = FAMILIES[raw["model_type"]] | derived | raw | rope
         values |= {"rope_scaling": rope if "low_freq_factor" in rope else None, "raw": raw}
         config = Config(**{f.name: values[f.name] for f in fields(Config) if f.name in values})
         for field in fields(config):
@@ -286,7 +286,8 @@ def config_rules(raw, rope):
         f"attention_bias is not supported for {kind}")
     yield layer_types <= {"full_attention"}, f"layer_types {sorted(layer_types)} are not supported"
     yield rope_type in ("default", "llama3"), f"rope type {rope_type!r} is not supported"
-    for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+    for key in ("factor", "low_freq_factor", "high_freq_factor",
+                "original_max_position_embeddings"):
         yield rope_type == "default" or rope.get(key, 0) > 0, f"its rope settings lack {key}"
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     yield partial == 1.0, "partial_rotary_factor is not supported"

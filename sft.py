@@ -251,7 +251,8 @@ def train(cfg):
         limit = min(cfg.max_length, limit)
 
     def encode(examples):
-        rollouts = [encode_example(tokenizer, example, cfg, limit) for example in ranks.mine(examples)]
+        mine = ranks.mine(examples)
+        rollouts = [encode_example(tokenizer, example, cfg, limit) for example in mine]
         return [rollout for rollout in rollouts if rollout]
 
     problems = [row for row in test_set if "messages" not in row]
@@ -259,7 +260,8 @@ def train(cfg):
     solved = [row for row in test_set if "messages" in row or row["solution"] != row["answer"]]
     test_rollouts = encode(solved)
     if solved and not trained_tokens(test_rollouts, ranks):
-        raise UserError(f"{cfg.eval_dataset}: all rows are cut off before the solution; raise max_length")
+        raise UserError(f"all rows of {cfg.eval_dataset} are cut off before the solution; raise "
+                        "max_length")
     parameters, identity = tinylora.attach(net, cfg, cfg.shard)
     optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=(0.9, cfg.beta2),
                                   weight_decay=cfg.weight_decay)
@@ -314,7 +316,8 @@ def train(cfg):
         print0(f"step {step:4d} | loss {loss:.4f} | grad {grad_norm:.3f} | lr {rate:.2e} | "
                f"{seconds:.2f} s")
     if "v" in parameters and numbers <= 1000:
-        print0(f"the adapter as text: --adapter={tinylora.adapter_text(net.adapter, cfg.save_dtype)}")
+        text = tinylora.adapter_text(net.adapter, cfg.save_dtype)
+        print0(f"the adapter as text: --adapter={text}")
     run.close("greedy accuracy" if problems else "held-out loss", f"{numbers:,} numbers")
 
 

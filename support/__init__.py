@@ -23,7 +23,7 @@ def print_error(kind, error, trace):
         code, line = 2, f"error: {error}"
     elif out_of_memory or "can't allocate memory" in str(error):
         reason = (str(error).splitlines() or ["on the host"])[0]
-        code, line = 2, f"error: out of memory ({reason}); lower the number of rows or tokens at a time"
+        code, line = 2, f"error: out of memory ({reason}); use fewer rows or tokens at a time"
     elif kind is ModuleNotFoundError:
         code, line = 2, f"error: {error}: pip install {error.name}"
     elif kind is KeyboardInterrupt:
@@ -36,8 +36,8 @@ def print_error(kind, error, trace):
 
 @contextmanager
 def whole_file(path):
-    """Yield a name to write under. The file is renamed to `path` when all of it is on the disk; until then, and if the
-    writing fails, the old `path` stays as it was."""
+    """Yield a name to write under. It is renamed to `path` when all of it is on the disk. Until
+    then, and if the writing fails, the old `path` stays as it was."""
     aside = f"{path}.tmp"
     try:
         yield aside
@@ -49,7 +49,8 @@ def whole_file(path):
             os.remove(aside)
         # safetensors raises an error of its own, recognised by name: no package is imported here.
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise UserError(f"{path} cannot be written: {error}; make room, or choose another place") from None
+            message = f"{path} cannot be written: {error}; make room, or choose another place"
+            raise UserError(message) from None
         raise
 
 
@@ -61,7 +62,8 @@ def foreign_file(path):
     except (UserError, OSError):
         raise
     except Exception as error:
-        raise UserError(f"{path} is malformed ({type(error).__name__}: {error}); download it again") from None
+        message = f"{path} is malformed ({type(error).__name__}: {error}); download it again"
+        raise UserError(message) from None
 
 
 def read_json(path):
@@ -70,6 +72,7 @@ def read_json(path):
         with open(path, encoding="utf-8-sig") as f:
             return json.load(f)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: not a whole checkpoint directory; download it again") from None
+        raise UserError(f"{path} is missing, so the checkpoint is not complete; download it "
+                        "again") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); download it again") from None

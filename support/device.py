@@ -52,7 +52,7 @@ def free_memory(device):
     try:
         free, total = host_memory()
         if LIBC and free < total / 2:
-            LIBC.malloc_trim(0)  # return what glibc keeps; this takes time, so only if memory is short
+            LIBC.malloc_trim(0)  # return what glibc keeps, which takes time
             free, total = host_memory()
         return free
     except (OSError, KeyError):

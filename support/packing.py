@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-TOKENS_A_CALL = 256  # of completions in one attention call: more calls cost time, and so do large masks
+TOKENS_A_CALL = 256  # of completions in one attention call: many calls and large masks cost time
 LOGITS_A_CHUNK = 2**26  # 256 MB in float32: 441 tokens at a vocabulary of 152k
 
 

@@ -68,8 +68,8 @@ class Ranks:
         launched = dist.is_torchelastic_launched()
         world = int(os.environ["WORLD_SIZE"]) if launched else 1
         if shard < 1 or world % shard:
-            raise UserError(f"shard = {shard} must divide the number of processes, which is {world}; "
-                            f"start with torchrun --nproc_per_node={max(1, shard)}")
+            raise UserError(f"shard = {shard} must divide the number of processes, {world}; start "
+                            f"with torchrun --nproc_per_node={max(1, shard)}")
         if not launched:
             self.device = pick_device(device)  # refuses a wrong one before anything is downloaded
             return
@@ -130,8 +130,8 @@ def reduce_gradients(parameters, grad_clip):
             dist.all_reduce(p.grad)
     norm = norm_of([p.grad for p in parameters])
     if not math.isfinite(norm):
-        raise UserError("the gradient is not finite, so this step changes nothing; lower lr, or use "
-                        "--dtype=float32")
+        raise UserError("the gradient is not finite, so this step changes nothing; lower lr, or "
+                        "use --dtype=float32")
     if grad_clip and norm > grad_clip:
         for p in parameters:
             p.grad.mul_(grad_clip / (norm + 1e-6))

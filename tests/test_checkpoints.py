@@ -203,7 +203,7 @@ def index(*files):
 
 
 @pytest.mark.parametrize("files, words", [
-    ({"config.json": None}, "config.json is missing: not a whole checkpoint directory"),
+    ({"config.json": None}, "config.json is missing, so the checkpoint is not complete"),
     ({"config.json": "{"}, "config.json cannot be read as JSON"),
     ({"config.json": "[" * 100_000}, "config.json cannot be read as JSON"),
     ({"config.json": "[]"}, "config.json is malformed"),
