@@ -260,9 +260,9 @@ def train(cfg):
     test_rollouts = encode(solved)
     if solved and not trained_tokens(test_rollouts, ranks):
         raise UserError(f"{cfg.eval_dataset}: all rows are cut off before the solution; raise max_length")
-    parameters, identity = tinylora.attach(net, cfg)
+    parameters, identity = tinylora.attach(net, cfg, cfg.shard)
     optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=(0.9, cfg.beta2),
-                                  weight_decay=cfg.weight_decay)
+                                  weight_decay=cfg.weight_decay, foreach=False)
     run = Run(cfg, ranks, parameters, optimizer, identity | {"script": "sft.py"})
     if is_chief():
         save_settings(cfg, f"{cfg.out_dir}/settings.py")
