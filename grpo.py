@@ -31,7 +31,7 @@ from sample import generate
 from support import UserError
 from support.device import peak_gb
 from support.packing import Rollout, completion_logprobs, micro_batches
-from support.parallel import Ranks, is_chief, keep_pace, norm_of, print0, reduce_gradients
+from support.parallel import Ranks, all_gather, is_chief, keep_pace, norm_of, print0, reduce_gradients
 from support.run import Run
 
 
@@ -120,7 +120,8 @@ def group_advantages(rewards, objective):
     centred[equal] = 0.0  # exactly zero: a tiny std would amplify rounding noise
     if objective == "dr_grpo":  # Liu et al. 2025: the std favours very easy and very hard problems
         return centred
-    return centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
+    std = centred.norm(dim=1, keepdim=True) / math.sqrt(rewards.shape[1] - 1)
+    return centred / (std + 1e-6)
 
 
 def overlong_penalty(lengths, limits, overlong_tokens):
@@ -344,7 +345,7 @@ def train(cfg):
     net.compile_decode = cfg.compile
     prepare(net, tokenizer, train_set + test_set, cfg)
     parameters, identity = tinylora.attach(net, cfg, cfg.shard)
-    optimizer = torch.optim.Adam(parameters.values(), lr=cfg.lr)
+    optimizer = torch.optim.Adam(parameters.values(), lr=cfg.lr, foreach=False)
     run = Run(cfg, ranks, parameters, optimizer, identity | {"script": "grpo.py"})
     if is_chief():
         save_settings(cfg, f"{cfg.out_dir}/settings.py")
@@ -392,7 +393,7 @@ def train(cfg):
         step += 1
 
         record = means(totals, passes, cfg)
-        record |= {"max_diff": ranks.max(max_diff), "grad_norm": grad_norm,
+        record |= {"max_diff": max(all_gather(max_diff)), "grad_norm": grad_norm,
                    "v_norm": norm_of([p.detach() for p in parameters.values()])}
         record["seconds"] = {"generate": sampled - began, "update": time.time() - sampled,
                              "tokens_per_second": totals["tokens"] / (sampled - began),

@@ -264,7 +264,7 @@ def train(cfg):
                         "max_length")
     parameters, identity = tinylora.attach(net, cfg, cfg.shard)
     optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.lr, betas=(0.9, cfg.beta2),
-                                  weight_decay=cfg.weight_decay)
+                                  weight_decay=cfg.weight_decay, foreach=False)
     run = Run(cfg, ranks, parameters, optimizer, identity | {"script": "sft.py"})
     if is_chief():
         save_settings(cfg, f"{cfg.out_dir}/settings.py")

@@ -30,7 +30,8 @@ def print_error(kind, error, trace):
         code, line = 130, "interrupted"
     else:
         return sys.__excepthook__(kind, error, trace)
-    print(line, file=sys.stderr)
+    # Not sys.stderr: in a process group torch catches what is printed there, and would lose it.
+    print(line, file=sys.__stderr__)
     raise SystemExit(code)
 
 

@@ -21,7 +21,6 @@ weight, gradient and Adam's moments in float32: 144 GB a GPU for 72B, which does
 
 import math
 import os
-import sys
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
@@ -39,17 +38,17 @@ from support.device import pick_device
 PATIENCE = timedelta(hours=2)  # how long a process waits for the slowest, in evaluations too
 
 
-def is_chief():
-    """Is this the one process that writes files and prints?"""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def rank_of():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_chief():
+    """Is this the one process that writes files and prints?"""
+    return rank_of() == 0
 
 
 def print0(text):
@@ -64,7 +63,7 @@ class Ranks:
     """This process is dp_rank of dp_size: it works on every dp_size-th row."""
 
     def __init__(self, device="auto", shard=1):
-        self.device, self.shard, self.dp_rank, self.dp_size = device, shard, 0, 1
+        self.device = device
         launched = dist.is_torchelastic_launched()
         world = int(os.environ["WORLD_SIZE"]) if launched else 1
         if shard < 1 or world % shard:
@@ -77,10 +76,8 @@ class Ranks:
         if on_gpu:
             self.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(self.device)
-        hook = sys.excepthook
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
-        sys.excepthook = hook  # torch's own would swallow the line that a UserError prints
-        self.dp_rank, self.dp_size = dist.get_rank(), world
+        self.dp_rank, self.dp_size = rank_of(), world
 
     def mine(self, rows):
         return rows[self.dp_rank :: self.dp_size]
@@ -101,9 +98,6 @@ class Ranks:
     def any(self, flag):
         return any(all_gather(bool(flag)))
 
-    def max(self, number):
-        return max(all_gather(number))
-
     def leave(self):
         """Call this last: gloo may abort a process that exits while its threads are running."""
         if dist.is_initialized():
@@ -114,7 +108,7 @@ def all_gather(thing):
     """A list of what every process has, in their order."""
     if not dist.is_initialized():
         return [thing]
-    things = [None] * dist.get_world_size()
+    things = [None] * world_size()
     dist.all_gather_object(things, thing)
     return things
 
@@ -140,12 +134,9 @@ def reduce_gradients(parameters, grad_clip):
 
 def norm_of(tensors):
     """The norm of all tensors together, of those that are spread over processes all parts."""
-    parts = [t for t in tensors if isinstance(t, DTensor)]
-    others = [t for t in tensors if not isinstance(t, DTensor)]
-    norm = torch.nn.utils.get_total_norm(others).item()
-    if parts:
-        norm = math.hypot(norm, torch.nn.utils.get_total_norm(parts).full_tensor().item())
-    return norm
+    norms = [torch.linalg.vector_norm(t) for t in tensors]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.stack(norms).norm().item()
 
 
 def full_tensor(t):
@@ -169,19 +160,19 @@ def shard_model(model, shard):
     """Spread the blocks, which load_model has left on the host, over `shard` neighbouring
     processes. Rows of processes with the same part are independent replicas."""
     device, dtype = model.device, model.dtype
-    table = torch.arange(dist.get_world_size()).view(-1, shard)
-    replicas, _ = dist.new_subgroups_by_enumeration(table.T.tolist(), timeout=PATIENCE)
+    table = torch.arange(world_size()).view(-1, shard)
     shards, _ = dist.new_subgroups_by_enumeration(table.tolist(), timeout=PATIENCE)
+    replicas, _ = dist.new_subgroups_by_enumeration(table.T.tolist(), timeout=PATIENCE)
     mesh = DeviceMesh.from_group([replicas, shards], device.type, mesh=table,
                                  mesh_dim_names=("replicate", "shard"))
     for block in model.model.layers:
-        fully_shard(block.to(dtype), mesh=mesh, reshard_after_forward=True)
+        fully_shard(block.to(dtype), mesh=mesh)
         # Sum the gradients, since the loss is already divided by the rollouts of all processes.
         block.set_gradient_divide_factor(1.0)
         block.set_force_sum_reduction_for_comms(True)
-    for part in (model.model.embed_tokens, model.model.norm, getattr(model, "lm_head", None)):
-        if part is not None:
-            part.to(device, dtype)
+    model.to(device, dtype)  # all that is not in a block
+    # With a common root, the next block is gathered while one computes.
+    fully_shard(model.model, mesh=mesh, ignored_params=set(model.parameters()))
     model.is_sharded = True
 
 

@@ -75,9 +75,10 @@ class Run:
 
     def stop_asked(self):
         """Has any process had a signal? All of them get the same answer and stop together."""
-        if self.ranks.any(self.signal > 0):
+        stop = self.ranks.any(self.signal > 0)  # a signal during this call counts in the next one
+        if stop:
             self.signal = self.signal or signal.SIGINT
-        return self.signal > 0
+        return stop
 
     # --- what is written
 

@@ -49,14 +49,17 @@ def fork_script(*args, **options):
     return start_script(*args, **options).wait()
 
 
-def fork_ranks(count, *args):
-    """Run `python *args` as torchrun would, in a process a rank. Returns them, finished, in order."""
+def start_ranks(count, *args, **options):
+    """Start `python *args` as torchrun would, in a process a rank. Returns them in order."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_RUN_ID="forks")
-    ranks = [start_script(*args, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(count)]
-    return [rank.wait() for rank in ranks]
+    return [start_script(*args, RANK=str(rank), LOCAL_RANK=str(rank), **group, **options) for rank in range(count)]
+
+
+def fork_ranks(count, *args, **options):
+    return [rank.wait() for rank in start_ranks(count, *args, **options)]
 
 
 def _ask(job):

@@ -1,9 +1,7 @@
 """grpo.py: the objectives against numbers and formulas by hand, one batch, and the whole script."""
 
 import math
-import zlib
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import test_run
@@ -11,7 +9,6 @@ import torch
 from conftest import assert_refused
 from test_packing import entropy_of, of_ids, plain_logprobs, random_rollouts
 
-import eval_math
 import grpo
 import model
 import sample

@@ -1,368 +1,350 @@
-"""One copy of the weights on several ranks, against the same model on one. As a script, the ranks' part of it."""
+"""Several processes against one: rows divided among them, and one copy of the weights spread over 2 or 4 of them.
 
+As a script, this file is what each of the processes runs.
+"""
+
+import gc
 import json
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, make_checkpoint, run_script
-from forks import fork_ranks, fork_script
+from conftest import assert_refused, make_checkpoint, run_script
+from forks import fork_ranks, fork_script, start_ranks
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
-import eval_math
 import grpo
 import model
-import sample
 import sft
 import tinylora
-from configurator import UserError, configure
+from configurator import configure
+from support import parallel, svd
+from support.data import read_responses
 
-METHODS = {"tinylora": dict(rank=2, u=3, n_tie=4), "lora_xs": dict(rank=2), "lora": dict(rank=3), "full": {}}
-IDS = torch.randint(5, 200, (3, 11), generator=torch.Generator().manual_seed(0))
-PROMPTS = [[7, 8, 9], [20, 21, 22, 23, 24, 25], [40]]
-
-
-def torchrun(processes, *args, **env):
-    return run_script("-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", *args, **env)
-
-
-def count_threads(folder):
-    """An environment in which a rank says at its end how many threads of gloo are left: one that is may abort it."""
-    (folder / "sitecustomize.py").write_text("""
-import atexit, os
-def names():
-    for thread in os.listdir("/proc/self/task"):
-        try:
-            with open(f"/proc/self/task/{thread}/comm") as file:
-                yield file.read()
-        except OSError:
-            pass  # it ended just now
-def count():
-    os.write(2, b"gloo threads: %d\\n" % sum("gloo" in name for name in names()))
-if "RANK" in os.environ and os.path.isdir("/proc/self/task"):
-    atexit.register(count)
-""")
-    return {"PYTHONPATH": str(folder)}
+INNER = 50  # so that no number of processes divides all matrices evenly
+MESHES = {"one": (1, 1), "2x2": (2, 2), "4x2": (4, 2), "4x4": (4, 4)}  # processes, and how many hold one copy
+TINYLORA, LORA_XS = dict(method="tinylora", rank=2, u=3, n_tie=4), dict(method="lora_xs", rank=2)
+LORA, FULL = dict(method="lora", rank=3), dict(method="full", lr=0.001)
+RUNS = {  # three rows a step and three or five in an evaluation: one process of four has none, or fewer than others
+    "grpo tinylora": (grpo, TINYLORA | dict(kl_coef=0.5, num_passes=2)),
+    "grpo lora_xs": (grpo, LORA_XS | dict(kl_coef=0.5, recompute=True, objective="gspo")),
+    "grpo lora": (grpo, LORA | dict(num_passes=2, recompute=True)),
+    "grpo full": (grpo, FULL | dict(num_passes=2)),
+    "sft tinylora": (sft, TINYLORA | dict(recompute=True)),
+    "sft lora_xs": (sft, LORA_XS | dict(eval_size=3)),
+    "sft lora": (sft, LORA | dict(weight_decay=0.1)),
+    "sft full": (sft, FULL | dict(recompute=True, grad_clip=0.1)),
+}
+TASK = """
+def reward(problem, completion):  # in some groups all earn the same
+    return float(completion.ids[0] % 2)
+"""
 
 
-def settings(checkpoint, method, shard, **changes):
-    options = dict(method=method, model=checkpoint, shard=shard, kl_coef=0.1 if method != "full" else 0.0,
-                   micro_batch_tokens=60, **METHODS[method]) | changes
-    return SimpleNamespace(**{key: value for key, value in vars(grpo).items() if key.islower()} | options)
+def arguments(folder, name, out_dir, **changes):
+    """The command line of a run. The folder holds the checkpoint, the problems and the task."""
+    script, settings = RUNS[name]
+    options = dict(model=folder / "model", dataset=folder / "rows.jsonl", eval_dataset=folder / "rows.jsonl",
+                   out_dir=out_dir, batch_size=3, lr=0.02, max_steps=3, max_new_tokens=6, eval_size=5, eval_interval=0,
+                   device="cpu", seed=3, micro_batch_tokens=40)
+    if script is grpo:
+        options |= dict(group_size=4)
+    options |= settings | changes
+    return [str(folder / "task.py"), *(f"--{key}={value}" for key, value in options.items())]
 
 
-def rows():
-    """Nine rows of odd lengths, the same everywhere."""
-    rng = torch.Generator().manual_seed(3)
+def run(folder, name, out_dir, patch, **changes):
+    """A run in this process, and what was seen of it: the gradient of each update, whole, after clipping; the matrices
+    whose SVD was made here; how many passes were empty; what this process holds of the blocks."""
+    script, _ = RUNS[name]
+    seen = {"gradients": [], "matrices": [], "empty": 0, "left": 0}
 
-    def ids(length):
-        return torch.randint(5, 200, (length,), generator=rng).tolist()
+    def reducing(parameters, grad_clip, real=script.reduce_gradients):
+        norm = real(parameters, grad_clip)
+        gradients = [parallel.full_tensor(p.grad) for p in parameters]
+        seen["gradients"].append([g.flatten().clone() for g in gradients if g is not None])
+        return norm
 
-    return [grpo.Row(ids(3 + i % 4), ids(1 + i), [-1.0] * (1 + i), 0.5 - i % 3) for i in range(9)]
+    def decomposing(W, rank, name, real=svd.top_svd):
+        seen["matrices"].append((name, tuple(W.shape)))
+        return real(W, rank, name)
 
+    def passing(net, real=parallel.empty_pass):
+        seen["empty"] += 1
+        return real(net)
 
-def experiment(checkpoint, method, directory, shard=1, data_rank=0, data_world=1):
-    """What a trainer does with a model, from the checkpoint `start` on: two updates, samples, files. Returns it all."""
-    cfg = settings(checkpoint, method, shard)
-    net, tokenizer = model.load_model(checkpoint, "float32", "cpu", shard), model.load_tokenizer(checkpoint)
-    parameters, identity = grpo.trained_parameters(net, cfg)
-    optimizer = torch.optim.Adam(parameters.values(), lr=0.01, eps=0.01)  # eps: no update of the size of noise
-    file = str(directory / method / "start.safetensors")
-    step, history, _ = grpo.load_checkpoint(file, parameters, optimizer, identity)
-    out = {"logits": net(IDS).detach(), "block_bytes": sum(p.nbytes for p in net.model.layers.parameters()),
-           "cache_shape": tuple(sample.KVCache(net.config, 5, 7, net.head).entries[0].shape),
-           "kept_bytes": sum(p.untyped_storage().nbytes() for p in net.model.layers.parameters())}
-    everything = rows()
-    tokens = sum(len(row.ids) for row in everything)
-    for i in range(2):
-        optimizer.zero_grad(set_to_none=False)
-        sums = grpo.accumulate_gradient(net, tokenizer, everything[data_rank::data_world], cfg, 9, tokens)
-        norm = grpo.update(optimizer, parameters.values(), 0.5)
-        [loss] = grpo.all_reduce([sums["loss"]], net)
-        out |= {f"norm{i}": torch.tensor(norm), f"loss{i}": torch.tensor(loss)}
-        out |= {f"gradient{i}.{name}": model.whole(p, p.grad.clone()) for name, p in parameters.items()}
-    for temperature in (0.0, 1.0):
-        groups = sample.generate(net, tokenizer, PROMPTS, 3, 9, temperature, seed=5)
-        out[f"tokens{temperature}"] = [[c.ids for c in group] for group in groups]
-        out[f"logprobs{temperature}"] = torch.tensor([x for group in groups for c in group for x in c.logprobs])
-    here = SimpleNamespace(out_dir=str(directory / method / f"of_{shard}"), method=method, model=checkpoint,
-                           save_dtype="float32")
-    os.makedirs(here.out_dir, exist_ok=True)
-    grpo.save_checkpoint(here.out_dir + "/checkpoint.safetensors", parameters, optimizer, 2, history, identity)
-    grpo.save_trained(net, here)
-    return out
+    def sharding(net, shard, real=tinylora.shard_model):
+        seen["net"] = net
+        real(net, shard)
+        seen["whole at first"] = whole_matrices()
 
+    def leaving(real=parallel.dist.destroy_process_group):
+        seen["left"] += 1
 
-def write_start(checkpoint, method, directory):
-    """A checkpoint of one process whose adapter is not 0, or whose weights have moved, with Adam's moments."""
-    net = model.load_model(checkpoint, "float32", "cpu")
-    parameters, identity = grpo.trained_parameters(net, settings(checkpoint, method, 1))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in parameters.values():
-            p += 0.1 * torch.randn(p.shape, generator=generator)
-    optimizer = torch.optim.Adam(parameters.values(), lr=0.01, eps=0.01)
-    for p in parameters.values():
-        p.grad = 0.1 * torch.randn(p.shape, generator=generator)
-    optimizer.step()
-    (directory / method).mkdir()
-    history = {"seconds": 0.0, "base": 0.0, "accuracy": None, "evaluated": None, "best": 0.0}
-    grpo.save_checkpoint(str(directory / method / "start.safetensors"), parameters, optimizer, 0, history, identity)
+    patch.setattr(script, "reduce_gradients", reducing)
+    patch.setattr(svd, "top_svd", decomposing)
+    patch.setattr(parallel, "empty_pass", passing)
+    patch.setattr(tinylora, "shard_model", sharding)
+    patch.setattr(parallel.dist, "destroy_process_group", leaving)
+    functions = [getattr(script, key) for key in ("reward", "problems") if hasattr(script, key)]
+    script.train(configure(script.Settings, *functions, argv=arguments(folder, name, out_dir, **changes)))
+    if net := seen.pop("net", None):
+        parts = [p.to_local() for p in net.model.layers.parameters()]
+        seen["held"] = sum(part.untyped_storage().nbytes() for part in parts)
+        seen["all"] = sum(p.nbytes for p in net.model.layers.parameters())
+        seen["whole"] = whole_matrices()
+    return seen
 
 
-def main(checkpoint, directory, shard):
-    """Of every rank: run the experiments, and keep what came out."""
-    tinylora.CACHE_FROM, os.environ["TINYLORA_CACHE"] = 0, str(directory / "cache")
-    data_rank, data_world, _ = grpo.start_ranks(settings(checkpoint, "full", shard, device="cpu"))
-    out = {method: experiment(checkpoint, method, directory, shard, data_rank, data_world) for method in METHODS}
-    torch.save(out, directory / f"rank{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
+def whole_matrices():
+    """How many tensors with numbers in memory have the shape of a block's gate_proj."""
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not isinstance(t, DTensor)]
+    return sum(t.shape == (INNER, 32) and t.untyped_storage().nbytes() > 0 for t in tensors)
+
+
+def main(folder, mesh):
+    """Of every process: make the first step of all runs, or go on with them in one process group."""
+    torch.set_num_threads(1)
+    join = torch.distributed.init_process_group
+    torch.distributed.init_process_group = lambda *a, **k: torch.distributed.is_initialized() or join(*a, **k)
+    sys.modules["torch.optim.adam"]._default_to_fused_or_foreach = lambda *_, **__: (False, True)  # as on a GPU
+    svd.CACHE_FROM, os.environ["TINYLORA_CACHE"] = 0, str(folder / mesh / "cache")
+    changes = dict(max_steps=1) if mesh == "first" else dict(init_from="resume", shard=MESHES[mesh][1])
+    seen = {}
+    for name in RUNS:
+        with pytest.MonkeyPatch.context() as patch:
+            seen[name] = run(folder, name, folder / mesh / name, patch, **changes)
+    torch.save(seen, folder / mesh / f"rank{parallel.rank_of()}.pt")
+
+
+def start(folder, mesh):
+    """What each process of a mesh has seen."""
+    processes, _ = MESHES.get(mesh, (1, 1))
+    for done in fork_ranks(processes, __file__, folder, mesh):
+        assert done.returncode == 0, done.stderr
+    return [torch.load(folder / mesh / f"rank{rank}.pt") for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
-def both(checkpoint, tmp_path_factory):
-    """{method: (what one process found, what each of four ranks in two shards found, the directory)}."""
-    directory = tmp_path_factory.mktemp("shard")
-    for method in METHODS:
-        write_start(checkpoint, method, directory)
-    for done in fork_ranks(4, "tests/test_shard.py", checkpoint, directory, 2):
-        assert done.returncode == 0, done.stderr
-    ranks = [torch.load(directory / f"rank{i}.pt") for i in range(4)]
-    return {method: (experiment(checkpoint, method, directory), [rank[method] for rank in ranks], directory / method)
-            for method in METHODS}
+def folder(problems, tmp_path_factory):
+    """A folder for all runs. In "first" each has made one step by one process."""
+    folder = tmp_path_factory.mktemp("shard")
+    make_checkpoint(folder / "model", intermediate_size=INNER)
+    shutil.copy(problems, folder / "rows.jsonl")
+    (folder / "task.py").write_text(TASK)
+    start(folder, "first")
+    for mesh in MESHES:
+        shutil.copytree(folder / "first", folder / mesh, ignore=shutil.ignore_patterns("cache", "*.pt"))
+    return folder
 
 
-def close(a, b, tol=1e-5):
-    return (a.double() - b.double()).norm() <= tol * b.double().norm()
+@pytest.fixture(scope="module")
+def one(folder):
+    """{name: what was seen of a run that one process went on with}."""
+    [seen] = start(folder, "one")
+    return seen
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_rank_computes_the_same_logits(both, method):
-    one, ranks, _ = both[method]
-    for rank in ranks:
-        assert close(rank["logits"], one["logits"]) and one["logits"].norm() > 1
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_gradient_norm_and_loss_are_those_of_one_process(both, method):
-    """Of every trained parameter, whole, after rows were divided between two shards: nothing counts twice."""
-    one, ranks, _ = both[method]
-    names = [name for name in one if name.startswith("gradient")]
-    assert names and all(one[name].norm() > 0 for name in names if "0." in name)
-    for name in names:
-        assert close(ranks[0][name], one[name]), name
-    for rank in ranks:
-        for name in ("norm0", "norm1", "loss0", "loss1"):
-            assert close(rank[name], one[name]), name
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_tokens_are_those_of_one_process(both, method):
-    one, ranks, _ = both[method]
-    for rank in ranks:
-        for temperature in (0.0, 1.0):
-            assert rank[f"tokens{temperature}"] == one[f"tokens{temperature}"]
-            assert close(rank[f"logprobs{temperature}"], one[f"logprobs{temperature}"])
-    for shard in (ranks[:2], ranks[2:]):  # to the bit
-        assert torch.equal(shard[0]["logprobs1.0"], shard[1]["logprobs1.0"])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_files_are_those_of_one_process(both, method):
-    """The ranks began with a checkpoint of one process, and leave the same files as it: names, shapes, numbers."""
-    directory = both[method][2]
-    assert sorted(os.listdir(directory / "of_1")) == sorted(os.listdir(directory / "of_2"))
-    trained = "model/model.safetensors" if method == "full" else "adapter.safetensors"
-    for file in ("checkpoint.safetensors", trained):
-        one, two = (load_file(directory / of / file) for of in ("of_1", "of_2"))
-        assert list(one) == list(two)
-        assert all(one[name].shape == two[name].shape and close(two[name], one[name]) for name in one)
-    if method == "full":
-        assert model.load_model(str(directory / "of_2" / "model"), device="cpu").config.num_key_value_heads == 2
-    tensors, info = grpo.read_checkpoint(str(directory / "of_2" / "checkpoint.safetensors"))
-    assert info["step"] == 2 and tensors
-
-
-def test_a_rank_holds_half_of_the_blocks(both):
-    """All but the norms, and not as a view of the whole."""
-    one, ranks, _ = both["tinylora"]
-    norms = 2 * 2 * 32 * 4  # two a block, two blocks, float32
-    for rank in ranks:
-        assert rank["block_bytes"] == rank["kept_bytes"] == (one["block_bytes"] - norms) // 2 + norms
-        assert rank["cache_shape"] == (2, 5, 1, 7, 8) and one["cache_shape"] == (2, 5, 2, 7, 8)  # half of the key heads
-
-
-def test_as_many_rows_are_sampled_as_fit_the_rank_with_the_least_memory(net):
-    a_row = 100 * 2 * 2 * 2 * 8 * 4 + 16 * net.config.vocab_size  # tokens; k, v; layers, key heads, size, bytes; logits
-    assert sample.fitting_rows(net, 100, 400) == 400
-    net.shard = SimpleNamespace(device=torch.device("cpu"), least=lambda budget: min(budget, 10.5 * a_row))
-    assert sample.fitting_rows(net, 100, 400) == 10
-
-
-def test_the_ranks_share_one_cached_svd(both, net):
-    """Divided among them, and the same file that one process would look for."""
-    directory = both["tinylora"][2].parent
-    weights = {name: linear.weight for name, linear in tinylora.adapted_linears(net).items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINYLORA_CACHE", str(directory / "cache"))
-        [file] = os.listdir(directory / "cache")
-        path = tinylora.cache_path(weights, 2)
-        assert os.path.basename(path) == file
-        cached = tinylora.read_cache(path)
-    for (name, W), (US, Vt) in zip(weights.items(), tinylora.svd_factors(weights, 2)):
-        assert close(cached[f"{name}.US"], US) and close(cached[f"{name}.Vt"], Vt) and len(US) == len(W)
-
-
-# ------------------------------------------------------------------------------------------------------- whole runs
-
-
-def args(module, checkpoint, problems, out_dir, **changes):
-    options = dict(model=checkpoint, dataset=problems, eval_dataset=problems, out_dir=out_dir, max_steps=2,
-                   batch_size=4, max_new_tokens=9, eval_size=5, device="cpu", seed=1337) | changes
-    if module is grpo:
-        options = dict(group_size=4, kl_coef=0.5) | options
-    return [f"--{key}={value}" for key, value in options.items()]
+@pytest.fixture(scope="module", params=[mesh for mesh in MESHES if mesh != "one"])
+def mesh(folder, request):
+    """(name of the mesh, [what each process saw])."""
+    return request.param, start(folder, request.param)
 
 
 def log_of(out_dir):
+    """The lines of a log, without what is measured (seconds) and without what is rounding alone (sampler - trainer)."""
     lines = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "diff", "max_diff")} for line in lines]
 
 
-def test_grpo_on_two_ranks_learns_what_it_does_on_one(checkpoint, problems, tmp_path, net):
-    """From a v with a KL gradient, so that there is something to learn; then one process goes on with the result."""
-    adapter = tinylora.add_adapter(net, rank=2, u=2, n_tie=2, seed=1337)
-    torch.nn.init.normal_(adapter.v, std=0.2, generator=torch.Generator().manual_seed(0))
-    history = {"seconds": 0.0, "base": 0.0, "accuracy": None, "evaluated": None, "best": 0.0}
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        grpo.save_checkpoint(str(tmp_path / name / "checkpoint.safetensors"), dict(adapter.named_parameters()),
-                             torch.optim.Adam(adapter.parameters()), 0, history, adapter.meta)
-    options = dict(init_from="resume", rank=2, u=2, n_tie=2, batch_size=2)
-    grpo.train(configure(vars(grpo), args(grpo, checkpoint, problems, tmp_path / "one", **options)))
-    done = torchrun(2, "grpo.py", *args(grpo, checkpoint, problems, tmp_path / "two", shard=2, **options),
-                    **count_threads(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("gloo threads: 0") == 2 or not os.path.isdir("/proc/self"), done.stderr
-    assert "with 14 numbers" in done.stdout.splitlines()[-1] and "2 process(es)" in done.stdout
-    one, two = (load_file(tmp_path / d / "adapter.safetensors")["v"] for d in ("one", "two"))
-    assert torch.allclose(one, two, rtol=1e-4, atol=1e-5) and not torch.equal(one, adapter.v.detach())
-    for here, there in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
-        for key in ("reward", "length", "equal_groups", "eval"):
-            assert here.get(key) == there.get(key)
-        if "grad_norm" in here:
-            assert there["grad_norm"] == pytest.approx(here["grad_norm"], rel=1e-4) and here["grad_norm"] > 0
-    grpo.train(configure(vars(grpo), args(grpo, checkpoint, problems, tmp_path / "two", **options | {"max_steps": 3})))
-    assert log_of(tmp_path / "two")[-1]["step"] == 3
+def assert_same_log(there, here):
+    for got, expected in zip(log_of(there), log_of(here), strict=True):
+        assert got.pop("eval", {}) == pytest.approx(expected.pop("eval", {}), rel=1e-5)
+        assert got == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_pretraining_on_two_ranks_learns_what_it_does_on_one(checkpoint, problems, tmp_path):
-    options = dict(method="full", random_init=True, lr=3e-3, max_steps=3, eval_dataset="")
-    sft.train(configure(vars(sft), args(sft, checkpoint, problems, tmp_path / "one", **options)))
-    for done in fork_ranks(2, "sft.py", *args(sft, checkpoint, problems, tmp_path / "two", shard=2, **options)):
+def close(a, b, tolerance=1e-5):
+    return (a.double() - b.double()).norm() <= tolerance * b.double().norm()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_several_processes_do_what_one_does(folder, one, mesh, name):
+    """From the checkpoint of one process on: gradients, logs and files."""
+    mesh, ranks = mesh
+    gradients, expected = ranks[0][name]["gradients"], one[name]["gradients"]
+    assert len(gradients) == len(expected) == 2 * RUNS[name][1].get("num_passes", 1)
+    assert all(gradient.norm() > 0 for gradient in expected[0])
+    for got, wanted in zip(gradients[0], expected[0], strict=True):
+        assert close(got, wanted)
+    here, there = folder / "one" / name, folder / mesh / name
+    assert_same_log(there, here)
+    files = [path.relative_to(here) for path in here.rglob("*.safetensors")]
+    assert sorted(files) == sorted(path.relative_to(there) for path in there.rglob("*.safetensors")) and len(files) > 1
+    for file in files:
+        got, expected = load_file(there / file), load_file(here / file)
+        assert list(got) == list(expected)
+        for key, t in expected.items():
+            assert got[key].shape == t.shape and close(got[key], t, 1e-4), key
+    assert all(rank[name]["left"] == 1 for rank in ranks)
+
+
+def test_in_every_run_a_process_has_less_to_do_than_another(mesh):
+    _, ranks = mesh
+    assert all(sum(rank[name]["empty"] for rank in ranks) > 2 for name in RUNS)
+
+
+def test_a_process_holds_its_part_of_the_blocks_alone(mesh):
+    mesh, ranks = mesh
+    _, shard = MESHES[mesh]
+    for name in RUNS:
+        for rank in (rank[name] for rank in ranks):
+            assert rank["held"] == pytest.approx(rank["all"] / shard, rel=0.04)
+            assert rank["whole at first"] == rank["whole"] == 0
+
+
+def test_the_svd_is_divided_and_takes_whole_matrices(folder, one, mesh):
+    """One process makes the next. Then all find it in the cache, under the name that one process gives it."""
+    mesh, ranks = mesh
+    first, *others = RUNS
+    done = [rank[first]["matrices"] for rank in ranks]
+    assert sorted(sum(done, [])) == sorted(one[first]["matrices"]) and len(one[first]["matrices"]) == 14
+    assert max(map(len, done)) - min(map(len, done)) <= 1
+    assert not any(rank[name]["matrices"] for rank in ranks for name in others)
+    [here], [there] = ([*(folder / name / "cache").iterdir()] for name in ("one", mesh))
+    assert here.name == there.name
+    for (name, t), (_, other) in zip(load_file(here).items(), load_file(there).items(), strict=True):
+        assert close(other, t), name
+
+
+@pytest.mark.parametrize("name", ["grpo full", "sft lora"])
+def test_one_process_goes_on_with_what_several_saved(folder, one, mesh, name):
+    mesh, _ = mesh
+    outs = []
+    for source in ("one", mesh):
+        outs.append(folder / f"{name} after {source} for {mesh}")
+        shutil.copytree(folder / source / name, outs[-1])
+        script = f"{RUNS[name][0].__name__}.py"
+        done = fork_script(script, *arguments(folder, name, outs[-1], max_steps=4, init_from="resume"))
         assert done.returncode == 0, done.stderr
-    one, two = (log_of(tmp_path / d) for d in ("one", "two"))
-    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
-    one, two = (model.load_model(str(tmp_path / d / "model"), device="cpu")(IDS) for d in ("one", "two"))
-    assert close(two, one, 1e-2)  # Adam makes steps of full size of gradients that are next to 0
+    assert_same_log(outs[1], outs[0])
+    assert log_of(outs[1])[-1]["step"] == 4
 
 
-@pytest.mark.parametrize("shard", [1, 2])
-def test_benchmarks_and_samples_on_two_ranks_are_those_of_one(checkpoint, problems, tmp_path, net, shard):
-    """Shares of the problems, or of the weights; with an adapter that is cut; begun by one process, resumed by two."""
+def test_groups_are_replaced_alike_with_one_copy_of_the_weights_and_with_two(folder, tmp_path):
+    """Which groups replace others depends on the number of processes, so here it is the same."""
+    for shard in (1, 2):
+        options = dict(shard=shard, resample=2, group_size=2)
+        for done in fork_ranks(2, "grpo.py", *arguments(folder, "grpo tinylora", tmp_path / str(shard), **options)):
+            assert done.returncode == 0 and not done.stderr, done.stderr
+    assert_same_log(tmp_path / "2", tmp_path / "1")
+    assert max(line.get("groups", 0) for line in log_of(tmp_path / "1")) > 3
+
+
+# ------------------------------------------------------------------------------------------------- the other scripts
+
+LEAVING = """
+import torch.distributed as dist
+leave = dist.destroy_process_group
+dist.destroy_process_group = lambda: (leave(), print("left"))
+"""
+
+
+@pytest.fixture(scope="module")
+def adapted(checkpoint, tmp_path_factory):
+    """The directory of an adapter that is not 0."""
+    net = model.load_model(checkpoint, device="cpu")
     adapter = tinylora.add_adapter(net, "lora", rank=2)
     for p in adapter.parameters():
         torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(0))
-    tinylora.save_adapter(adapter, str(tmp_path / "adapter.safetensors"))
-    common = [f"--model={checkpoint}", f"--adapter={tmp_path}", "--max_new_tokens=5", "--seed=3", "--device=cpu"]
-    asked = ["eval_math.py", *common, f"--dataset={problems}", "--num_problems=7", "--n=3", f"--out_dir={tmp_path}/run"]
+    directory = tmp_path_factory.mktemp("adapter")
+    tinylora.save_adapter(adapter, str(directory / "adapter.safetensors"))
+    return directory
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_two_processes_go_on_with_an_evaluation_of_one(checkpoint, problems, adapted, tmp_path, shard):
+    asked = ["eval_math.py", f"--model={checkpoint}", f"--adapter={adapted}", "--max_new_tokens=5", "--device=cpu",
+             f"--dataset={problems}", "--num_problems=5", "--n=3", f"--out_dir={tmp_path}"]
     done = fork_script(*asked)
     assert done.returncode == 0, done.stderr
-    [path] = (tmp_path / "run").glob("*.jsonl")
-    settings, groups = eval_math.read_responses(str(path))
+    [path] = tmp_path.glob("*.jsonl")
+    expected = read_responses(str(path))
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:8]))  # two problems and a third of one
-    first, second = fork_ranks(2, *asked, "--init_from=resume", f"--shard={shard}")
+    path.write_text("".join(lines[:5]))  # the settings, one problem and a third of another
+    first, second = fork_ranks(2, *asked, "--init_from=resume", f"--shard={shard}", setup=LEAVING)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert "2 of them answered already" in first.stdout and not second.stdout
-    assert eval_math.read_responses(str(path)) == (settings, groups) and len(groups) == 7
+    assert "1 of them answered already" in first.stdout and second.stdout == "left\n" in first.stdout
+    assert read_responses(str(path)) == expected and len(expected[1]) == 5
     assert len(path.read_text().splitlines()) == len(lines)  # nothing twice
-    said = ["sample.py", *common, "--prompt=Tom has 3 apples."]
-    both = fork_ranks(2, *said, f"--shard={shard}")
-    if shard == 1:
-        assert all("as many processes as shard (1)" in rank.stderr and rank.returncode == 2 for rank in both)
-        assert_refused(fork_script(*said[:-1], "--prompt=-", "--shard=2"), "no shard")
-        assert_refused(fork_script("sample.py", "--adapter=,a", "--shard=2"), "several adapters")
-    else:
-        one, first, second = ([line for line in rank.stdout.splitlines() if "; command line)" not in line]
-                              for rank in (fork_script(*said), *both))
-        assert one[:-1] == first[:-1] != [] and second == []  # but for the speed
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for the ranks' processes in /proc")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
-def test_ranks_leave_together(checkpoint, problems, tmp_path, name):
-    """One rank of two is told to stop, or dies: both have saved the same step, or the run ends and does not hang."""
+def test_two_processes_with_one_copy_say_what_one_says(checkpoint, adapted, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Tom has 3 apples.\nHow many?\nIda has 2 coins.\n")
+    asked = ["sample.py", f"--model={checkpoint}", f"--adapter={adapted}", f"--prompt_file={tmp_path}/prompts.txt",
+             "--n=2", "--max_new_tokens=5", "--device=cpu"]
+    one, first, second = fork_script(*asked), *fork_ranks(2, *asked, "--shard=2", setup=LEAVING)
+    assert one.returncode == first.returncode == second.returncode == 0, first.stderr + second.stderr
+    said, got = (process.stdout[process.stdout.index("###") :].rpartition("30 tokens")[0] for process in (one, first))
+    assert said == got != "" and second.stdout == "left\n" in first.stdout
+    for refused in fork_ranks(2, *asked, f"--adapter={adapted},", "--shard=2"):
+        assert_refused(refused, "need shard = 1")
+
+
+# ------------------------------------------------------------------------------------------------------- how runs end
+
+ENDLESS = dict(max_steps=10**6, save_interval=0, eval_dataset="", shard=2)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_one_process_ends_all(folder, tmp_path, sent):
+    """Told to stop, all have saved the same step. If one dies, the other ends and does not hang."""
     out_dir = tmp_path / "run"
-    options = dict(max_steps=10**6, save_interval=0, eval_dataset="", shard=2)
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "grpo.py",
-               *args(grpo, checkpoint, problems, out_dir, **options)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | count_threads(tmp_path)
-    run = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        began = time.time()
-        while not (out_dir / "log.jsonl").exists() or len(log_of(out_dir)) < 2:
-            assert run.poll() is None and time.time() - began < 120
-            time.sleep(0.2)
-        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        [second] = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
-        os.kill(int(second), getattr(signal, name))
-        output, errors = run.communicate(timeout=90)
-    finally:
-        run.terminate()
-    assert run.returncode
-    if name == "SIGTERM":
-        _, info = grpo.read_checkpoint(str(out_dir / "checkpoint.safetensors"))
-        assert info["step"] == log_of(out_dir)[-1]["step"] and f"interrupted: {info['step']} steps" in output
-        assert 'grpo.py", line' not in errors and errors.count("gloo threads: 0") == 2
+    ranks = start_ranks(2, "grpo.py", *arguments(folder, "grpo tinylora", out_dir, **ENDLESS))
+    while not (out_dir / "log.jsonl").exists() or len(log_of(out_dir)) < 2:
+        time.sleep(0.1)  # a process of forks.py ends after two minutes in any case
+    os.kill(ranks[1].pid, sent)
+    first, second = (rank.wait() for rank in ranks)
+    if sent == signal.SIGTERM:
+        assert (first.returncode, second.returncode) == (130, 143), first.stderr + second.stderr
+        assert "stopped: go on with" in first.stdout
+        with safe_open(out_dir / "checkpoint.safetensors", "pt") as f:
+            assert json.loads(f.metadata()["step"]) == log_of(out_dir)[-1]["step"]
     else:
-        assert "SIGKILL" in errors or "Signal 9" in errors
+        assert (first.returncode, second.returncode) == (1, -9)
 
 
-@pytest.mark.slow
-def test_compiled_blocks_on_two_ranks(checkpoint, problems, tmp_path):
-    options = dict(rank=2, max_steps=2, eval_dataset="")
-    sft.train(configure(vars(sft), args(sft, checkpoint, problems, tmp_path / "one", **options)))
-    options |= dict(shard=2, compile=True, packing=False)
-    done = torchrun(2, "sft.py", *args(sft, checkpoint, problems, tmp_path / "two", **options))
-    assert done.returncode == 0, done.stderr
-    one, two = (log_of(tmp_path / d) for d in ("one", "two"))
-    for key in ("loss", "grad_norm"):
-        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-4)
+def test_a_mistake_that_one_process_meets_ends_the_run(folder, tmp_path):
+    """Under torchrun itself."""
+    task = tmp_path / "task.py"
+    task.write_text("""
+import os
+from support import UserError
+def reward(problem, completion):
+    if os.environ["RANK"] == "1":
+        raise UserError("this row has no answer")
+    return 0.0
+""")
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "grpo.py", task]
+    done = run_script(*command, *arguments(folder, "grpo lora", tmp_path / "run", **ENDLESS)[1:])
+    assert done.returncode == 1 and done.stderr.count("error: this row has no answer\n") == 1
+    assert len(log_of(tmp_path / "run")) == 0
 
 
-def test_what_does_not_fit_is_refused_in_one_line(checkpoint, problems, tmp_path):
-    options = dict(eval_dataset="", out_dir=tmp_path / "run")
-    done = fork_script("grpo.py", *args(grpo, checkpoint, problems, shard=2, **options))
-    assert_refused(done, "shard = 2", "torchrun --nproc_per_node=2")
-    done = fork_script("sft.py", *args(sft, checkpoint, problems, shard=0, **options))
-    assert_refused(done, "shard must be at least")
-    done = torchrun(2, "grpo.py", *args(grpo, checkpoint, problems, shard=3, **options))
-    assert "error: shard = 3 does not divide the number of processes, 2" in done.stderr and done.returncode == 1
-    assert 'grpo.py", line' not in done.stderr
-    with pytest.raises(UserError, match="shard = 3 does not cut this model, with 2 key heads and 48 inner units"):
-        model.load_model(checkpoint, "float32", "cpu", shard=3)
-    with pytest.raises(UserError, match="shard = 2 does not cut this model, with 2 key heads and 49 inner units"):
-        model.load_model(make_checkpoint(tmp_path / "odd", intermediate_size=49), "float32", "cpu", shard=2)
+@pytest.mark.parametrize("processes, shard", [(1, 2), (1, 0), (2, 3)])
+def test_a_shard_that_does_not_divide_the_processes_is_refused(folder, tmp_path, processes, shard):
+    command = ["sft.py", *arguments(folder, "sft lora", tmp_path / "run", shard=shard)]
+    for done in fork_ranks(processes, *command) if processes > 1 else [fork_script(*command)]:
+        assert_refused(done, f"shard = {shard} must divide the number of processes, which is {processes}",
+                       f"torchrun --nproc_per_node={max(1, shard)}")
     assert not (tmp_path / "run").exists()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2])
