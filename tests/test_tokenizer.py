@@ -129,15 +129,6 @@ def test_text_begins_with_a_bos_where_the_files_ask_for_it(checkpoint, tmp_path)
     assert asked.bos_ids == [asked.added[begin]]
 
 
-def test_a_gap_that_tiktoken_cannot_read_is_refused(tokenizer):
-    """Its regex engine panics near a million white spaces in a row, with an exception that is no Exception."""
-    for gap in (" " * 1_100_000, "\n" + "\t\u00a0" * 500_000):
-        message = refusal(tokenizer.encode_chat, turns(f"How many apples?{gap}ok"))
-        assert "more than 900000 spaces in a row" in message
-    for text in ("ok" + " " * 900_000 + "ok", "no gap " * 200_000):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
 # ------------------------------------------------------------------------------------------- what is refused, and how
 
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
@@ -166,8 +157,8 @@ def splits(*steps):
     ("tokenizer.json", {"normalizer": {"type": "Sequence", "normalizers": [NFC, {"type": "Lowercase"}]}}, "normalizer"),
     ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}, "is malformed (KeyError"),
     ("tokenizer.json", {"added_tokens": [{"content": "<a>", "id": -1}]}, "ids must be whole numbers"),
-    ("tokenizer_config.json", "[]", "is not a JSON object"),
-    ("generation_config.json", "[]", "is not a JSON object"),
+    ("tokenizer_config.json", "[]", "is malformed"),
+    ("generation_config.json", "[]", "is malformed"),
     ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id (config.json or generation_config.json) must be"),
     ("chat_template.jinja", "{% if %}", "the chat template is malformed (TemplateSyntaxError"),
 ])
@@ -344,17 +335,17 @@ THOUGHT = "<think>\nThree and four make seven.\n</think>\n\n#### 7"
 
 
 @pytest.mark.parametrize("template, messages, words", [
-    (R1, turns("3+4?", THOUGHT), "message 2 (assistant), or a part of it: it may cut off reasoning up to </think>"),
-    (R1_OPENED, turns("3+4?", THOUGHT), "message 2 (assistant), or a part of it: it may cut off reasoning"),
+    (R1, turns("3+4?", THOUGHT), "leaves out message 2 (assistant) or a part of it"),
+    (R1_OPENED, turns("3+4?", THOUGHT), "some cut reasoning off up to </think>"),
     (R1, turns("3+4?", THOUGHT, "2+2?", "#### 4"), "message 2 (assistant)"),
     (NO_SYSTEM, turns("3+4?", "#### 7", system="Think step by step."), "message 1 (system)"),
-    (NO_SYSTEM, turns("3+4?", "#### 7", system="4"), "message 1 (system), or a part of it: it may have no place for"),
+    (NO_SYSTEM, turns("3+4?", "#### 7", system="4"), "some take no system message"),
     (LAST_ONLY, turns("3+4?", "#### 7"), "message 1 (user)"),
     (LAST_ONLY, turns("Yes", "Yes"), "leaves out message"),
-    (R1_OPENED, turns("3+4?", "#### 7"), r"ends a prompt with '<think>\n' but leaves that out of a written turn"),
-    (CHATML.replace("CONTENT", "m.content ~ (loop.last and '!' or '')"), turns("?", "7"), "changes earlier messages"),
+    (R1_OPENED, turns("3+4?", "#### 7"), "differently once the answer follows (message 2)"),
+    (CHATML.replace("CONTENT", "m.content ~ (loop.last and '!' or '')"), turns("?", "7"), "differently once"),
     (CHATML.replace("CONTENT", "m.content ~ (loop.last and m.role == 'assistant' and '!' or '')"),
-     turns("?", "7", "?", "8"), "changes earlier messages"),
+     turns("?", "7", "?", "8"), "differently once"),
     (CHATML.replace("<|im_end|>", "").replace("CONTENT", "m.content"), turns("?", "7"), "without a special token"),
     ("{{ raise_exception('no chats') }}", turns("?", "7"), "refuses these messages: no chats"),
 ])
