@@ -121,9 +121,9 @@ class Tokenizer:
             prompt = self.chat(guarded[:i])
             turn = self.chat(guarded[: i + 1], generation_prompt=False)
             if not (prompt.startswith(done) and turn.startswith(prompt)):
-                raise UserError("the chat template writes the text before an answer differently "
-                                f"once the answer follows (message {i + 1}), so that turns cannot "
-                                "be told apart; use another checkpoint's template")
+                raise UserError("the chat template changes earlier messages, or the end of a "
+                                f"prompt, when an answer follows (message {i + 1}), so that turns "
+                                "cannot be told apart; use another checkpoint's template")
             asked = tail + self.encode(prompt[len(done) :], special=True, guard=GUARD)
             said = self.encode(turn[len(prompt) :], special=True, guard=GUARD)
             if self.eos_id not in said:

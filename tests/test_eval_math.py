@@ -75,23 +75,23 @@ def test_every_kind_of_file_gives_the_same_problems(tmp_path, ending):
     assert ending == "lines.json" or load_problems(str(tmp_path), "test") == problems
 
 
-@pytest.mark.parametrize("rows, words", [
-    ([], "holds no problems"), (["{}\n"], "line 1: needs a question"), (["[1]\n"], "a row must be a JSON object"),
-    (["\n", {"question": "x", "answer": "1"}, {"question": "y", "reply": "1"}], "line 3: needs a question"),
-    ([{"question": "x", "answer": "1"}, "{nonsense\n"], "line 2 is malformed (JSONDecodeError"), (["[" * 100_000], "is malformed (RecursionError"),
-    ([{"question": "x", "answer": "  "}], "it has {'question': 'x', 'answer': '  '}"),
-    ([{"question": " ", "answer": "1"}], "line 1: needs a question"),
-    ([{"question": "x", "answer": True}], "a number or a list; it has {'question': 'x', 'answer': 'True'}"),
-    (['{"question": "x", "answer": NaN}\n'], "'answer': 'nan'"),
-    ([{"prompt": [{"role": "user", "content": "?"}], "solution": "7"}], "question_concat), which is a text, and"),
-    ([{"question": "x", "answer": "1", "system": 7}], "line 1: system must be a text")])
-def test_a_row_that_cannot_be_used_is_named_by_file_and_line(tmp_path, rows, words):
-    with pytest.raises(UserError, match=re.escape(words)):
-        load_problems(write(tmp_path / "data.jsonl", *rows))
+GOOD = {"question": "x", "answer": "1"}
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("x.jsonl.gz", gzip.compress(b'{"question": "x", "answer": "1"}\n'), "convert or unpack it"),
+    ("x.jsonl", [], "holds no problems"),
+    ("x.jsonl", ["{}\n"], "line 1: needs a question"),
+    ("x.jsonl", ["1\n"], "a row must be a JSON object"),
+    ("x.jsonl", ["\n", GOOD, {"question": "y", "reply": "1"}], "line 3: needs a question"),
+    ("x.jsonl", [GOOD, "{nonsense\n"], "line 2 is malformed (JSONDecodeError"),
+    ("x.jsonl", ["[" * 100_000], "is malformed (RecursionError"),
+    ("x.jsonl", [GOOD | {"answer": "  "}], "it has {'question': 'x', 'answer': '  '}"),
+    ("x.jsonl", [GOOD | {"question": " "}], "line 1: needs a question"),
+    ("x.jsonl", [GOOD | {"answer": True}], "a number or a list; it has {'question': 'x', 'answer': 'True'}"),
+    ("x.jsonl", [GOOD | {"answer": math.nan}], "'answer': 'nan'"),
+    ("x.jsonl", [{"prompt": [{"role": "user", "content": "?"}], "solution": "7"}], "), which is a text, and"),
+    ("x.jsonl", [GOOD | {"system": 7}], "line 1: system must be a text"),
+    ("x.jsonl.gz", gzip.compress(b"{}"), "convert or unpack it"),
     ("x.txt", b"1+1=2", "does not end in .jsonl, .json, .csv, .parquet"),
     ("x.json", b'[{"question": "x", "answer": "1"},', "x.json is malformed (JSONDecodeError"),
     ("x.json", b"[1]", "row 1: a row must be a JSON object"),
@@ -104,10 +104,13 @@ def test_a_row_that_cannot_be_used_is_named_by_file_and_line(tmp_path, rows, wor
     ("gsm9k", None, "nor one of gsm8k, math"),
     ("x.jsonl@hard", b"", "'x.jsonl@hard' is neither a file"),
 ])
-def test_files_and_names_that_cannot_be_read_are_refused_with_the_reason(tmp_path, monkeypatch, name, content, words):
+def test_data_that_cannot_be_used_is_refused_by_file_and_row_with_the_reason(
+        tmp_path, monkeypatch, name, content, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "directory").mkdir()
-    if content is not None:
+    if isinstance(content, list):
+        write(tmp_path / name, *content)
+    elif content is not None:
         (tmp_path / name.partition("@")[0]).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(words)):
         load_problems(name)
@@ -290,11 +293,11 @@ def test_figures_by_hand():
 def test_the_table_by_hand():
     one = eval_math.summarise([[row_of(0)], [row_of(1, strict=False, truncated=True)], [row_of(2, strict=False)]])
     two = eval_math.summarise([[row_of(0, strict=False, lenient=False, tokens=30)]])
-    lines = [line.split() for line in eval_math.table({"one": one, "two": two})]
-    assert lines == [["problems", "n", "strict", "stderr", "lenient", "truncated", "length"],
-                     ["one", "3", "1", "0.333", "0.333", "1.000", "33.3%", "10"],
-                     ["two", "1", "1", "0.000", "0.000", "0.000", "0.0%", "30"],
-                     ["mean", "0.167", "0.500"]]
+    assert [line.split() for line in eval_math.table({"one": one, "two": two})] == [
+        ["problems", "n", "strict", "stderr", "lenient", "truncated", "length"],
+        ["one", "3", "1", "0.333", "0.333", "1.000", "33.3%", "10"],
+        ["two", "1", "1", "0.000", "0.000", "0.000", "0.0%", "30"],
+        ["mean", "0.167", "0.500"]]
 
 
 def evaluate(monkeypatch, tokenizer, problems, indices, completions, **settings):
