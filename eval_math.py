@@ -6,8 +6,6 @@ r"""Maths problems: data sets and prompts by name, scores, and as a script the b
     python eval_math.py --model=DIR --init_from=resume                  # after an interruption
     python eval_math.py --regrade=out/eval/gsm8k.jsonl                  # grade responses again
     torchrun --nproc_per_node=8 -- eval_math.py --model=DIR --dataset=gsm8k --n=8
-
-support/answers.py finds the answer that a response states, and compares it with the reference.
 """
 
 import atexit
@@ -18,6 +16,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from statistics import fmean, pstdev
 from typing import Literal
 
 from configurator import at_least, configure, save_settings
@@ -25,8 +24,8 @@ from model import load_tokenizer
 from sample import encode_prompt, generate
 from support import UserError, whole_file
 from support.answers import ANSWER_FORMATS, extract_answer, lenient_correct, same_answer
-from support.answers import is_correct as is_correct  # eval_math.is_correct
-from support.data import is_local, load_hub, read_file, read_responses, write_responses, write_rows
+from support.answers import is_correct as is_correct  # for eval_math.is_correct
+from support.data import ENDINGS, load_hub, read_file, read_responses, write_responses, write_rows
 from support.parallel import Ranks, all_gather, is_chief, print0
 from support.run import changes, claim
 from tinylora import load_adapted
@@ -67,87 +66,68 @@ PROMPTS = {  # name: (system message, or None for no chat; user message; what st
     # SimpleRL's, for base models that cannot follow an instruction
     "base": (None, "Question:\n{question}\nAnswer:\nLet's think step by step.\n", "any"),
 }
-DATASETS = {  # name: (hub path, configuration, prompt, {our name of a split: the hub's})
-    "gsm8k": ("openai/gsm8k", "main", "gsm8k", {"train": "train", "test": "test"}),
-    "math": ("DigitalLearningGmbH/MATH-lighteval@3-5", None, "boxed",
-             {"train": "train", "test": "test"}),  # levels 3 to 5, as in SimpleRL and the paper
-    "deepmath": ("zwhe99/DeepMath-103K", None, "boxed", {"train": "train"}),
-    "math500": ("HuggingFaceH4/MATH-500", None, "boxed", {"test": "test"}),
+DATASETS = {  # name: (hub path, configuration, prompt, {split: its name on the hub, if another})
+    "gsm8k": ("openai/gsm8k", "main", "gsm8k", {}),
+    "math": ("DigitalLearningGmbH/MATH-lighteval@3-5", None, "boxed", {}),  # the paper's levels
+    "deepmath": ("zwhe99/DeepMath-103K", None, "boxed", {}),
+    "math500": ("HuggingFaceH4/MATH-500", None, "boxed", {}),
     "aime24": ("HuggingFaceH4/aime_2024", None, "boxed", {"test": "train"}),
-    "aime25": ("math-ai/aime25", None, "boxed", {"test": "test"}),
-    "amc23": ("math-ai/amc23", None, "boxed", {"test": "test"}),
-    "minerva": ("math-ai/minervamath", None, "boxed", {"test": "test"}),
-    "olympiad": ("math-ai/olympiadbench", None, "boxed", {"test": "test"}),
+    "aime25": ("math-ai/aime25", None, "boxed", {}),
+    "amc23": ("math-ai/amc23", None, "boxed", {}),
+    "minerva": ("math-ai/minervamath", None, "boxed", {}),
+    "olympiad": ("math-ai/olympiadbench", None, "boxed", {}),
     "gaokao2023en": ("MARIO-Math-Reasoning/Gaokao2023-Math-En", None, "boxed", {"test": "train"}),
-    "svamp": ("ChilleD/SVAMP", None, "boxed", {"train": "train", "test": "train+test"}),
+    "svamp": ("ChilleD/SVAMP", None, "boxed", {"test": "train+test"}),
 }
-QUESTION_COLUMNS = ("question", "problem", "prompt")
-ANSWER_COLUMNS = ("answer", "final_answer", "solution")
+QUESTION_COLUMNS = ("question", "problem", "prompt", "question_concat")  # the last is SVAMP's
+ANSWER_COLUMNS = ("answer", "final_answer", "solution", "Answer")
 
-# ------------------------------------------------------------------------------------ reading data
+# --------------------------------------------------------------------------- problems and prompts
 
 def load_problems(name_or_path, split="train", read_row=None):
-    """Problems as dicts, one for each row of the data, as read_row makes them.
+    """What read_row makes of each (place, row) of the data: by default a problem, see as_problem.
 
-    name_or_path: a .jsonl, .json, .csv or .parquet file; a directory with such a file, named after
-        the split; a name in DATASETS; or owner/name on the hub. The suffix @3-5 selects the
-        problems whose 'level' is 3 to 5.
-    read_row: a function of (place, row), by default as_problem; `place` is for error messages.
-    Raises UserError for an unknown name, an empty file, and a row that lacks something.
+    name_or_path: a file that read_file reads; a directory with one that is named after the split;
+        a name in DATASETS; or owner/name on the hub. A suffix @3-5 selects levels 3 to 5.
     """
-    name, at, levels = name_or_path.rpartition("@")
-    if not at or os.path.exists(name_or_path):
-        name, levels = name_or_path, ""
-    elif not re.fullmatch("[0-9]+-[0-9]+", levels):
-        raise UserError(f"'{name_or_path}': levels are written as @3-5")
-    if is_local(name):
+    name, levels = split_levels(name_or_path)
+    if os.path.exists(name) or name.endswith(ENDINGS):
         rows = read_file(name, split)
-    else:
-        rows, usual_levels = read_hub(name, split)
+    elif name in DATASETS or "/" in name:
+        path, configuration, _, splits = DATASETS.get(name, (name, None, "plain", {}))
+        path, usual_levels = split_levels(path)
         levels = levels or usual_levels
+        data = load_hub(name, path, configuration, splits.get(split, split))
+        rows = [(f"{path}, row {number}", row) for number, row in enumerate(data)]
+    else:
+        raise UserError(f"'{name}' is neither a file, nor a hub name owner/name, nor one of "
+                        f"{', '.join(DATASETS)}")
     if levels:
         low, high = map(int, levels.split("-"))
-        rows = [(place, row) for place, row in rows if low <= level_of(row) <= high]
+        chosen = [f"{word}{level}" for word in ("", "Level ") for level in range(low, high + 1)]
+        rows = [(place, row) for place, row in rows if str(row.get("level")) in chosen]
     if not rows:
-        raise UserError(f"{name} holds no problems" + (f" of level {levels}" if levels else ""))
+        raise UserError(f"{name_or_path} holds no problems")
     return [(read_row or as_problem)(place, row) for place, row in rows]
 
 
-def level_of(row):
-    """The level is a number, or a text such as MATH's "Level 5"; -1 if there is none."""
-    digits = re.search("[0-9]+", str(row.get("level")))
-    return int(digits[0]) if digits else -1
-
-
-def read_hub(name, split):
-    """([(place, row)], levels) of a data set on the hub."""
-    if name not in DATASETS and "/" not in name:
-        raise UserError(f"no file and no data set is called '{name}'; known names: "
-                        f"{', '.join(DATASETS)}; or give a .jsonl file or a hub name owner/name")
-    path, configuration, _, splits = DATASETS.get(name, (name, None, "plain", {split: split}))
-    path, _, levels = path.partition("@")
-    if split not in splits:
-        raise UserError(f"data set '{name}' has no split '{split}', only {' and '.join(splits)}")
-    rows = []
-    for i, row in enumerate(load_hub(name, path, configuration, splits[split])):
-        if "Body" in row:  # SVAMP
-            row |= {"question": f"{row['Body']} {row['Question']}", "answer": row["Answer"]}
-        rows.append((f"{path}, row {i}", row))
-    return rows, levels
+def split_levels(name):
+    """'math@3-5' -> ('math', '3-5'); a name without levels -> (name, None)."""
+    return re.fullmatch("(?s)(.*?)(?:@([0-9]+-[0-9]+))?", name).groups()
 
 
 def as_problem(place, row):
-    """The row with three texts: 'question', 'answer' (the final one), and 'solution' (the worked
-    answer if the data has one, else the answer)."""
+    """The row with three texts: 'question', the final 'answer', and the 'solution', which is the
+    worked answer if the data has one."""
     questions = [row[c] for c in QUESTION_COLUMNS if isinstance(row.get(c), str) and row[c].strip()]
-    answers = {key: as_text(row[key]) for key in ANSWER_COLUMNS if as_text(row.get(key)).strip()}
+    answers = {c: as_text(row[c]) for c in ANSWER_COLUMNS if as_text(row.get(c)).strip()}
     if not questions or not answers:
-        found = ", ".join(f"{key} = {repr(value)[:30]}" for key, value in row.items()) or "nothing"
-        raise UserError(f"{place}: needs a question ({', '.join(QUESTION_COLUMNS)}), which must be "
-                        f"a text, and an answer ({', '.join(ANSWER_COLUMNS)}), which must be a "
-                        f"text, a number or a list, and no bool; it has {found}")
+        found = {key: str(value)[:30] for key, value in row.items()}
+        raise UserError(f"{place}: needs a question ({', '.join(QUESTION_COLUMNS)}), which is a "
+                        f"text, and an answer ({', '.join(ANSWER_COLUMNS)}), which is a text, a "
+                        f"number or a list; it has {found}")
     if not isinstance(row.get("system") or "", str):
-        raise UserError(f"{place}: system must be a text, not {str(row['system'])[:40]!r}")
+        raise UserError(f"{place}: system must be a text")
     answer = next(iter(answers.values()))
     return row | {"question": questions[0], "answer": final_answer(answer),
                   "solution": answers.get("solution", answer)}
@@ -156,45 +136,41 @@ def as_problem(place, row):
 def as_text(value):
     """An answer as text; empty if it is no text, number or list."""
     if isinstance(value, list):  # OlympiadBench: several answers to one problem
-        value = ", ".join(str(part).strip().strip("$") for part in value)
+        return ", ".join(str(part).strip(" $") for part in value)
     if isinstance(value, float) and value.is_integer():
-        value = int(value)
+        return str(int(value))
     is_missing = type(value) not in (str, int, float) or value != value  # NaN differs from itself
     return "" if is_missing else str(value)
 
 
 def final_answer(text):
     r"""The reference in an answer or solution: what MATH puts into \boxed{}, or GSM8K behind ####
-    in the last line, or else all of it. Words like "answer: 4" are not read: they may be code."""
+    in the last line, or else all of it: words like "answer: 4" may be part of a program."""
     last_line = text.rstrip().rpartition("\n")[2]
-    found = extract_answer(text, "boxed")
-    if not found and "####" in last_line:
-        found = extract_answer(last_line, "hash")
-    return found or text.strip()
+    return extract_answer(text, "boxed") or extract_answer(last_line, "hash") or text.strip()
 
-
-# ----------------------------------------------------------------------------------------- prompts
 
 def choose_prompt(cfg, name):
-    """cfg with every "auto" replaced by what data set `name` is usually asked with. Files and
-    directories named like a data set count as it: data/math500/test.jsonl is asked as math500."""
-    known = [key for key in DATASETS if re.search(f"(^|/){key}[^/]*/?[^/]*$", name)]
+    """cfg with every "auto" replaced by what data set `name` is usually asked with. So are files
+    and directories named like it: data/math500/test.jsonl is asked as math500."""
     template = cfg.prompt_template
     if template == "auto":
+        known = [key for key in DATASETS for part in name.split("/")[-2:] if part.startswith(key)]
         template = DATASETS[max(known, key=len)][2] if known else "plain"
     system, user, answer_format = PROMPTS.get(template, ("", template, "any"))
-    chosen = {"system_prompt": system, "answer_format": answer_format}
-    chosen = {key: value for key, value in chosen.items() if getattr(cfg, key) == "auto"}
-    return replace(cfg, prompt_template=user, **chosen)
+    if cfg.system_prompt != "auto":
+        system = cfg.system_prompt
+    if cfg.answer_format != "auto":
+        answer_format = cfg.answer_format
+    return replace(cfg, system_prompt=system, prompt_template=user, answer_format=answer_format)
 
 
 def encode_problems(tokenizer, problems, system_prompt, prompt_template, context=math.inf):
-    """Prompts as lists of token ids. {question} is replaced as text, so other braces stay. If a
-    problem has a `system` message, it replaces system_prompt; system_prompt = None means no chat.
-    Raises UserError for a prompt that leaves no room in a context of so many tokens."""
+    """Prompts as lists of token ids. A problem's own `system` message replaces system_prompt;
+    system_prompt = None means no chat. UserError for a prompt that fills the context (tokens)."""
     if "{question}" not in prompt_template:
-        raise UserError(f"prompt_template must contain {{question}}, but is '{prompt_template}'; "
-                        f"eval_math.py also knows the names {', '.join(PROMPTS)}")
+        raise UserError(f"prompt_template must contain {{question}}, or in eval_math.py be one of "
+                        f"{', '.join(PROMPTS)}; got '{prompt_template}'")
     prompts = []
     for problem in problems:
         text = prompt_template.replace("{question}", problem["question"])
@@ -207,16 +183,12 @@ def encode_problems(tokenizer, problems, system_prompt, prompt_template, context
     return prompts
 
 
-# ------------------------------------------------------ scores of a response, problem and data set
+# ----------------------------------------------------------------------------------------- scores
 
 def score(response, truncated, reference, answer_format):
-    """Verdicts on a response.
-
-    strict: it has ended, and the answer that it states in the format asked for is right.
-    lenient: what it states in any format is right, or its last number is, even if it was cut off.
-        Other harnesses count so, and those that read the last number never count more.
-    extracted: the answer that strict has read, or None.
-    """
+    """Verdicts on a response. strict: it has ended, and what it states in the format asked for
+    (extracted) is right. lenient: what it states in any format is right, or its last number is,
+    even if it was cut off."""
     stated = None if truncated else extract_answer(response, answer_format)
     return {"strict": stated is not None and same_answer(stated, reference),
             "lenient": lenient_correct(response, reference), "extracted": stated}
@@ -228,68 +200,43 @@ def pass_at_k(n, right, k):
 
 
 def majority(rows):
-    """Is the answer right that most rows state? Where several lead, the share of right ones among
-    them. Equal answers count together, however they are written."""
+    """1 if the answer that most rows state is right; if several lead, the share of right ones.
+    Equal answers count together, however they are written."""
     stated = [row for row in rows if row["extracted"] is not None]
     counts = Counter(row["extracted"] for row in stated)
     votes = {a: sum(counts[b] for b in counts if same_answer(a, b)) for a in counts}
-    # Answers that lead have equally many votes, so their share of votes is their share of answers.
-    leaders = [row for row in stated if votes[row["extracted"]] == max(votes.values())]
-    return sum(row["strict"] for row in leaders) / len(leaders) if leaders else 0.0
+    leaders = [row["strict"] for row in stated if votes[row["extracted"]] == max(votes.values())]
+    return fmean(leaders) if leaders else 0.0
 
 
 def summarise(groups):
     """Figures of a data set. groups: n rows for each problem. Shares are from 0 to 1, length is in
-    tokens. stderr is strict's over problems, since answers to one problem are not independent."""
+    tokens. stderr is that of strict over problems: answers to one problem are not independent."""
     n = len(groups[0])
     rows = [row for group in groups for row in group]
     right = [sum(row["strict"] for row in group) for group in groups]
-    mean = {key: sum(row[key] for row in rows) / len(rows)
-            for key in ("strict", "lenient", "truncated", "tokens")}
-    variance = sum((r / n - mean["strict"]) ** 2 for r in right) / max(1, len(groups) - 1)
-    summary = {"problems": len(groups), "n": n, "strict": mean["strict"],
-               "stderr": math.sqrt(variance / len(groups)), "lenient": mean["lenient"]}
+    summary = {"problems": len(groups), "n": n, "strict": sum(right) / len(rows),
+               "stderr": pstdev(right) / n / math.sqrt(max(1, len(groups) - 1)),
+               "lenient": fmean(row["lenient"] for row in rows)}
     if n > 1:
         for k in sorted({2**i for i in range(1, n.bit_length())} | {n}):
-            summary[f"pass@{k}"] = sum(pass_at_k(n, r, k) for r in right) / len(groups)
-        summary[f"maj@{n}"] = sum(majority(group) for group in groups) / len(groups)
-    return summary | {"truncated": mean["truncated"], "length": mean["tokens"]}
-
-
-def evaluate(net, tokenizer, problems, cfg, indices, on_rows):
-    """Ask every problem cfg.n times, score the answers, and call on_rows with those to a problem as
-    soon as they are complete. A problem's random numbers depend on its number in `indices`."""
-
-    def grade(i, completions):
-        question, reference = problems[i]["question"], problems[i]["answer"]
-        rows = []
-        for j, completion in enumerate(completions):
-            text, truncated = completion.text, completion.truncated
-            if cfg.system_prompt is None and "\nQuestion:" in text:
-                # A base model goes on with a question of its own, so its answer has ended there.
-                text, truncated = text.partition("\nQuestion:")[0], False
-            row = {"index": indices[i], "sample": j, "question": question, "answer": reference,
-                   "tokens": len(completion.ids), "truncated": truncated}
-            verdict = score(text, truncated, reference, cfg.answer_format)
-            rows.append(row | verdict | {"response": text})
-        on_rows(rows)
-
-    prompts = encode_problems(tokenizer, problems, cfg.system_prompt, cfg.prompt_template)
-    generate(net, tokenizer, prompts, cfg.n, cfg.max_new_tokens, cfg.temperature, cfg.seed,
-             prompt_ids=indices, progress="evaluating", on_done=grade)
+            summary[f"pass@{k}"] = fmean(pass_at_k(n, r, k) for r in right)
+        summary[f"maj@{n}"] = fmean(majority(group) for group in groups)
+    return summary | {"truncated": fmean(row["truncated"] for row in rows),
+                      "length": fmean(row["tokens"] for row in rows)}
 
 
 def table(summaries):
     """Lines of a table of {name: summary}. Below several, the means of strict and lenient."""
     formats = {"problems": ",", "n": "", "truncated": ".1%", "length": ",.0f"}
-    keys = next(iter(summaries.values())).keys()
-    lines = [["", *keys]]
-    for name, summary in summaries.items():
-        lines.append([name, *(format(summary[key], formats.get(key, ".3f")) for key in keys)])
-    if len(summaries) > 1:
-        means = {key: sum(summary[key] for summary in summaries.values()) / len(summaries)
-                 for key in ("strict", "lenient")}
-        lines.append(["mean", *(f"{means[key]:.3f}" if key in means else "" for key in keys)])
+    rows = list(summaries.values())
+    if len(rows) > 1:
+        means = {key: fmean(row[key] for row in rows) for key in ("strict", "lenient")}
+        summaries = summaries | {"mean": means}
+    lines = [["", *rows[0]]]
+    for name, row in summaries.items():
+        cells = (format(row[key], formats.get(key, ".3f")) if key in row else "" for key in rows[0])
+        lines.append([name, *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return ["  ".join(map(str.rjust, line, widths)) for line in lines]
 
@@ -301,37 +248,60 @@ def grade_again(path, answer_format):
         answer_format = settings.get("answer_format", "any")
     if answer_format not in ANSWER_FORMATS or not groups:
         raise UserError(f"{path} has no responses, or its answer_format {answer_format!r} is "
-                        "unknown: give --answer_format=")
-    changed, n = 0, max(map(len, groups.values()))
+                        "unknown; give --answer_format=")
+    changed = 0
     for row in (row for rows in groups.values() for row in rows):
         verdict = score(row["response"], row["truncated"], row["answer"], answer_format)
         changed += any(row.get(key) != verdict[key] for key in ("strict", "lenient"))
         row |= verdict
     new = f"{path.removesuffix('.jsonl')}.regraded.jsonl"
     write_responses(new, settings | {"answer_format": answer_format}, groups.values())
+    n = max(map(len, groups.values()))
     complete = [rows for rows in groups.values() if len(rows) == n]
     print(*table({os.path.basename(path): summarise(complete)}), sep="\n")
-    print(f"strict reads '{answer_format}'; {changed} verdicts changed; the rows are in {new}; the "
-          f"table leaves out {len(groups) - len(complete)} problems with fewer than {n} responses")
+    print(f"strict reads '{answer_format}'; {changed} verdicts changed (see {new}); left out: "
+          f"{len(groups) - len(complete)} problems with fewer than {n} responses")
 
 
 # -------------------------------------------------------------------------------------- the script
 
+def evaluate(net, tokenizer, problems, cfg, indices, on_rows):
+    """Ask every problem cfg.n times, and call on_rows with the scored answers to a problem as soon
+    as they are complete. A problem's random numbers depend on its number in `indices`."""
+
+    def grade(i, completions):
+        rows, reference = [], problems[i]["answer"]
+        for j, completion in enumerate(completions):
+            text, truncated = completion.text, completion.truncated
+            if cfg.system_prompt is None and "\nQuestion:" in text:
+                # A base model goes on with a question of its own, so its answer has ended there.
+                text, truncated = text.partition("\nQuestion:")[0], False
+            row = {"index": indices[i], "sample": j, "question": problems[i]["question"],
+                   "answer": reference, "tokens": len(completion.ids), "truncated": truncated}
+            verdict = score(text, truncated, reference, cfg.answer_format)
+            rows.append(row | verdict | {"response": text})
+        on_rows(rows)
+
+    prompts = encode_problems(tokenizer, problems, cfg.system_prompt, cfg.prompt_template)
+    generate(net, tokenizer, prompts, cfg.n, cfg.max_new_tokens, cfg.temperature, cfg.seed,
+             prompt_ids=indices, progress="evaluating", on_done=grade)
+
+
 def identity(net, problems, cfg):
     """What a response depends on. Answers made with other settings are not mixed with these."""
-    digest = hashlib.sha256(json.dumps([[p["question"], p["answer"]] for p in problems]).encode())
-    if net.adapter:  # its numbers, which are the same in a file, a directory and a text
-        digest.update(json.dumps(net.adapter.meta, sort_keys=True).encode())
-        for p in net.adapter.parameters():
-            digest.update(p.detach().float().cpu().numpy().tobytes())
+    texts = [[problem["question"], problem["answer"]] for problem in problems]
+    meta = net.adapter and net.adapter.meta
+    digest = hashlib.sha256(json.dumps([texts, meta], sort_keys=True).encode())
+    for p in net.adapter.parameters() if net.adapter else ():
+        digest.update(p.detach().cpu().numpy())
     keys = ("model", "split", "prompt_template", "system_prompt", "answer_format", "n",
             "max_new_tokens", "temperature", "seed")
     settings = {key: getattr(cfg, key) for key in keys}
-    return settings | {"dtype": str(net.dtype), "adapter or problems": digest.hexdigest()[:16]}
+    return settings | {"dtype": str(net.dtype), "adapter or problems": digest.hexdigest()}
 
 
 def ask(net, tokenizer, name, problems, cfg, path, ranks):
-    """Ask the problems to which `path` holds no answers yet, each process its part of them, and add
+    """Ask the problems that `path` does not answer yet, each process its part of them, and append
     the answers as they come. Returns the figures of all answers."""
     settings, done, left = identity(net, problems, cfg), {}, None
     asked = list(range(len(problems)))[: cfg.num_problems or None]
@@ -346,8 +316,7 @@ def ask(net, tokenizer, name, problems, cfg, path, ranks):
         write_responses(path, settings, done.values())
         left = [i for i in asked if i not in done]
         print(f"{name}: {len(asked)} problems, {len(asked) - len(left)} of them answered already; "
-              f"system message {cfg.system_prompt!r}, user message {cfg.prompt_template!r}, strict "
-              f"reads '{cfg.answer_format}'")
+              f"system {cfg.system_prompt!r}, user {cfg.prompt_template!r}, {cfg.answer_format}")
     mine = ranks.mine(all_gather(left)[0])
     evaluate(net, tokenizer, [problems[i] for i in mine], cfg, mine,
              on_rows=lambda rows: write_rows(path, rows))
@@ -357,9 +326,6 @@ def ask(net, tokenizer, name, problems, cfg, path, ranks):
     example = groups[asked[0]][0]
     print0(f"for example: {example['question']}\n-> {example['response']}\n"
            f"({'right' if example['strict'] else 'wrong'}; the answer is {example['answer']})")
-    if summary["truncated"] > 0.05:
-        print0(f"warning: {summary['truncated']:.0%} of the answers were cut off, and are wrong by "
-               f"strict; raise max_new_tokens (now {cfg.max_new_tokens})")
     return summary
 
 

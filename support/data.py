@@ -7,64 +7,52 @@ import os
 
 from support import UserError, foreign_file, whole_file
 
-FILES = (".jsonl", ".json", ".csv", ".parquet")
-
-
-def is_local(name):
-    """Is this a file or a directory, rather than a name on the hub?"""
-    return os.path.exists(name) or name.endswith(FILES)
+ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def read_file(path, split=""):
     """[(place, row)] of a data file, or of the file in a directory that is named after the split.
-    Raises UserError, naming the file and the line, for what cannot be read."""
+    Raises UserError, naming the file and the row, for what cannot be read."""
     if os.path.isdir(path):
-        paths = [os.path.join(path, split + ending) for ending in FILES]
+        paths = [os.path.join(path, split + ending) for ending in ENDINGS]
         path = next(filter(os.path.exists, paths), paths[0])
     try:
         with open(path, "rb") as f:
             data = f.read()
     except OSError as error:
         raise UserError(f"no data can be read from '{path}': {error}") from None
-    is_array = data[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    if path.endswith(".jsonl") or path.endswith(".json") and not is_array:
-        return json_lines(path, data)
     with foreign_file(path):
-        if path.endswith(".json"):
-            rows = json.loads(data)
-        elif path.endswith(".csv"):  # pandas would turn the answer 007 into 7, and NA into nothing
-            rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline="")))
-        elif path.endswith(".parquet"):
-            import pyarrow.parquet  # only here; the datasets library brings it
-
-            rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
-        else:
-            raise UserError(f"'{path}' does not end in {', '.join(FILES)}: unpack a compressed "
-                            "file, and convert any other")
-    places = [f"{path}, row {i}" for i in range(1, len(rows) + 1)]
-    for place, row in zip(places, rows):
+        rows = list(read_rows(path, data))
+    for place, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{place}: a row must be a JSON object")
         if None in row:  # where DictReader puts the fields for which the header has no name
             raise UserError(f"{place} has too many fields: put quotes around a text with commas")
-    return list(zip(places, rows))
-
-
-def json_lines(path, data):
-    """A JSON object a line; blank lines are skipped."""
-    rows = []
-    for i, line in enumerate(data.split(b"\n"), 1):
-        place = f"{path}, line {i}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: no JSON: {error}; each line must be an object") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: a row must be a JSON object")
-        rows.append((place, row))
     return rows
+
+
+def read_rows(path, data):
+    """Yield (place, row) from the bytes of a file. JSON is one array, or an object a line."""
+    is_json = path.endswith((".jsonl", ".json"))
+    if is_json and not data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        for number, line in enumerate(data.split(b"\n"), 1):
+            place = f"{path}, line {number}"
+            if line.strip():
+                with foreign_file(place):
+                    yield place, json.loads(line)
+        return
+    if is_json:
+        rows = json.loads(data)
+    elif path.endswith(".csv"):  # pandas would turn the answer 007 into 7, and NA into nothing
+        rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
+    elif path.endswith(".parquet"):
+        import pyarrow.parquet  # only here; the datasets library brings it
+
+        rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+    else:
+        raise UserError(f"'{path}' does not end in {', '.join(ENDINGS)}: convert or unpack it")
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", row
 
 
 def load_hub(name, path, configuration, split, **options):
@@ -74,7 +62,7 @@ def load_hub(name, path, configuration, split, **options):
 
         return datasets.load_dataset(path, configuration, split=split, **options)
     except Exception as error:  # of many kinds: the network, the hub, a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"data set '{name}' ({path}, {split}) could not be loaded ({reason}); give "
                         "a .jsonl file or a directory instead") from None
 

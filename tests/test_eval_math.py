@@ -75,39 +75,42 @@ def test_every_kind_of_file_gives_the_same_problems(tmp_path, ending):
     assert ending == "lines.json" or load_problems(str(tmp_path), "test") == problems
 
 
-@pytest.mark.parametrize("rows, words", [
-    ([], "holds no problems"), (["{}\n"], "line 1: needs a question"), (["[1]\n"], "a row must be a JSON object"),
-    (["\n", {"question": "x", "answer": "1"}, {"question": "y", "reply": "1"}], "line 3: needs a question"),
-    ([{"question": "x", "answer": "1"}, "{nonsense\n"], "line 2: no JSON"), (["[" * 100_000], "line 1: no JSON"),
-    ([{"question": "x", "answer": "  "}], "it has question = 'x', answer = '  '"),
-    ([{"question": " ", "answer": "1"}], "line 1: needs a question"),
-    ([{"question": "x", "answer": True}], "a number or a list, and no bool; it has question = 'x', answer = True"),
-    (['{"question": "x", "answer": NaN}\n'], "answer = nan"),
-    ([{"prompt": [{"role": "user", "content": "?"}], "solution": "7"}], "prompt), which must be a text, and"),
-    ([{"question": "x", "answer": "1", "system": 7}], "line 1: system must be a text, not '7'")])
-def test_a_row_that_cannot_be_used_is_named_by_file_and_line(tmp_path, rows, words):
-    with pytest.raises(UserError, match=re.escape(words)):
-        load_problems(write(tmp_path / "data.jsonl", *rows))
+GOOD = {"question": "x", "answer": "1"}
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("x.jsonl.gz", gzip.compress(b'{"question": "x", "answer": "1"}\n'), "unpack a compressed file"),
+    ("x.jsonl", [], "holds no problems"),
+    ("x.jsonl", ["{}\n"], "line 1: needs a question"),
+    ("x.jsonl", ["1\n"], "a row must be a JSON object"),
+    ("x.jsonl", ["\n", GOOD, {"question": "y", "reply": "1"}], "line 3: needs a question"),
+    ("x.jsonl", [GOOD, "{nonsense\n"], "line 2 is malformed (JSONDecodeError"),
+    ("x.jsonl", ["[" * 100_000], "is malformed (RecursionError"),
+    ("x.jsonl", [GOOD | {"answer": "  "}], "it has {'question': 'x', 'answer': '  '}"),
+    ("x.jsonl", [GOOD | {"question": " "}], "line 1: needs a question"),
+    ("x.jsonl", [GOOD | {"answer": True}], "a number or a list; it has {'question': 'x', 'answer': 'True'}"),
+    ("x.jsonl", [GOOD | {"answer": math.nan}], "'answer': 'nan'"),
+    ("x.jsonl", [{"prompt": [{"role": "user", "content": "?"}], "solution": "7"}], "), which is a text, and"),
+    ("x.jsonl", [GOOD | {"system": 7}], "line 1: system must be a text"),
+    ("x.jsonl.gz", gzip.compress(b"{}"), "convert or unpack it"),
     ("x.txt", b"1+1=2", "does not end in .jsonl, .json, .csv, .parquet"),
     ("x.json", b'[{"question": "x", "answer": "1"},', "x.json is malformed (JSONDecodeError"),
     ("x.json", b"[1]", "row 1: a row must be a JSON object"),
     ("x.csv", b"question,answer\nHow many, then?,3\n", "row 1 has too many fields: put quotes around"),
-    ("x.csv", b"question;answer\n1+1?;2\n", "it has question;answer = '1+1?;2'"),
+    ("x.csv", b"question;answer\n1+1?;2\n", "it has {'question;answer': '1+1?;2'}"),
     ("x.csv", b"question,answer\n\xff,2\n", "x.csv is malformed (UnicodeDecodeError"),
     ("x.parquet", b"PAR1", "x.parquet is malformed"),
     ("nowhere.jsonl", None, "no data can be read from"),
     ("directory", None, "directory/train.jsonl"),
-    ("gsm9k", None, "known names: gsm8k"),
-    ("x.jsonl@hard", b"", "levels are written as @3-5"),
+    ("gsm9k", None, "nor one of gsm8k, math"),
+    ("x.jsonl@hard", b"", "'x.jsonl@hard' is neither a file"),
 ])
-def test_files_and_names_that_cannot_be_read_are_refused_with_the_reason(tmp_path, monkeypatch, name, content, words):
+def test_data_that_cannot_be_used_is_refused_by_file_and_row_with_the_reason(
+        tmp_path, monkeypatch, name, content, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "directory").mkdir()
-    if content is not None:
+    if isinstance(content, list):
+        write(tmp_path / name, *content)
+    elif content is not None:
         (tmp_path / name.partition("@")[0]).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(words)):
         load_problems(name)
@@ -117,7 +120,7 @@ def test_levels_choose_problems(tmp_path):
     levels = [1, 3, "Level 4", "Level 5", "Level ?", None, 35]
     path = write(tmp_path / "a.jsonl", *({"question": "?", "answer": i, "level": x} for i, x in enumerate(levels)))
     assert [p["answer"] for p in load_problems(path + "@3-5")] == ["1", "2", "3"] and len(load_problems(path)) == 7
-    with pytest.raises(UserError, match="no problems of level 7-8"):
+    with pytest.raises(UserError, match="@7-8 holds no problems"):
         load_problems(path + "@7-8")
 
 
@@ -153,7 +156,7 @@ PUBLISHED = {  # the first row of each data set, in the columns it has on the hu
     "minerva": {"question": "2+2?", "answer": "4"},
     "olympiad": {"question": "2+2?", "final_answer": ["$4$"], "subject": "Algebra"},
     "gaokao2023en": {"question": "2+2?", "answer": "4"},
-    "svamp": {"ID": "chal-1", "Body": "Two and two.", "Question": "How many?", "Answer": "4.0"},
+    "svamp": {"ID": "chal-1", "Body": "2+2", "Question": "?", "question_concat": "2+2?", "Answer": "4.0"},
 }
 
 
@@ -173,11 +176,9 @@ def hub_of(monkeypatch, *rows):
 def test_every_data_set_loads_by_name_from_its_published_columns(name, monkeypatch):
     asked = hub_of(monkeypatch, PUBLISHED[name])
     [problem] = load_problems(name, "train" if name in ("math", "deepmath") else "test")
-    assert problem["question"] in ("2+2?", "Two and two. How many?")
+    assert problem["question"] == "2+2?"
     assert eval_math.is_correct(problem["answer"], "4")
     assert "@" not in asked[0][0] and asked[0][2] in ("train", "test", "train+test")
-    with pytest.raises(UserError, match="has no split 'dev'"):
-        load_problems(name, "dev")
 
 
 def test_other_data_sets_other_columns_and_levels(monkeypatch):
@@ -220,7 +221,7 @@ def test_prompts_are_the_template_with_the_question_as_text(tokenizer):
     assert own.startswith("<|im_start|>system\nThink.<|im_end|>")
     [ids] = eval_math.encode_problems(tokenizer, [{"question": "1+1?"}], None, "Question:\n{question}\nAnswer:\n")
     assert ids == tokenizer.encode("Question:\n1+1?\nAnswer:\n")  # no chat template
-    with pytest.raises(UserError, match="must contain {question}, but is 'boxd'; .* boxed"):
+    with pytest.raises(UserError, match="must contain {question}, or .* boxed, .*; got 'boxd'"):
         eval_math.encode_problems(tokenizer, [{"question": "x"}], "", "boxd")
 
 
@@ -292,11 +293,11 @@ def test_figures_by_hand():
 def test_the_table_by_hand():
     one = eval_math.summarise([[row_of(0)], [row_of(1, strict=False, truncated=True)], [row_of(2, strict=False)]])
     two = eval_math.summarise([[row_of(0, strict=False, lenient=False, tokens=30)]])
-    lines = [line.split() for line in eval_math.table({"one": one, "two": two})]
-    assert lines == [["problems", "n", "strict", "stderr", "lenient", "truncated", "length"],
-                     ["one", "3", "1", "0.333", "0.333", "1.000", "33.3%", "10"],
-                     ["two", "1", "1", "0.000", "0.000", "0.000", "0.0%", "30"],
-                     ["mean", "0.167", "0.500"]]
+    assert [line.split() for line in eval_math.table({"one": one, "two": two})] == [
+        ["problems", "n", "strict", "stderr", "lenient", "truncated", "length"],
+        ["one", "3", "1", "0.333", "0.333", "1.000", "33.3%", "10"],
+        ["two", "1", "1", "0.000", "0.000", "0.000", "0.0%", "30"],
+        ["mean", "0.167", "0.500"]]
 
 
 def evaluate(monkeypatch, tokenizer, problems, indices, completions, **settings):
@@ -363,7 +364,7 @@ def test_a_run_that_is_stopped_or_killed_goes_on_to_the_same_answers(evaluation,
     out = tmp_path / "out"
     done = fork_script(*arguments, f"--out_dir={out}")
     assert re.search(r"strict +stderr +lenient +pass@2 +pass@4 +maj@4 +truncated", done.stdout), done.stderr
-    assert "of the answers were cut off" in done.stdout and re.search(r"^ +mean ", done.stdout, re.M)
+    assert re.search(r"^ +mean ", done.stdout, re.M)
     results = json.loads((out / "results.json").read_text())
     assert results[str(copy)]["problems"] == 6 and results[str(copy)]["n"] == 4
     first, second = sorted(out.glob("*.jsonl"))
@@ -455,7 +456,7 @@ def test_regrading_counts_changed_verdicts_and_leaves_out_what_is_not_complete(t
     write_responses(tmp_path / "a.jsonl", {"answer_format": "hash"}, groups)
     eval_math.grade_again(str(tmp_path / "a.jsonl"), "auto")
     out = capsys.readouterr().out
-    assert "strict reads 'hash'; 2 verdicts changed" in out and "leaves out 1 problems with fewer than 2" in out
+    assert "strict reads 'hash'; 2 verdicts changed" in out and "left out: 1 problems with fewer than 2" in out
     assert re.search(r"^a.jsonl +2 +2 +1.000", out, re.M)
 
 
@@ -464,7 +465,7 @@ def test_regrading_counts_changed_verdicts_and_leaves_out_what_is_not_complete(t
     ('{"response": "4", "answer": "4", "truncated": "False"}', "line 1: 'truncated' must be bool"),
     ('{"response": "4", "answer": "4", "index": [1]}', "line 1: 'index' must be int"),
     ('{"response": "4", "answer": "4", "tokens": null}', "line 1: 'tokens' must be int"),
-    ('{"response": "4", "ans', "line 1: no JSON"),
+    ('{"response": "4", "ans', "line 1 is malformed"),
     ('{"settings": {"answer_format": "xyz"}}\n{"response": "4", "answer": "4"}', "'xyz' is unknown"),
 ])
 def test_responses_that_cannot_be_read_are_named_by_file_and_line(tmp_path, line, words):
