@@ -66,21 +66,22 @@ PROMPTS = {  # name: (system message, or None for no chat; user message; what st
     # SimpleRL's, for base models that cannot follow an instruction
     "base": (None, "Question:\n{question}\nAnswer:\nLet's think step by step.\n", "any"),
 }
-DATASETS = {  # name: (hub path, configuration, prompt, {split: its name on the hub, if another})
-    "gsm8k": ("openai/gsm8k", "main", "gsm8k", {}),
-    "math": ("DigitalLearningGmbH/MATH-lighteval@3-5", None, "boxed", {}),  # the paper's levels
-    "deepmath": ("zwhe99/DeepMath-103K", None, "boxed", {}),
-    "math500": ("HuggingFaceH4/MATH-500", None, "boxed", {}),
+BOTH, TEST = {"train": "train", "test": "test"}, {"test": "test"}
+DATASETS = {  # name: (hub path, configuration, prompt, {split: what the hub calls it})
+    "gsm8k": ("openai/gsm8k", "main", "gsm8k", BOTH),
+    "math": ("DigitalLearningGmbH/MATH-lighteval@3-5", None, "boxed", BOTH),  # the paper's levels
+    "deepmath": ("zwhe99/DeepMath-103K", None, "boxed", {"train": "train"}),
+    "math500": ("HuggingFaceH4/MATH-500", None, "boxed", TEST),
     "aime24": ("HuggingFaceH4/aime_2024", None, "boxed", {"test": "train"}),
-    "aime25": ("math-ai/aime25", None, "boxed", {}),
-    "amc23": ("math-ai/amc23", None, "boxed", {}),
-    "minerva": ("math-ai/minervamath", None, "boxed", {}),
-    "olympiad": ("math-ai/olympiadbench", None, "boxed", {}),
+    "aime25": ("math-ai/aime25", None, "boxed", TEST),
+    "amc23": ("math-ai/amc23", None, "boxed", TEST),
+    "minerva": ("math-ai/minervamath", None, "boxed", TEST),
+    "olympiad": ("math-ai/olympiadbench", None, "boxed", TEST),
     "gaokao2023en": ("MARIO-Math-Reasoning/Gaokao2023-Math-En", None, "boxed", {"test": "train"}),
-    "svamp": ("ChilleD/SVAMP", None, "boxed", {"test": "train+test"}),
+    "svamp": ("ChilleD/SVAMP", None, "boxed", {"train": "train", "test": "train+test"}),
 }
-QUESTION_COLUMNS = ("question", "problem", "prompt", "question_concat")  # the last is SVAMP's
-ANSWER_COLUMNS = ("answer", "final_answer", "solution", "Answer")
+QUESTION_COLUMNS = ("question", "problem", "prompt")
+ANSWER_COLUMNS = ("answer", "final_answer", "solution", "Answer")  # the last is SVAMP's
 
 # --------------------------------------------------------------------------- problems and prompts
 
@@ -94,10 +95,12 @@ def load_problems(name_or_path, split="train", read_row=None):
     if os.path.exists(name) or name.endswith(ENDINGS):
         rows = read_file(name, split)
     elif name in DATASETS or "/" in name:
-        path, configuration, _, splits = DATASETS.get(name, (name, None, "plain", {}))
+        path, configuration, _, splits = DATASETS.get(name, (name, None, "plain", {split: split}))
         path, usual_levels = split_levels(path)
         levels = levels or usual_levels
-        data = load_hub(name, path, configuration, splits.get(split, split))
+        if split not in splits:
+            raise UserError(f"data set '{name}' has no split '{split}', only {', '.join(splits)}")
+        data = load_hub(name, path, configuration, splits[split])
         rows = [(f"{path}, row {number}", row) for number, row in enumerate(data)]
     else:
         raise UserError(f"'{name}' is neither a file, nor a hub name owner/name, nor one of "
@@ -119,6 +122,8 @@ def split_levels(name):
 def as_problem(place, row):
     """The row with three texts: 'question', the final 'answer', and the 'solution', which is the
     worked answer if the data has one."""
+    if "Body" in row:  # SVAMP
+        row = row | {"question": f"{row['Body']} {row['Question']}"}
     questions = [row[c] for c in QUESTION_COLUMNS if isinstance(row.get(c), str) and row[c].strip()]
     answers = {c: as_text(row[c]) for c in ANSWER_COLUMNS if as_text(row.get(c)).strip()}
     if not questions or not answers:
@@ -326,6 +331,9 @@ def ask(net, tokenizer, name, problems, cfg, path, ranks):
     example = groups[asked[0]][0]
     print0(f"for example: {example['question']}\n-> {example['response']}\n"
            f"({'right' if example['strict'] else 'wrong'}; the answer is {example['answer']})")
+    if summary["truncated"] > 0.05:
+        print0(f"warning: {summary['truncated']:.0%} of the answers were cut off, and are wrong by "
+               f"strict; raise max_new_tokens (now {cfg.max_new_tokens})")
     return summary
 
 

@@ -63,7 +63,7 @@ class Ranks:
     """This process is dp_rank of dp_size: it works on every dp_size-th row."""
 
     def __init__(self, device="auto", shard=1):
-        self.device = device
+        self.device, self.dp_rank, self.dp_size = device, 0, 1
         launched = dist.is_torchelastic_launched()
         world = int(os.environ["WORLD_SIZE"]) if launched else 1
         if shard < 1 or world % shard:

@@ -5,7 +5,6 @@ import os
 import re
 import unicodedata
 from contextlib import suppress
-from functools import partial
 
 import tiktoken
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -18,18 +17,19 @@ WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
 # A code point that Unicode keeps out of text. Put between the characters of a special token that a
 # user typed, it hides the token from the search for special tokens.
 GUARD = "\ufdd0"
+MAX_GAP = 900_000  # tiktoken's regex engine panics near 1,000,000 white spaces in a row
 
 
 class Tokenizer:
     """The tokenizer of a checkpoint directory (Qwen2.5, Llama 3).
 
-    stop_ids: where sampling stops. eos_id: the one that ends a turn in training. pad_id: never a
-    stop id. bos_ids: what raw text begins with, if anything. template: None if there is none.
+    stop_ids: where sampling stops. eos_id: the stop id that ends a turn in training. pad_id: never
+    a stop id. bos_ids: what raw text begins with, if anything. template: None if there is none.
     """
 
     def __init__(self, path):
-        data, ranks, words = _read_tokenizer_json(path)
-        self.bpe = tiktoken.Encoding("", pat_str=words, mergeable_ranks=ranks, special_tokens={})
+        data, ranks, pattern = _read_tokenizer_json(path)
+        self.bpe = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.nfc = data.get("normalizer") is not None
         tokens = data.get("added_tokens", [])
         self.added = {token["content"]: token["id"] for token in tokens if token["content"]}
@@ -39,24 +39,26 @@ class Tokenizer:
         longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
         self.cut = re.compile("(" + ("|".join(longest_first) or "(?!)") + ")")
 
-        config = _read_optional(path, "config.json")
-        generation = _read_optional(path, "generation_config.json")
-        names = _read_optional(path, "tokenizer_config.json")
+        config, generation, names = (read_optional(os.path.join(path, name)) for name in (
+            "config.json", "generation_config.json", "tokenizer_config.json"))
         rows, last = config.get("vocab_size"), max(self.pieces)
         if rows is not None and last >= rows:
             raise UserError(f"{path}: the tokenizer has ids up to {last}, but config.json says "
                             f"vocab_size = {rows}; use the tokenizer of this model")
-        bos, eos, pad = (_token_text(names, key) for key in ("bos_token", "eos_token", "pad_token"))
+        bos, eos, pad = (_token_text(names, f"{name}_token") for name in ("bos", "eos", "pad"))
         adds_bos = "TemplateProcessing" in json.dumps(data.get("post_processor"))  # as in Llama 3
         self.bos_ids = [self.added[bos]] if adds_bos and bos else []
-        self.template = _chat_template(path, names, bos, eos)
+        self.special_texts = {"bos_token": bos, "eos_token": eos}
+        self.template = _chat_template(path, names)
 
-        # Every end that a part of the checkpoint names is a stop: Qwen2.5's base models name
-        # <|endoftext|>, while their chat template ends a turn with <|im_end|>.
+        # Every end that a part of the checkpoint knows is a stop. Qwen2.5's base models name
+        # <|endoftext|>, but their chat template ends a turn with <|im_end|>. To stop there is right
+        # after a raw prompt, too: what would follow is the turn of somebody else.
         named = generation.get("eos_token_id")
         named = config.get("eos_token_id") if named is None else named
-        named = named if isinstance(named, list) else [named]
-        ends = [i for i in [self._turn_end(), self.added.get(eos), *named] if i is not None]
+        ends = [self._turn_end(), self.added.get(eos)]
+        ends += named if isinstance(named, list) else [named]
+        ends = [i for i in ends if i is not None]
         if not ends or not all(type(i) is int and 0 <= i < 2**31 for i in [*ends, *self.pieces]):
             raise UserError(f"{path}: ids must be whole numbers, and eos_token_id (config.json or "
                             "generation_config.json) must be a token id or a list of them")
@@ -67,10 +69,11 @@ class Tokenizer:
 
     def _turn_end(self):
         """The id of the added token with which the template ends an assistant's turn, or None."""
-        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "TinyLoRA"}]
+        answer = "TinyLoRA"
+        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
         with suppress(UserError):  # where there is no template, or it refuses this conversation
             rendered = self.chat(turn, generation_prompt=False)
-            end = self.cut.search(rendered.rpartition("TinyLoRA")[2])
+            end = self.cut.search(rendered.rpartition(answer)[2])
             return end and self.added[end.group()]
 
     def encode(self, text, special=False, guard=""):
@@ -81,6 +84,8 @@ class Tokenizer:
             if special and part in self.added:
                 ids.append(self.added[part])
                 continue
+            if len(part) > MAX_GAP and max(map(len, re.findall(r"\s+", part)), default=0) > MAX_GAP:
+                raise UserError(f"a text has more than {MAX_GAP} spaces in a row; remove some")
             part = part.replace(guard, "")
             if self.nfc:  # only now, as in the reference: a special token keeps its last character
                 part = unicodedata.normalize("NFC", part)
@@ -98,6 +103,7 @@ class Tokenizer:
         jinja2 sandbox. variables: what else the template reads, as Llama 3's reads date_string."""
         if self.template is None:
             raise UserError("this checkpoint has no chat template")
+        variables = {"tools": None, "documents": None} | self.special_texts | variables
         with foreign_file("the chat template"):
             rendered = self.template.render(
                 messages=messages, add_generation_prompt=generation_prompt, **variables)
@@ -111,38 +117,47 @@ class Tokenizer:
 
     def encode_turns(self, messages):
         """Ids of a conversation up to the end of its last assistant turn, and for each id whether
-        it is trained: the assistant's contents are, each with the eos_id behind it. A turn is cut
-        before BPE where a sampler's prompt would end, so that training sees what sampling sees."""
+        it is trained: the assistant's contents, each with the eos_id behind it, are. A turn is cut
+        off before BPE where a sampler's prompt would end, so that what is trained is what is
+        sampled: a line break that begins a content is not merged with the template's."""
         guarded = self._guarded(messages)
-        ids, trained, done, tail = [], [], "", []
+        ids, trained, done = [], [], ""
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             prompt = self.chat(guarded[:i])
             turn = self.chat(guarded[: i + 1], generation_prompt=False)
             if not (prompt.startswith(done) and turn.startswith(prompt)):
-                raise UserError("the chat template changes earlier messages, or the end of a "
-                                f"prompt, when an answer follows (message {i + 1}), so that turns "
-                                "cannot be told apart; use another checkpoint's template")
-            asked = tail + self.encode(prompt[len(done) :], special=True, guard=GUARD)
+                before = self.chat(guarded[:i], generation_prompt=False)
+                fault = "changes earlier messages when later ones follow"
+                if before.startswith(done) and turn.startswith(before):
+                    opening = prompt[len(os.path.commonprefix([prompt, turn])) :]
+                    fault = f"ends a prompt with {opening!r} but leaves that out of a written turn"
+                raise UserError(f"the chat template {fault}, so that turns cannot be told apart "
+                                f"(at message {i + 1}); use another checkpoint's template")
+            asked = self.encode(prompt[len(done) :], special=True, guard=GUARD)
             said = self.encode(turn[len(prompt) :], special=True, guard=GUARD)
             if self.eos_id not in said:
                 raise UserError("the chat template ends a turn without a special token, so that no "
                                 "model learns to stop; use another checkpoint's template")
             end = said.index(self.eos_id) + 1
-            ids += asked + said[:end]
-            trained += [False] * len(asked) + [True] * end
-            done, tail = turn, said[end:]
-        return ids, trained
+            ids += asked + said
+            trained += [False] * len(asked) + [True] * end + [False] * (len(said) - end)
+            done = turn
+        last = len(trained) - trained[::-1].index(True)
+        return ids[:last], trained[:last]
 
     def _guarded(self, messages):
         return [m | {"content": self.cut.sub(lambda t: GUARD.join(t[0]) + GUARD, m["content"])}
                 for m in messages]
 
 
-def _read_optional(path, name):
-    file = os.path.join(path, name)
-    return read_json(file) if os.path.exists(file) else {}
+def read_optional(file):
+    """The object in a JSON file; {} where there is no such file."""
+    data = read_json(file) if os.path.exists(file) else {}
+    if not isinstance(data, dict):
+        raise UserError(f"{file} is not a JSON object")
+    return data
 
 
 def _token_text(names, key):
@@ -154,8 +169,8 @@ def _read_tokenizer_json(path):
     """The content of tokenizer.json, its vocabulary {bytes: id}, and its split pattern.
 
     The file lists which neighbours merge first; tiktoken merges any two that make a token, lowest
-    id first. The two agree if the merges make every token in the order of ids. (Llama 3 lists all
-    ways to make a token, and has a whole word go first, as tiktoken does.)
+    id first. After BPE training the two agree if the merges make every token in the order of ids.
+    (Llama 3 lists all ways to make a token. Its ignore_merges, whole words first, is tiktoken's.)
     """
     file = os.path.join(path, "tokenizer.json")
     if not os.path.exists(file):
@@ -197,13 +212,14 @@ def _check_contents(messages, rendered):
     for number, message in sorted(enumerate(messages, 1), key=lambda m: -len(m[1]["content"])):
         content = "".join(message["content"].split())
         if content not in rest:
-            raise UserError(f"the chat template leaves out message {number} ({message['role']}) or "
-                            "a part of it: some take no system message, some cut reasoning off up "
-                            "to </think>; change the message, or use another template")
+            role, causes = message["role"], {"system": "have no place for system messages"}
+            cause = causes.get(role, "cut off reasoning up to </think>")
+            raise UserError(f"the chat template leaves out message {number} ({role}), or a part of "
+                            f"it: it may {cause}; change the message, or use another template")
         rest = rest.replace(content, "\0", 1)
 
 
-def _chat_template(path, names, bos, eos):
+def _chat_template(path, names):
     """The template of chat_template.jinja, else of tokenizer_config.json, compiled; else None."""
     text = names.get("chat_template")
     if isinstance(text, list):  # several, by name
@@ -218,9 +234,8 @@ def _chat_template(path, names, bos, eos):
 
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    env.globals |= {"raise_exception": refuse, "bos_token": bos, "eos_token": eos, "tools": None,
-                    "documents": None}
-    env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    env.globals["raise_exception"] = refuse
+    env.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False} | options)
     with foreign_file(f"{path}: the chat template"):
         # {% generation %} marks what other trainers train on; `with` renders its body alike.
         text = re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", text or "")

@@ -156,7 +156,7 @@ PUBLISHED = {  # the first row of each data set, in the columns it has on the hu
     "minerva": {"question": "2+2?", "answer": "4"},
     "olympiad": {"question": "2+2?", "final_answer": ["$4$"], "subject": "Algebra"},
     "gaokao2023en": {"question": "2+2?", "answer": "4"},
-    "svamp": {"ID": "chal-1", "Body": "2+2", "Question": "?", "question_concat": "2+2?", "Answer": "4.0"},
+    "svamp": {"ID": "chal-1", "Body": "2+2", "Question": "?", "Answer": "4.0"},
 }
 
 
@@ -176,9 +176,11 @@ def hub_of(monkeypatch, *rows):
 def test_every_data_set_loads_by_name_from_its_published_columns(name, monkeypatch):
     asked = hub_of(monkeypatch, PUBLISHED[name])
     [problem] = load_problems(name, "train" if name in ("math", "deepmath") else "test")
-    assert problem["question"] == "2+2?"
+    assert problem["question"].replace(" ", "") == "2+2?"
     assert eval_math.is_correct(problem["answer"], "4")
     assert "@" not in asked[0][0] and asked[0][2] in ("train", "test", "train+test")
+    with pytest.raises(UserError, match="has no split 'dev'"):
+        load_problems(name, "dev")
 
 
 def test_other_data_sets_other_columns_and_levels(monkeypatch):

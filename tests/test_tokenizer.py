@@ -25,26 +25,28 @@ def changed(source, path, files):
     for name, change in files.items():
         if change is None:
             (path / name).unlink()
-        elif isinstance(change, dict):
-            (path / name).write_text(json.dumps(json.loads((path / name).read_text(encoding="utf-8")) | change))
-        else:
-            (path / name).write_text(change, encoding="utf-8")
+            continue
+        if isinstance(change, dict):
+            old = json.loads((path / name).read_text(encoding="utf-8"))
+            change = json.dumps(old | change)
+        (path / name).write_text(change, encoding="utf-8")
     return str(path)
 
 
-def with_template(source, path, template):
-    return model.load_tokenizer(changed(source, path / "other", {"chat_template.jinja": template}))
+def with_template(source, path, template, **files):
+    return model.load_tokenizer(changed(source, path, {"chat_template.jinja": template, **files}))
 
 
-def real_tokenizer(family, path):
+def real_tokenizer(family, path, suffix=""):
     """The Tokenizer of the real vocabulary files in ../shared, or a skip."""
     source = SHARED / "tokenizers" / family
     if not source.exists():
         pytest.skip("needs the real vocabularies in ../shared/tokenizers")
+    path.mkdir(parents=True, exist_ok=True)
     (path / "tokenizer.json").write_bytes(gzip.decompress((source / "tokenizer.json.gz").read_bytes()))
     version = "" if family == "qwen2.5" else ".3.1"
-    for name in ("tokenizer_config", "generation_config"):
-        shutil.copy(source / f"{name}{version}.json", path / f"{name}.json")
+    shutil.copy(source / f"tokenizer_config{suffix or version}.json", path / "tokenizer_config.json")
+    shutil.copy(source / f"generation_config{version}.json", path / "generation_config.json")
     return model.load_tokenizer(str(path))
 
 
@@ -65,6 +67,7 @@ def refusal(function, *arguments):
 
 # ------------------------------------------------------------------------------------------------------- text and ids
 
+
 def test_ids_and_text_equal_those_of_the_reference_library(checkpoint, tokenizer):
     reference = transformers.AutoTokenizer.from_pretrained(checkpoint)
     texts = ["Tom has 12 apples.", "", "  two  spaces\n\n\tand tabs ", "naïve e\u0301 日本語 🙂 12345", "it's I'LL",
@@ -73,11 +76,12 @@ def test_ids_and_text_equal_those_of_the_reference_library(checkpoint, tokenizer
         ids = reference(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.encode(text, special=True) == ids, text
         assert tokenizer.decode(ids) == reference.decode(ids), text
-    assert tokenizer.decode([10**6, *tokenizer.encode("ab"), 511]) == "ab"  # ids past the vocabulary are skipped
 
 
 @pytest.mark.parametrize("family, bos, eos", [
-    ("qwen2.5", [], "<|im_end|>"), ("llama3", ["<|begin_of_text|>"], "<|eot_id|>")])
+    ("qwen2.5", [], "<|im_end|>"),
+    ("llama3", ["<|begin_of_text|>"], "<|eot_id|>"),
+])
 def test_real_vocabularies_give_the_published_ids(family, bos, eos, tmp_path):
     ours = real_tokenizer(family, tmp_path)
     assert ours.decode([ours.eos_id]) == eos and [ours.decode([i]) for i in ours.bos_ids] == bos
@@ -98,7 +102,8 @@ def test_real_vocabularies_give_the_published_ids(family, bos, eos, tmp_path):
 
 @pytest.mark.parametrize("family", ["qwen2.5", "llama3"])
 def test_random_unicode_gives_the_ids_of_the_reference_library(family, tmp_path):
-    ours, reference = real_tokenizer(family, tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = real_tokenizer(family, tmp_path)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assigned = st.characters(exclude_categories=("Cs", "Cn", "Mn"))  # of marks the libraries' Unicode tables differ
 
     @hypothesis.settings(max_examples=150, deadline=None)
@@ -109,12 +114,28 @@ def test_random_unicode_gives_the_ids_of_the_reference_library(family, tmp_path)
     check()
 
 
+def test_ids_past_the_vocabulary_decode_to_nothing(tokenizer):
+    assert tokenizer.decode([10**6, *tokenizer.encode("ab"), 511]) == "ab"
+
+
 def test_text_begins_with_a_bos_where_the_files_ask_for_it(checkpoint, tmp_path):
-    processor = {"post_processor": {"type": "Sequence", "processors": [{"type": "TemplateProcessing"}]}}
-    for token, change, count in (("<|im_start|>", {}, 0), ({"content": "<|im_start|>"}, processor, 1)):
-        files = {"tokenizer_config.json": {"bos_token": token}, "tokenizer.json": change}
-        ours = model.load_tokenizer(changed(checkpoint, tmp_path / str(count), files))
-        assert ours.bos_ids == [ours.added["<|im_start|>"]] * count
+    begin = "<|im_start|>"
+    processor = {"type": "Sequence", "processors": [{"type": "TemplateProcessing"}]}
+    named = changed(checkpoint, tmp_path / "named", {"tokenizer_config.json": {"bos_token": begin}})
+    asked = changed(checkpoint, tmp_path / "asked", {
+        "tokenizer_config.json": {"bos_token": {"content": begin}}, "tokenizer.json": {"post_processor": processor}})
+    assert model.load_tokenizer(named).bos_ids == []
+    asked = model.load_tokenizer(asked)
+    assert asked.bos_ids == [asked.added[begin]]
+
+
+def test_a_gap_that_tiktoken_cannot_read_is_refused(tokenizer):
+    """Its regex engine panics near a million white spaces in a row, with an exception that is no Exception."""
+    for gap in (" " * 1_100_000, "\n" + "\t\u00a0" * 500_000):
+        message = refusal(tokenizer.encode_chat, turns(f"How many apples?{gap}ok"))
+        assert "more than 900000 spaces in a row" in message
+    for text in ("ok" + " " * 900_000 + "ok", "no gap " * 200_000):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 # ------------------------------------------------------------------------------------------- what is refused, and how
@@ -145,8 +166,8 @@ def splits(*steps):
     ("tokenizer.json", {"normalizer": {"type": "Sequence", "normalizers": [NFC, {"type": "Lowercase"}]}}, "normalizer"),
     ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}, "is malformed (KeyError"),
     ("tokenizer.json", {"added_tokens": [{"content": "<a>", "id": -1}]}, "ids must be whole numbers"),
-    ("tokenizer_config.json", "[]", "is malformed"),
-    ("generation_config.json", "[]", "is malformed"),
+    ("tokenizer_config.json", "[]", "is not a JSON object"),
+    ("generation_config.json", "[]", "is not a JSON object"),
     ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id (config.json or generation_config.json) must be"),
     ("chat_template.jinja", "{% if %}", "the chat template is malformed (TemplateSyntaxError"),
 ])
@@ -223,6 +244,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(checkpoint, tokeniz
 
 # --------------------------------------------------------------------------------------------------------------- chats
 
+
 def test_chat_template_renders_as_in_transformers(checkpoint, tokenizer):
     reference = transformers.AutoTokenizer.from_pretrained(checkpoint)
     messages = turns(" 1+1? ", system="Be brief.")
@@ -240,7 +262,7 @@ def test_chat_template_renders_as_in_transformers(checkpoint, tokenizer):
      "  {% endgeneration %}\n|{% endfor %}{{ x }}", "é|b|c|1"),
 ])
 def test_templates_see_what_transformers_gives_them(checkpoint, tmp_path, template, expected):
-    ours = with_template(checkpoint, tmp_path, template)
+    ours = with_template(checkpoint, tmp_path / "other", template)
     reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "other")
     messages = turns("é", "b", "c")
     assert ours.chat(messages) == expected == reference.apply_chat_template(messages, tokenize=False)
@@ -286,17 +308,26 @@ def test_special_tokens_within_one_another_stay_text_too(checkpoint, tokenizer, 
 
 
 @pytest.mark.parametrize("template", [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__init__.__globals__ }}",
-    "{{ cycler.__init__.__globals__.os.popen('touch hostile') }}", "{{ messages.append(1) }}",
-    "{{ raise_exception.__globals__['os'].system('touch hostile') }}", "{{ ('%s' | attr('__class__')).mro() }}",
-    "{{ '{0.__class__.__mro__}'.format('') }}", "{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**15 }}",
-    "{{ 1 / 0 }}", "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "{% include '/etc/passwd' %}",
-    "{% import 'os' as os %}", "{{ messages[0]['content'] + 1 }}"])
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.__init__.__globals__ }}",
+    "{{ cycler.__init__.__globals__.os.popen('touch hostile') }}",
+    "{{ raise_exception.__globals__['os'].system('touch hostile') }}",
+    "{{ messages.append(1) }}",
+    "{{ ('%s' | attr('__class__')).mro() }}",
+    "{{ '{0.__class__.__mro__}'.format('') }}",
+    "{% for i in range(10**9) %}x{% endfor %}",
+    "{{ 'x' * 10**15 }}",
+    "{{ 1 / 0 }}",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}",
+    "{{ messages[0]['content'] + 1 }}",
+])
 def test_a_chat_template_reaches_nothing(checkpoint, tmp_path, monkeypatch, template):
     monkeypatch.chdir(tmp_path)
-    tokenizer = with_template(checkpoint, tmp_path, template + "{{ messages[0].content }}")
+    tokenizer = with_template(checkpoint, tmp_path / "model", template + "{{ messages[0].content }}")
     assert "the chat template is malformed" in refusal(tokenizer.chat, turns("?"))
-    assert [p.name for p in tmp_path.iterdir()] == ["other"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 # -------------------------------------------------------------------------- templates that leave out or change text
@@ -313,14 +344,14 @@ THOUGHT = "<think>\nThree and four make seven.\n</think>\n\n#### 7"
 
 
 @pytest.mark.parametrize("template, messages, words", [
-    (R1, turns("3+4?", THOUGHT), "leaves out message 2 (assistant) or a part of it"),
-    (R1_OPENED, turns("3+4?", THOUGHT), "some cut reasoning off up to </think>"),
+    (R1, turns("3+4?", THOUGHT), "message 2 (assistant), or a part of it: it may cut off reasoning up to </think>"),
+    (R1_OPENED, turns("3+4?", THOUGHT), "message 2 (assistant), or a part of it: it may cut off reasoning"),
     (R1, turns("3+4?", THOUGHT, "2+2?", "#### 4"), "message 2 (assistant)"),
     (NO_SYSTEM, turns("3+4?", "#### 7", system="Think step by step."), "message 1 (system)"),
-    (NO_SYSTEM, turns("3+4?", "#### 7", system="4"), "some take no system message"),
+    (NO_SYSTEM, turns("3+4?", "#### 7", system="4"), "message 1 (system), or a part of it: it may have no place for"),
     (LAST_ONLY, turns("3+4?", "#### 7"), "message 1 (user)"),
     (LAST_ONLY, turns("Yes", "Yes"), "leaves out message"),
-    (R1_OPENED, turns("3+4?", "#### 7"), "or the end of a prompt, when an answer follows (message 2)"),
+    (R1_OPENED, turns("3+4?", "#### 7"), r"ends a prompt with '<think>\n' but leaves that out of a written turn"),
     (CHATML.replace("CONTENT", "m.content ~ (loop.last and '!' or '')"), turns("?", "7"), "changes earlier messages"),
     (CHATML.replace("CONTENT", "m.content ~ (loop.last and m.role == 'assistant' and '!' or '')"),
      turns("?", "7", "?", "8"), "changes earlier messages"),
@@ -329,12 +360,12 @@ THOUGHT = "<think>\nThree and four make seven.\n</think>\n\n#### 7"
 ])
 def test_a_chat_that_would_be_trained_otherwise_is_refused_with_the_cause(
         checkpoint, tmp_path, template, messages, words):
-    tokenizer = with_template(checkpoint, tmp_path, template.replace("CONTENT", "m.content"))
+    tokenizer = with_template(checkpoint, tmp_path / "other", template.replace("CONTENT", "m.content"))
     assert words in refusal(tokenizer.encode_turns, messages)
 
 
 def test_a_prompt_whose_system_message_would_be_lost_is_refused(checkpoint, tmp_path):
-    tokenizer = with_template(checkpoint, tmp_path, NO_SYSTEM.replace("CONTENT", "m.content"))
+    tokenizer = with_template(checkpoint, tmp_path / "other", NO_SYSTEM.replace("CONTENT", "m.content"))
     assert "message 1 (system)" in refusal(sample.encode_prompt, tokenizer, "3+4?", "Think step by step.")
     assert sample.encode_prompt(tokenizer, "3+4?") == tokenizer.encode_chat(turns("3+4?"))
 
@@ -342,13 +373,14 @@ def test_a_prompt_whose_system_message_would_be_lost_is_refused(checkpoint, tmp_
 @pytest.mark.parametrize("template", [TRIMMED, RESPACED])
 @pytest.mark.parametrize("content", ["  spaces \n", "", " \n", "<think>A</think>\n7", "<|im_end|> typed"])
 def test_templates_may_trim_what_messages_say(checkpoint, tmp_path, template, content):
-    tokenizer = with_template(checkpoint, tmp_path, template)
+    tokenizer = with_template(checkpoint, tmp_path / "other", template)
     ids, trained = tokenizer.encode_turns(turns("?", content, content, content, system=content))
     said = tokenizer.decode([i for i, is_trained in zip(ids, trained) if is_trained])
     assert "".join(said.split()) == 2 * "".join((content + "<|im_end|>").split())
 
 
 # -------------------------------------------------------------------------------------------- stop tokens and padding
+
 
 TEXT, START, END = 437, 438, 439  # the toy's <|endoftext|>, <|im_start|>, <|im_end|>
 PLAIN = {"chat_template": None, "eos_token": None}
@@ -384,6 +416,31 @@ def test_a_checkpoint_that_names_no_stop_is_refused(tmp_path):
     path = changed(ROOT / "toy" / "base", tmp_path / "toy", {
         "generation_config.json": nothing, "config.json": nothing, "tokenizer_config.json": PLAIN})
     assert "eos_token_id (config.json or generation_config.json) must be" in refusal(model.load_tokenizer, path)
+
+
+def test_the_base_models_of_qwen_stop_where_their_chat_template_ends_a_turn(tmp_path):
+    real_tokenizer("qwen2.5", tmp_path, ".base")
+    # Qwen2.5-1.5B's; config.json is the published one, which names <|endoftext|> alone
+    (tmp_path / "generation_config.json").write_text('{"bos_token_id": 151643, "eos_token_id": 151643}')
+    shutil.copy(SHARED / "tokenizers" / "qwen2.5" / "config.1.5B.json", tmp_path / "config.json")
+    tokenizer = model.load_tokenizer(str(tmp_path))
+    assert tokenizer.stop_ids == {151643, 151645} and tokenizer.decode([tokenizer.eos_id]) == "<|im_end|>"
+    ids, _ = tokenizer.encode_turns(turns("1+1?", "2"))
+    assert ids[-1] == tokenizer.eos_id and tokenizer.pad_id not in tokenizer.stop_ids
+
+
+def test_the_toy_answers_alike_when_its_files_name_another_stop_token(tmp_path):
+    stale = {"eos_token_id": TEXT}
+    path = changed(ROOT / "toy" / "base", tmp_path / "toy", {"generation_config.json": stale, "config.json": stale})
+    problems = [json.loads(line) for line in (ROOT / "toy" / "test.jsonl").read_text().splitlines()[:8]]
+    texts = []
+    for directory in (path, str(ROOT / "toy" / "base")):
+        net, tokenizer = model.load_model(directory, device="cpu"), model.load_tokenizer(directory)
+        prompts = [tokenizer.encode_chat(turns(problem["question"])) for problem in problems]
+        answers = [answer for [answer] in sample.generate(net, tokenizer, prompts, max_new_tokens=64, temperature=0)]
+        assert not any(answer.truncated for answer in answers)
+        texts.append([answer.text for answer in answers])
+    assert texts[0] == texts[1]
 
 
 def test_pad_is_never_a_stop_id(tokenizer, checkpoint, tmp_path):
