@@ -181,8 +181,8 @@ def _read_tokenizer_json(path):
         case {"model": {"type": "BPE", "vocab": vocab, "merges": merges},
               "pre_tokenizer": {"pretokenizers": [
                   {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"},
-                  {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}}:
-            pass
+                  {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}} if pattern:
+            pass  # tiktoken panics if the pattern is empty
         case _:
             raise UserError(f"{file}: only byte-level BPE behind one split pattern is supported "
                             "(Qwen2.5, Llama 3), not sentencepiece (Llama 2) or others")
