@@ -9,7 +9,7 @@ import time
 import pytest
 import safetensors
 from conftest import ROOT, assert_refused, refusal
-from forks import fork_script, start_script
+from forks import start_script
 
 from support import whole_file
 
