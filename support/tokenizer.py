@@ -85,7 +85,7 @@ class Tokenizer:
                 ids.append(self.added[part])
                 continue
             if len(part) > MAX_GAP and max(map(len, re.findall(r"\s+", part)), default=0) > MAX_GAP:
-                raise UserError(f"a text has more than {MAX_GAP} spaces in a row; remove some")
+                raise UserError(f"a text has over {MAX_GAP} white spaces in a row; cut some")
             part = part.replace(guard, "")
             if self.nfc:  # only now, as in the reference: a special token keeps its last character
                 part = unicodedata.normalize("NFC", part)
@@ -138,8 +138,8 @@ class Tokenizer:
             asked = self.encode(prompt[len(done) :], special=True, guard=GUARD)
             said = self.encode(turn[len(prompt) :], special=True, guard=GUARD)
             if self.eos_id not in said:
-                raise UserError("the chat template ends a turn without a special token, so that no "
-                                "model learns to stop; use another checkpoint's template")
+                raise UserError("the chat template ends a turn without a special token, so that "
+                                "nothing teaches the model to stop; use another checkpoint's template")
             end = said.index(self.eos_id) + 1
             ids += asked + said
             trained += [False] * len(asked) + [True] * end + [False] * (len(said) - end)
@@ -180,9 +180,9 @@ def _read_tokenizer_json(path):
     match data:
         case {"model": {"type": "BPE", "vocab": vocab, "merges": merges},
               "pre_tokenizer": {"pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"},
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}} if pattern:
-            pass
+                  {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"},
+                  {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}} if pattern:
+            pass  # tiktoken panics if the pattern is empty
         case _:
             raise UserError(f"{file}: only byte-level BPE behind one split pattern is supported "
                             "(Qwen2.5, Llama 3), not sentencepiece (Llama 2) or others")

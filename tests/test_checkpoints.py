@@ -79,7 +79,8 @@ def test_greedy_continuations_and_logprobs_of_a_ragged_batch_equal_those_of_tran
     path, reference = variety
     ids_only = SimpleNamespace(stop_ids={999}, decode=lambda ids, skip_special: "")  # never stops
     prompts = [torch.randint(0, 160, (n,)).tolist() for n in (3, 70, 1, 12)]
-    for prompt, [ours] in zip(prompts, sample.generate(load(path), ids_only, prompts, max_new_tokens=64, temperature=0)):
+    groups = sample.generate(load(path), ids_only, prompts, max_new_tokens=64, temperature=0)
+    for prompt, [ours] in zip(prompts, groups):
         logits = reference(torch.tensor([prompt + ours.ids])).logits[0, len(prompt) - 1 : -1]
         assert ours.ids == logits.argmax(-1).tolist()
         logprobs = torch.log_softmax(logits, -1)[range(64), ours.ids]

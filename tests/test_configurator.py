@@ -111,7 +111,15 @@ def test_text_on_the_command_line_is_never_executed():
     assert configure(Settings, argv=["--name=__import__('os').getcwd()"]).name == "__import__('os').getcwd()"
 
 
-CODE = "import math\nfrom statistics import fmean\n\n_HALF = 0.5\n\n\ndef reward(problem, completion):\n    return fmean([0, problem]) + math.floor(_HALF)\n"
+CODE = """import math
+from statistics import fmean
+
+_HALF = 0.5
+
+
+def reward(problem, completion):
+    return fmean([0, problem]) + math.floor(_HALF)
+"""
 
 
 def test_a_config_file_may_define_functions_which_are_saved_as_source(tmp_path, capsys):
@@ -129,7 +137,8 @@ def test_a_config_file_may_define_functions_which_are_saved_as_source(tmp_path, 
 
 
 def test_settings_without_functions_are_saved_without_source(tmp_path):
-    cfg = configure(Settings, reward, argv=["--name=it's\\n", "--rate=1e-7", config_file(tmp_path / "c.py", "steps = 3")])
+    first = config_file(tmp_path / "c.py", "steps = 3")
+    cfg = configure(Settings, reward, argv=["--name=it's\\n", "--rate=1e-7", first])
     save_settings(cfg, tmp_path / "saved.py")
     assert vars(configure(Settings, reward, argv=[str(tmp_path / "saved.py")])) == vars(cfg) and cfg.code == ""
 

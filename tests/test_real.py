@@ -31,15 +31,15 @@ def test_three_steps_of_gsm8k_run_in_bounded_memory(qwen_half_billion, tmp_path)
     gsm8k = SHARED / "data" / "gsm8k"
     done = run_script("grpo.py", f"--model={qwen_half_billion}", f"--dataset={gsm8k}/train.jsonl",
                       f"--eval_dataset={gsm8k}/test.jsonl", "--eval_size=2", f"--out_dir={tmp_path}/run", "--rank=2",
-                      "--u=13", "--n_tie=0", "--max_steps=3", "--batch_size=2", "--group_size=2", "--max_new_tokens=16",
+                      "--max_steps=3", "--batch_size=2", "--group_size=2", "--max_new_tokens=16",
                       "--micro_batch_tokens=512", "--kl_coef=0.001", "--device=cpu", OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
-    assert "494.0M parameters; tinylora trains 13 numbers (1 groups of u = 13)" in done.stdout
+    assert f"tinylora trains 13 numbers of {qwen_half_billion} on 7,473 problems" in done.stdout
     steps = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     steps = [line for line in steps if "reward" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
     assert all(0 <= line["reward"] <= 1 and 0 < line["length"] <= 16 for line in steps)
-    assert all(line["diff_max"] <= 1e-4 and line["entropy"] > 1 for line in steps)  # KL: all rows are scored
+    assert all(line["max_diff"] <= 1e-4 and line["entropy"] > 1 for line in steps)  # KL: all rows are scored
     assert load_file(tmp_path / "run" / "adapter.safetensors")["v"].shape == (1, 13)
     assert (tmp_path / "run" / "checkpoint.safetensors").exists()
     assert steps[-1]["seconds"]["peak_gb"] < 6  # 2 GB of fp32 weights, read from a mapped 1 GB file

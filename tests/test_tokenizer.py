@@ -8,29 +8,13 @@ import shutil
 import hypothesis
 import pytest
 import tokenizers
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, changed, refusal
 from hypothesis import strategies as st
 
 import model
 import sample
-from support import UserError
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here (requirements-dev.txt)")
-
-
-def changed(source, path, files):
-    """A copy of a checkpoint's directory. files: for each name the new text, or an object whose keys replace those of
-    the file, or None for a file to delete."""
-    shutil.copytree(source, path)
-    for name, change in files.items():
-        if change is None:
-            (path / name).unlink()
-            continue
-        if isinstance(change, dict):
-            old = json.loads((path / name).read_text(encoding="utf-8"))
-            change = json.dumps(old | change)
-        (path / name).write_text(change, encoding="utf-8")
-    return str(path)
 
 
 def with_template(source, path, template, **files):
@@ -55,14 +39,6 @@ def turns(*contents, system=None):
     messages = [{"role": "system", "content": system}] if system is not None else []
     roles = ["user", "assistant"] * len(contents)
     return messages + [{"role": role, "content": content} for role, content in zip(roles, contents)]
-
-
-def refusal(function, *arguments):
-    """The one line with which a call is refused."""
-    with pytest.raises(UserError) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------------- text and ids

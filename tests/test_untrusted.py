@@ -4,8 +4,9 @@ written outside out_dir. What code may not call at all is in test_structure.py."
 import copy
 import json
 import shutil
+import sys
 
-from conftest import changed, make_checkpoint
+from conftest import ROOT, changed, make_checkpoint
 from forks import fork_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ def nodes(data, path=()):
         yield from nodes(value, (*path, key))
 
 
-def test_a_checkpoint_with_anything_anywhere(checkpoint, tmp_path):
+def test_a_checkpoint_with_anything_anywhere(checkpoint, net, tmp_path):
     """One value of one file replaced by something odd: the model runs, or one line says what is wrong."""
     files = {}
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -47,9 +48,10 @@ def test_a_checkpoint_with_anything_anywhere(checkpoint, tmp_path):
         inner[last] = odd
         victim = changed(checkpoint, tmp_path / "victim", {name: json.dumps(data)})
         try:
-            net, tokenizer = model.load_model(victim, device="cpu"), model.load_tokenizer(victim)
+            loaded = model.load_model(victim, device="cpu") if name == "config.json" else net
+            tokenizer = model.load_tokenizer(victim)
             ids = tokenizer.encode_chat([{"role": "user", "content": "How many?"}]) if tokenizer.template else [5]
-            sample.generate(net, tokenizer, [ids or [5]], max_new_tokens=2)
+            sample.generate(loaded, tokenizer, [ids or [5]], max_new_tokens=2)
         except UserError as error:
             assert "\n" not in str(error)
         finally:
@@ -66,17 +68,16 @@ def test_data_cannot_name_a_place_outside_out_dir(checkpoint, problems, tmp_path
     row = {"question": "?", "answer": "1", "out_dir": "/x", "index": "../../x", "id": "../x", "solution": "../x"}
     (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
     before = sorted(tmp_path.iterdir())
-    done = fork_script(model.__file__.replace("model.py", "eval_math.py"), f"--model={checkpoint}", "--device=cpu",
-                       "--dataset=../../p.jsonl,../../q.jsonl", "--num_problems=1", "--max_new_tokens=2",
-                       "--out_dir=out", cwd=inside)
+    done = fork_script(ROOT / "eval_math.py", f"--model={checkpoint}", "--dataset=../../p.jsonl,../../q.jsonl",
+                       "--device=cpu", "--num_problems=1", "--max_new_tokens=2", "--out_dir=out", cwd=inside)
     assert done.returncode == 0 and sorted(tmp_path.iterdir()) == before, done.stderr
     assert [p.name for p in inside.iterdir()] == ["out"] and (inside / "out" / "p.jsonl").exists()
 
 
 def test_a_name_on_the_hub_is_asked_for_only_if_the_user_gave_it(tmp_path, monkeypatch):
     """A checkpoint's own names (of its base, its code, its data) are never followed."""
-    names = {"_name_or_path": "owner/other", "auto_map": {"AutoModel": "owner/code--model.Model"}, "name_or_path": "a/b"}
-    path = make_checkpoint(tmp_path / "model", **names)
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)  # an import would fail
+    path = make_checkpoint(tmp_path / "model", _name_or_path="owner/other", name_or_path="owner/other",
+                           auto_map={"AutoModel": "owner/code--model.Model"})
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # an import would fail
     monkeypatch.setattr("socket.socket.connect", None)
     assert model.load_model(path, device="cpu") and model.load_tokenizer(path)
