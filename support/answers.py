@@ -150,14 +150,14 @@ def _bare(answer: str) -> str:
 
 DENIED = "not no none never neither nor cannot whether doubt false"
 DOUBTED = ("wrong incorrect if unless either actually wait maybe perhaps possibly probably but"
-           " however otherwise else correction mistake sorry ignore")
+           " however otherwise correction mistake sorry ignore")
 MULTIPLE = "twice half double triple thrice plus minus negative"
-ALTERED = ("or and between except without less fewer greater under over above below beyond least"
+ALTERED = ("or and else between except without less fewer greater under over above below beyond least"
            " most than times dozen hundred thousand million billion trillion lakh crore squared"
            " cubed factorial mod almost nearly too impossible undefined")
 OTHER = "divided third quarter root power remainder modulo base about around roughly up works"
 RELATED = (  # "the number after 7", "step 7"
-    "of after before by to at on from past until near against step part case section question"
+    "and of after before by to at on from past until near against step part case section question"
     " problem exercise example method solution figure table equation page day option line number"
     " version grade year room level stage phase round type class row column")
 
@@ -176,25 +176,29 @@ EMPHASIS = re.compile(
     r"(?<![\w)\]}])(?:_+(?=[^\s{_])|\*\*)|(?<=\S)_+(?![\w{\\])|\*\*(?![\w({\\+-])")
 WORD = (r"(?-i:(?<![\\A-Za-z{])(?!(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc|exp|ln|log|sqrt|pi|infinity)"
         r"|[A-Z]{2,4})\b)(?:[A-Za-z]{2,}|[AaI](?= [A-Za-z]))[A-Za-z'’-]*)")  # not of a formula
-NUMERIC = re.compile(r"[0-9∞π√]|\\(?:d?frac|sqrt|pi|infty)|infinity")
+NUMERIC = re.compile(r"(?<!\^)(?<!\^\{)[0-9]|[∞π√]|\\(?:d?frac|sqrt|pi|infty)|infinity")
 RESTATED = re.compile(rf"[\s*_$\\#]*(?:(?i:(?:so|thus|hence|therefore|the|my|our|final|correct)\b"
                       rf"[\s,*_]*){{0,4}}(?:{PHRASE}|{REWORDED})|(?<=#)(?=[^#]))")
 OPENING = re.compile(  # "exactly", "for sure", "In 5 days, "
     rf"(?i)^(?:(?:{FILLER}|exactly|precisely|approximately|only|clearly|definitely|certainly|of course"
-    r"|finally|for sure|so|hence|that|given by|found to be|going to be)\b[,:]? ?|(?:in|on|after|for"
-    r"|with|by|since|when|because|given|over|during|within)\b[^,;]*, (?=[A-Za-z]))+")
-ASIDE = re.compile(rf" [(\[](?!(?:or|not|base|{DOUBTED.replace(' ', '|')})\b)[^()\[\]0-9]*{WORD}[^()\[\]0-9]*[)\]]")
+    r"|finally|for sure|so|hence|that|given by|found to be|going to be|the (?:number|integer))\b(?!['’])"
+    r"[,:]? ?|yes, (?=it )|(?:in|on|after|for|with|by|since|when|because|given|over|during|within|at|each|every|per)"
+    r"\b[^,;]*, (?=[A-Za-z]))+")
+ASIDE = re.compile(  # "(dollars)"
+    rf" [(\[](?=[^()\[\]0-9]*+[)\]])(?=[^()\[\]]*?(?:{WORD}|[A-Z]{{3}}))"
+    rf"(?!(?:or|not|base|mod|{DOUBTED.replace(' ', '|')})\b)[^()\[\]]*[)\]]")
 REMARK_BEGINS = re.compile(  # what follows the value; after a reason any number may stand
     r"(?i)(?:[,;:]| [-–—]+)? \(?(?P<reason>(?:because|since|given that|due to|rather than|instead of"
-    r"|not counting|(?<=[,;] )(?:as|where|not)|as(?= [$\\(]*[0-9]))\b)|(?<!\\)[,;] (?!(?:or|and|but"
-    r"|nor|if|unless|else|otherwise|then|plus|minus|to|less|more)\b)(?=[A-Za-z]{2}|I )"
+    r"|not counting|(?<=[,;] )(?:as|where|not|obtained|found|using|from)|as(?= [$\\(]*[0-9]))\b)"
+    r"|(?<!\\)[,;] (?!(?:or|and|but|nor|if|unless|else|otherwise|then|plus|minus|to|less|more)\b)"
+    r"(?=[A-Za-z]{2}|I |i\.e)|[:;] (?=[0-9$(][^,;:]*[-+*×/=])"
     r"| [-–—]+ (?=[A-Za-z]{2})| (?=(?:so|which|that is|i\.e\.|and (?:we|this|that|it)) )"
-    rf"| (?=\((?:[^()]*(?:=|{WORD})|(?-i:[0-9][^(),A-Za-wyz]*[-+*×/x][^(),A-Za-wyz]*\)$)))")
+    rf"| (?=[(\[](?:[^()\[\]]*(?:=|{WORD})|(?-i:[0-9][^][(),A-Za-wyz]*[-+*×/x][^][(),A-Za-wyz]*[)\]]$)))")
 COPULA = re.compile(
-    r"(?i)\b(?:is|are|was|were|equals?|becomes?|totals?"
-    r"|(?<!could )(?<!might )(?<!may )be)(?: (?:exactly|precisely|approximately"
+    r"(?i)(?:\b(?:is|are|was|were|equals?|becomes?|makes?|(?<!could )(?<!might )(?<!may )be"
+    r"|(?:total|volume|area|cost|profit|length) of)|\b(?:it|that|there)['’]s)(?: (?:exactly|precisely|approximately"
     rf"|{FILLER}|only|to|by|given|found|an?|the|option|choice|total|sum|number|value|of))* *$")
-FINITE = re.compile(r"(?i)(?:(?:is|are|was|were)(?! the\b| what\b)|does|did|has|had|will|fails)\b")
+FINITE = re.compile(r"(?i)(?:(?:is|are|was|were)(?! the\b| what\b| left\b)|does|did|has|had|will|fails)\b")
 
 
 def _value_alone(content: str) -> str:
@@ -244,10 +248,10 @@ def _read(sentence: str, remark: str) -> str | None:
     numbers = NUMBER.findall(remark)
     if not value or DOUBT.search(remark) or STATEMENTS["phrase"].search(remark):
         return None
-    explains = cut is None or re.match(rf"which|that is|i\.e\.|\(.*{WORD}", remark)
+    explains = cut is None or re.match(rf"which|that is|i\.e\.|[(\[].*{WORD}", remark)
     if not numbers or explains and len(numbers) > 1 and " or " not in remark:
         return value
-    return value if same_answer(numbers[-1], value) or same_answer(remark, value) else None
+    return value if same_answer(numbers[-1], value) or same_answer(remark.strip("i.e,=[]() "), value) else None
 
 
 def _only_value(sentence: str, changed: bool) -> str | None:
@@ -265,15 +269,18 @@ def _only_value(sentence: str, changed: bool) -> str | None:
     if numeric and numeric[-1] > i or VETO.search(after) or FINITE.match(after):
         return None
     if named:
-        doubtful = NO_NAME.search(before) or re.match(r"\W*(?:[0-9]|\\frac|-)", before)
+        compared = " than " in before and numeric and numeric[0] < i
+        doubtful = compared or NO_NAME.search(before) or re.match(r"\W*(?:[0-9]|\\frac|-)", before)
     else:
         alone = len(before.split()) == 1 and value.lstrip()[0] not in "=:"
-        doubtful = VETO.search(before) or LABEL.search(before) or alone
+        doubtful = VETO.search(before.replace(" and ", " ")) or LABEL.search(before) or alone
     touching = before and value[0] not in " =:(" or after and value[-1] != " "
-    if doubtful or touching or not changed and not before and len(after.split()) <= 4:
-        return None  # the last is a number with its unit, as it should be
-    unit = takewhile(lambda word: _singular(word.strip(".,").lower()) in UNITS, after.split())
-    return " ".join([value.strip(" ,;:="), *unit])
+    words = [word.partition("^")[0].strip(".,").lower() for word in after.split()]
+    plain = not changed and not before and len(words) <= 4 and not NOT_UNITS & set(words)
+    if doubtful or touching or plain:  # as a number with its unit should be
+        return None
+    known = len(list(takewhile(lambda word: _singular(word) in UNITS, words)))
+    return " ".join([value.strip(" ,;:="), *after.split()[:known]])
 
 
 # --- comparison: does an answer equal the reference? --------------------------------------------
@@ -313,7 +320,8 @@ def same_answer(answer: str, reference: str) -> bool:
 
 
 QUALIFIER = re.compile(
-    r'[,;]?[ "(]*(?:(?:attained|equality|with) )*(?:for|where|when|at|as|\\forall)(?![A-Za-z])"? ?'
+    r'[,;]?[ "(]*(?:(?:attained|achieved|with equality) )?'
+    r'(?:for|where|when|at|as|on|given|provided|with(?="? ?[a-z]∈)|\\forall)(?![A-Za-z])"? ?'
     r'(?!.*\b(?:otherwise|else|if|but|unless|except|not)\b)(?=["A-Za-z\\])'
     r'((?:[^,;]|\(-∞,∞\))*(?:,[^,;]*)*\\ldots|(?:[^,;]|\(-∞,∞\))*)$')
 
@@ -324,7 +332,7 @@ def _qualified(text: str) -> tuple[str, str]:
     if match := QUALIFIER.search(text, 1):
         condition = re.sub(r'^(?:all|any|every|each|some)\b|"', "", match[1]).strip()
         return text[:match.start()], "" if re.search("[A-Za-z]{3}", condition) else condition
-    match = re.search(r"[,(]+(([A-Za-z])[∈≠<>≤≥=][^,()]*(?:\([^()]*\))?)\)?$", text)
+    match = re.search(r"(?:,\(?|\()(([A-Za-z])(?:[∈≠<>≤≥]|(?<=\(.)=)[^,()]*(?:\([^()]*\))?)\)?$", text)
     if match and match[2] in text[:match.start()] and not set(text[:match.start()]) & set("<>≤≥≠∈"):
         return text[:match.start()], match[1]
     return text, ""
@@ -528,12 +536,13 @@ def _matrix(text: str) -> list[str]:
     matrix = re.fullmatch(r"(.*?)\[?\\begin\{([pbB]?matrix|array)\}(.*)\\end\{\2\}[])]?", text)
     if not matrix or r"\begin" in matrix[3]:
         return []
-    factor = matrix[1].rstrip("[(*").replace("-", "-1")
+    factor = matrix[1].rstrip("[(*")
+    factor = {"": "1", "-": "-1"}.get(factor, factor)
     body = re.sub(r"^\{[^{}]*\}", "", matrix[3]) if matrix[2] == "array" else matrix[3]
     rows = []
     for row in re.split(r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", body):
         if row.strip():
-            cells = [f"({factor or 1})*({cell})" for cell in row.strip().split("&")]
+            cells = [f"({factor})*({cell})" for cell in row.strip().split("&")]
             rows.append(f"({','.join(cells)})")
     return rows
 
@@ -563,18 +572,15 @@ def _same_atom(a: str, b: str) -> bool:
     value_a, value_b = _value(a), _value(b)
     if value_a and value_b:
         return all(map(_same_number, value_a, value_b))
-    return _plain(a) == _plain(b)
+    plain_a, plain_b = (re.sub(r"\{(\w)\}", r"\1", x) for x in (a, b))
+    spaces = r'(?<![0-9]) | (?![0-9])|"'
+    return re.sub(spaces, "", plain_a) == re.sub(spaces, "", plain_b)
 
 
 def _words(text: str) -> str:
     """The letters of a text answer, without case; empty for anything but words."""
     letters = re.sub(r'[ ".,\']', "", text).strip("()")
     return letters.casefold() if letters.isalpha() and len(letters) > 1 else ""
-
-
-def _plain(text: str) -> str:
-    """What is left to compare as a string: no spaces, quotes or braces around one character."""
-    return re.sub(r'(?<![0-9]) | (?![0-9])|"', "", re.sub(r"\{(\w)\}", r"\1", text))
 
 
 def _singular(word: str) -> str:
@@ -600,7 +606,8 @@ def _split_unit(text: str) -> tuple[str, str]:
     if quote > 0:
         is_unit = re.fullmatch(r'(?:"[^"]*"(?:\^\{?-?[0-9]\}?)?[ /*]?)+', tail)
     elif words and known:  # one letter may be a variable: only m^2 and m^3 are taken for units
-        is_square, is_rate = power and words == ["m"], tail[0] == " " and "/" in tail
+        is_square = power and words == ["m"]
+        is_rate = "/" in tail and (tail[0] == " " or max(map(len, words)) > 2)
         is_unit = len(words[0]) > 1 or words[0] in "€£" or is_square or is_rate
     else:
         is_unit = tail.startswith(" ") and max(map(len, words), default=0) > 2
