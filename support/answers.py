@@ -320,7 +320,7 @@ def same_answer(answer: str, reference: str) -> bool:
 
 
 QUALIFIER = re.compile(
-    r'[,;]?[ "(]*(?:(?:attained|achieved|with equality) )?'
+    r'[,;]?[ "(]*(?<![A-Za-z])(?:(?:attained|achieved|with equality) )?'
     r'(?:for|where|when|at|as|on|given|provided|with(?="? ?[a-z]∈)|\\forall)(?![A-Za-z])"? ?'
     r'(?!.*\b(?:otherwise|else|if|but|unless|except|not)\b)(?=["A-Za-z\\])'
     r'((?:[^,;]|\(-∞,∞\))*(?:,[^,;]*)*\\ldots|(?:[^,;]|\(-∞,∞\))*)$')
@@ -503,7 +503,7 @@ def _meaning(sides: list[str], signs: str, compound: bool = False) -> tuple[str,
         return sides[0], [sides[1] if signs == "∈" else f"(-∞,{sides[1]}{closing}"]
     if signs in ("<", "≤") and _is_name(sides[1]):
         return sides[1], [f"{opening}{sides[0]},∞)"]
-    if set(signs) > {"="} or all(map(_words, sides)) and signs:  # LRAC = SRMC is no value of LRAC
+    if set(signs) - {"="} or signs and all(map(_words, sides)):  # LRAC = SRMC is no value of LRAC
         return "", []
     if signs and _is_name(sides[0], compound):
         return sides[0], sides[1:]
@@ -604,7 +604,7 @@ def _split_unit(text: str) -> tuple[str, str]:
     words = [_singular(word) for word in re.findall("[a-z€£]+|/", tail.lower())]
     known = UNITS.keys() >= set(words)  # sec is a time by itself
     if quote > 0:
-        is_unit = re.fullmatch(r'(?:"[^"]*"(?:\^\{?-?[0-9]\}?)?[ /*]?)+', tail)
+        is_unit = re.fullmatch(r'(?:"(?:[^"0-9]|(?<=[a-z])[0-9])*"(?:\^\{?-?[0-9]\}?)?[ /*]?)+', tail)
     elif words and known:  # one letter may be a variable: only m^2 and m^3 are taken for units
         is_square = power and words == ["m"]
         is_rate = "/" in tail and (tail[0] == " " or max(map(len, words)) > 2)
