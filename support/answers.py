@@ -180,8 +180,8 @@ WORD = (  # of prose, not of a formula
     r"(?-i:(?<![\\A-Za-z{])(?!(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc|exp|ln|log|sqrt|pi|infinity)"
     r"|[A-Z]{2,4})\b)(?:[A-Za-z]{2,}|[AaI](?= [A-Za-z]))[A-Za-z'’-]*)")
 NUMERIC = re.compile(r"(?<!\^)(?<!\^\{)[0-9]|[∞π√]|\\(?:d?frac|sqrt|pi|infty)|infinity")
-RESTATED = re.compile(rf"[\s*_$\\#]*(?:(?i:(?:so|thus|hence|therefore|the|my|our|final|correct)\b"
-                      rf"[\s,*_]*){{0,4}}(?:{PHRASE}|{REWORDED})|(?<=#)(?=[^#]))")
+RESTATED = re.compile(rf"\s*(?:\\?#){{4,}}|[\s*_$#]*(?i:(?:so|thus|hence|therefore|the|my|our|final"
+                      rf"|correct)\b[\s,*_]*){{0,4}}(?:{PHRASE}|{REWORDED})")
 EXACTLY = f"{FILLER}|exactly|precisely|approximately|only"
 OPENING = re.compile(  # "of course", "In 5 days, "
     rf"(?i)^(?:(?:{EXACTLY}|clearly|definitely|certainly|of course|for sure|finally|so|hence|that"
@@ -330,13 +330,6 @@ def same_answer(answer: str, reference: str) -> bool:
     return agree and _equal(main_a, main_b)
 
 
-FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in
-             "sin cos tan arcsin arccos arctan sinh cosh tanh exp".split()}
-FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "lg": cmath.log10,
-              "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
-              "cot": lambda x: 1 / cmath.tan(x)}
-
-
 # --- structure: lists, relations, unions, tuples, matrices --------------------------------------
 
 TURNED = str.maketrans(">≥", "<≤")
@@ -452,8 +445,6 @@ NAMES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\frac\{[^{}0-9^]+\}\{[^{}0-9^]+\}", "R"),  # \frac{AM}{MB}
     (r"\|[^|0-9=<>^]+\|", "A"),  # |z|
 )]
-
-
 NO_NAME_SIGNS = re.compile(
     r"^[0-9.]|\\(?:frac|sqrt|binom|\$)|[-+*/^|!%=<>≤≥∪π]|(?<![\\A-Za-z])[A-Za-z]{2,} ")
 
@@ -463,8 +454,10 @@ def _is_name(text: str, compound: bool = False) -> bool:
     \frac{AM}{MB}, |z|, not 2x. With `compound` also m+n, AB*BC and \int f, not x+1."""
     if len(text) > 80 or not re.search('[A-Za-z"]', text) or text.strip(' "') in NOT_UNITS:
         return False
-    if NO_NAME.search(text) or compound and text.startswith((r"\lim", r"\int", r"\sum")):
-        return not NO_NAME.search(text)
+    if NO_NAME.search(text):
+        return False
+    if compound and text.startswith((r"\lim", r"\int", r"\sum")):
+        return True
     for pattern, replacement in NAMES:
         text = pattern.sub(replacement, text)
     if compound:
@@ -504,8 +497,9 @@ def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b
             return True
     if signs_a == signs_b == "=" and all(map(_words, sides_a + sides_b)):
         return _same_multiset(sides_a, sides_b, depth)
-    if signs_a != signs_b or len(signs_a) > 1 or _same_sequence(sides_a, sides_b, depth):
-        return signs_a == signs_b and _same_sequence(sides_a, sides_b, depth)
+    in_order = signs_a == signs_b and _same_sequence(sides_a, sides_b, depth)
+    if in_order or signs_a != signs_b or len(signs_a) > 1:
+        return in_order
     difference = _value("({})-({})".format(*sides_a))
     ratio = _value("(({})-({}))/(({})-({}))".format(*sides_a, *sides_b))  # constant: 2x=4, x-2=0
     if not difference or not ratio or _same_number(*difference) or not _same_number(*ratio):
@@ -558,6 +552,11 @@ def _words(text: str) -> str:
 MAX_BITS = 16_384  # of one exact number: 2^{5000} and 10^{3000} are in reach
 MAX_WORK = 300_000  # bits of all the numbers of one expression
 MAX_NESTING = 30
+FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in
+             "sin cos tan arcsin arccos arctan sinh cosh tanh exp".split()}
+FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "lg": cmath.log10,
+              "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
+              "cot": lambda x: 1 / cmath.tan(x)}
 CONSTANTS = {"e": complex(math.e), "i": 1j, "π": complex(math.pi)}
 KNOWN = "|".join(sorted([*FUNCTIONS, "sqrt", "floor", "ceil"], reverse=True))
 TOKEN = re.compile(
@@ -568,7 +567,7 @@ PROSE = re.compile(rf"(?<![\\A-Za-z])(?!(?:{KNOWN}|pi)\b)"
                    r"(?:(?:[A-Za-z]{3,}|no) |not|(?<= )[A-Za-z]{3,})")
 LEVEL = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5, "°": 5, "%": 5}  # 2x: level 2 too
 CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
-OPAQUE = set(r"\prod \int \lim \cdots \ldots \dots \cap \setminus \pmod".split())
+OPAQUE = set("prod int lim cdots ldots dots cap setminus pmod".split())
 Number = Fraction | complex
 
 
@@ -720,7 +719,7 @@ class _Expression:
         elif word == "binom":
             n, k = self.argument(), self.argument()
             value = self.marked(n, "!") / (self.marked(k, "!") * self.marked(n - k, "!"))
-        elif not word or token["word"] in OPAQUE or NOT_UNITS & {*re.findall("[a-z]+", word.lower())}:
+        elif not word or word in OPAQUE or NOT_UNITS & {*re.findall("[a-z]+", word.lower())}:
             raise ValueError("not an expression")
         else:
             value = CONSTANTS.get(token[0]) or self.name(re.sub('["{}]', "", token[0]))

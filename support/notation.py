@@ -5,7 +5,7 @@ import re
 from itertools import accumulate
 
 RELATIONS = "=<>≤≥≠∈"
-FUNCTIONS = set(
+FUNCTION_NAMES = set(
     "sin cos tan arcsin arccos arctan sinh cosh tanh exp ln log lg sec csc cot".split())
 
 # What LaTeX and unicode spell in several ways; after normalise() one symbol has one meaning.
@@ -60,7 +60,7 @@ def _quoted(macro: re.Match) -> str:
     """The content of a text macro: words in quotes, but not the number in 4:30 pm."""
     content = macro[1].replace('"', "").strip(" \\~")
     is_time = content == "sec" and not macro.string[macro.end():].strip(" .$")  # 5\text{ sec}
-    if content in FUNCTIONS and not is_time:
+    if content in FUNCTION_NAMES and not is_time:
         return f"\\{content} "
     if content.strip(" ,") in ("and", "or") or not re.search("[A-Za-z]", content):
         return f" {content} "
@@ -181,7 +181,7 @@ UNITS = {name: names.split()[0] for names in (
     "min minute", "h hour hr", "am", "pm", "g gram gm", "kg kilogram", "mg milligram",
     "lb pound", "oz ounce", "l liter litre", "ml milliliter millilitre", "day", "week",
     "month", "year", "2 square sq", "3 cubic cu") for name in names.split()}
-NOT_UNITS = FUNCTIONS | set(
+NOT_UNITS = FUNCTION_NAMES | set(
     "is are was be not no if but so because since then the this it either neither sqrt pi mod"
     " squared cubed factorial half times more less fewer than below above under over least most"
     " except without too dozen hundred thousand million billion trillion lakh crore".split())
