@@ -202,7 +202,7 @@ REMARK_BEGINS = re.compile(  # what follows the value; after a reason any number
     r"|(?-i:[0-9][^][(),A-Za-wyz]*[-+*×/x][^][(),A-Za-wyz]*[)\]]$)))")
 COPULA = re.compile(
     r"(?i)(?:\b(?:is|are|was|were|equals?|becomes?|makes?|(?<!could )(?<!might )(?<!may )be"
-    r"|(?:total|volume|area|cost|profit|length) of)|\b(?:it|that|there)['’]s)"
+    r"|an? (?:total|volume|area|cost|profit|length) of)|\b(?:it|that|there)['’]s)"
     rf"(?: (?:{EXACTLY}|to|by|given|found|an?|the|option|choice|total|sum|number|value|of))* *$")
 FINITE = re.compile(r"(?i)(?:(?:is|are|was|were)(?! (?:the|what|left)\b)|does|did|has|had|fails)\b")
 

@@ -154,7 +154,7 @@ def wrapped(text: str, opening: str, closing: str) -> bool:
 
 ONLY = re.compile('^"?(?:exactly|precisely|only|just|approximately)(?![A-Za-z])"? ?')
 QUALIFIER = re.compile(  # 2^n"for"n≥1
-    r'[,;]?[ "(]*(?<![A-Za-z])(?:(?:attained|achieved|with equality) )?(?:where(?!.*(?:where|when))'
+    r'(?<![A-Za-z])(?:(?:attained|achieved|with equality) )?(?:where(?!.*(?:where|when))'
     r'|(?=[^,;]*$|.*\\ldots$|.*\(-∞,∞\)$)(?:for|where|when|at|as|on|given|provided'
     r'|with(?="? ?[a-z]∈)|\\forall))(?![A-Za-z])"? ?'
     r'(?!.*\b(?:otherwise|else|if|but|unless|except|not)\b)(?=["A-Za-z\\])(.*)$')
@@ -165,9 +165,11 @@ CONDITION = re.compile(  # nπ,n∈"Z" and nπ(n=1)
 def split_condition(text: str) -> tuple[str, str]:
     """(answer, the condition under which it holds). A condition in words counts as none."""
     text = ONLY.sub("", text)
-    if match := QUALIFIER.search(text, 1):
+    match = QUALIFIER.search(text)
+    if match and (main := text[:match.start()].rstrip(' ,;"(')):
         condition = re.sub('^(?:all|any|every|each|some)\\b|"', "", match[1]).strip()
-        return text[:match.start()], "" if re.search("[A-Za-z]{3}", condition) else condition
+        condition = condition.removesuffix(")") if "(" in text[len(main):match.start()] else condition
+        return main, "" if re.search("[A-Za-z]{3}", condition) else condition
     match = CONDITION.search(text)
     if match and match[2] in (main := text[:match.start()]) and not set(main) & set("<>≤≥≠∈"):
         return main, match[1]
