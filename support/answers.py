@@ -270,21 +270,24 @@ def _only_value(sentence: str, changed: bool) -> str | None:
     numeric = [i for i in gaps if NUMERIC.search(parts[i])]
     named = [i for i in gaps
              if parts[i].lstrip()[0] in "=:" or COPULA.search("".join(parts[:i]))]
-    stated = named or numeric
-    if len({parts[i].strip(" =:") for i in stated}) != 1 or len(parts) > 120:
-        return None
-    i = stated[-1]
-    before, value, after = "".join(parts[:i]), parts[i], "".join(parts[i + 1:])
-    if numeric and numeric[-1] > i or VETO.search(after) or FINITE.match(after):
+    if named and set(parts[named[0] + 1::2]) <= {"and", "or"}:  # "the roots are 2 and 3"
+        i = named[0]
+        before, value, after = "".join(parts[:i]), "".join(parts[i:]), ""
+    elif len({parts[i].strip(" =:") for i in named or numeric}) == 1 and len(parts) < 120:
+        i = (named or numeric)[-1]
+        before, value, after = "".join(parts[:i]), parts[i], "".join(parts[i + 1:])
+        if numeric and numeric[-1] > i or VETO.search(after) or FINITE.match(after):
+            return None
+    else:
         return None
     if named:
         compared = " than " in before and NUMERIC.search(before)
         multiplied = re.match(r"\W*(?:[0-9]|\\frac|-)", before)
         doubtful = compared or multiplied or NO_NAME.search(before)
     else:
-        alone = i == 2 and value.lstrip()[0] not in "=:"  # one word before it: "June 20"
+        alone = i == 2 and value.lstrip()[0] not in "=:("  # one word before it: "June 20"
         doubtful = alone or LABEL.search(before) or VETO.search(before.replace(" and ", " "))
-    touching = before and value[0] not in " =:(" or after and value[-1] != " "
+    touching = before and value[0] not in " =:" or after and value[-1] != " "
     words = [word.partition("^")[0].strip(".,").lower() for word in after.split()]
     plain = not changed and not before and len(words) <= 4 and not NOT_UNITS & set(words)
     if doubtful or touching or plain:  # plain: a number with its unit, as it should be

@@ -186,7 +186,7 @@ UNITS = {name: names.split()[0] for names in (
 NOT_UNITS = FUNCTION_NAMES | set(
     "is are was be not no if but so because since then the this it either neither sqrt pi mod"
     " squared cubed factorial half times more less fewer than below above under over least most"
-    " except without too dozen hundred thousand million billion trillion lakh crore".split())
+    " except without too which dozen hundred thousand million billion trillion lakh crore".split())
 
 
 QUOTED_UNIT = re.compile(

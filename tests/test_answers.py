@@ -372,7 +372,7 @@ LONG_HOSTILE = {  # one unit of each, to be repeated
     "fractions": r"\frac",
     "texts": r"\text{", "underscores": "_", "emphasis": "_7_ ", "tags": "<answer>", "closing tags": "</answer>",
     "answers in tags": "<answer>7</answer>", "headings without a colon": "Final Answer\n", "reasons": "7 because ",
-    "asides": " (a", "calculations": " (9 * 2)", "copulas": "is 7 ", "conditions in words": "for x=1 ", "sentences": "a. B ",
+    "asides": " (a", "calculations": " (9 * 2)", "copulas": "is 7 ", "qualifiers": "for x=1 ", "sentences": "a. B ",
 }
 
 
@@ -393,22 +393,14 @@ def test_no_short_answer_raises_or_hangs(text):
 
 @pytest.mark.parametrize("unit", LONG_HOSTILE.values(), ids=LONG_HOSTILE.keys())
 def test_a_megabyte_of_anything_is_judged_in_a_moment(unit):
-    text = (unit * 1_000_000)[:1_000_000]
     start = time.perf_counter()
-    for form in forms(text):
-        assert isinstance(is_correct(form, "5"), bool)
-        extract_answer(form), last_number(form)
+    for size in (MAX_ANSWER - 20, 1_000_000):  # the first is read, of the second the end
+        text = (unit * size)[:size]
+        for form in forms(text):
+            assert isinstance(is_correct(form, "5"), bool)
+            extract_answer(form), last_number(form)
     assert isinstance(is_correct("5", text), bool)
-    assert time.perf_counter() - start < 5  # 31 calls; the bound only catches hangs
-
-
-@pytest.mark.parametrize("unit", LONG_HOSTILE.values(), ids=LONG_HOSTILE.keys())
-def test_a_long_statement_is_read_in_a_moment(unit):
-    text = (unit * MAX_ANSWER)[:MAX_ANSWER - 20]
-    start = time.perf_counter()
-    for form in forms(text):
-        assert isinstance(is_correct(form, "5"), bool)
-    assert time.perf_counter() - start < 3  # 10 calls of some milliseconds
+    assert time.perf_counter() - start < 5  # 61 calls; the bound only catches hangs
 
 
 def test_fifty_thousand_nested_braces_are_one_box_too_long_to_read():
