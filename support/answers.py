@@ -16,7 +16,8 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate, takewhile
 
-from support.notation import RELATIONS, normalise
+from support import notation
+from support.notation import NOT_UNITS, normalise
 
 # --- extraction: which part of a completion is the answer? --------------------------------------
 
@@ -150,51 +151,60 @@ def _bare(answer: str) -> str:
 
 DENIED = "not no none never neither nor cannot whether doubt false"
 DOUBTED = ("wrong incorrect if unless either actually wait maybe perhaps possibly probably but"
-           " however otherwise else correction mistake sorry ignore")
+           " however otherwise correction mistake sorry ignore")
 MULTIPLE = "twice half double triple thrice plus minus negative"
-ALTERED = ("or and between except without less fewer greater under over above below beyond least"
-           " most than times dozen hundred thousand million billion trillion lakh crore squared"
-           " cubed factorial mod almost nearly too impossible undefined")
-OTHER = "divided third quarter root power remainder modulo base about around roughly up works"
-RELATED = (  # "the number after 7", "step 7"
-    "of after before by to at on from past until near against step part case section question"
+ALTERED = (  # what makes another number of a number: "7 less than 20"
+    "or and else between except without less fewer greater under over above below beyond least most"
+    " than times dozen hundred thousand million billion trillion lakh crore squared cubed factorial"
+    " mod divided third quarter root power remainder modulo base about around roughly almost nearly"
+    " up too works impossible undefined could might may")
+RELATED = (  # words before a number that is not the value: "the number after 7", "step 7"
+    "and of after before by to at on from past until near against step part case section question"
     " problem exercise example method solution figure table equation page day option line number"
     " version grade year room level stage phase round type class row column")
 
 
 def _any_of(words: str, after: str = r"\b|n['’]t\b|\?") -> re.Pattern:
-    words = f"{words} {words.title()}"  # but not in capitals: NO is a line, too
+    words = f"{words} {words.title()}"  # not in capitals, where NO may be a line
     return re.compile(rf"\b(?:{words.replace(' ', '|')}){after}")
 
 
 DOUBT = _any_of(f"{DOUBTED} could might may", r"\b|\?")
 NO_NAME = _any_of(f"{DENIED} {DOUBTED} {MULTIPLE}")
-VETO = _any_of(f"{DENIED} {DOUBTED} {MULTIPLE} {ALTERED} {OTHER} could might may")
+VETO = _any_of(f"{DENIED} {DOUBTED} {MULTIPLE} {ALTERED}")
 LABEL = _any_of(RELATED, " *$")
 TEXT = re.compile(r"\\(?:text[a-z]*|[mh]box|math(?:rm|bf|it))\*? ?\{([^{}]*)\}")
 EMPHASIS = re.compile(
     r"(?<![\w)\]}])(?:_+(?=[^\s{_])|\*\*)|(?<=\S)_+(?![\w{\\])|\*\*(?![\w({\\+-])")
-WORD = (r"(?-i:(?<![\\A-Za-z{])(?!(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc|exp|ln|log|sqrt|pi|infinity)"
-        r"|[A-Z]{2,4})\b)(?:[A-Za-z]{2,}|[AaI](?= [A-Za-z]))[A-Za-z'’-]*)")  # not of a formula
-NUMERIC = re.compile(r"[0-9∞π√]|\\(?:d?frac|sqrt|pi|infty)|infinity")
-RESTATED = re.compile(rf"[\s*_$\\#]*(?:(?i:(?:so|thus|hence|therefore|the|my|our|final|correct)\b"
-                      rf"[\s,*_]*){{0,4}}(?:{PHRASE}|{REWORDED})|(?<=#)(?=[^#]))")
-OPENING = re.compile(  # "exactly", "for sure", "In 5 days, "
-    rf"(?i)^(?:(?:{FILLER}|exactly|precisely|approximately|only|clearly|definitely|certainly|of course"
-    r"|finally|for sure|so|hence|that|given by|found to be|going to be)\b[,:]? ?|(?:in|on|after|for"
-    r"|with|by|since|when|because|given|over|during|within)\b[^,;]*, (?=[A-Za-z]))+")
-ASIDE = re.compile(rf" [(\[](?!(?:or|not|base|{DOUBTED.replace(' ', '|')})\b)[^()\[\]0-9]*{WORD}[^()\[\]0-9]*[)\]]")
+WORD = (  # of prose, not of a formula
+    r"(?-i:(?<![\\A-Za-z{])(?!(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc|exp|ln|log|sqrt|pi|infinity)"
+    r"|[A-Z]{2,4})\b)(?:[A-Za-z]{2,}|[AaI](?= [A-Za-z]))[A-Za-z'’-]*)")
+NUMERIC = re.compile(r"(?<!\^)(?<!\^\{)[0-9]|[∞π√]|\\(?:d?frac|sqrt|pi|infty)|infinity")
+RESTATED = re.compile(rf"\s*(?:\\?#){{4,}}|[\s*_$#]*(?i:(?:so|thus|hence|therefore|the|my|our|final"
+                      rf"|correct)\b[\s,*_]*){{0,4}}(?:{PHRASE}|{REWORDED})")
+EXACTLY = f"{FILLER}|exactly|precisely|approximately|only"
+OPENING = re.compile(  # "of course", "In 5 days, "
+    rf"(?i)^(?:(?:{EXACTLY}|clearly|definitely|certainly|of course|for sure|finally|so|hence|that"
+    r"|given by|found to be|going to be|the number|the integer)\b(?!['’])[,:]? ?|yes, (?=it )"
+    r"|(?:in|on|after|for|with|by|since|when|because|given|over|during|within|at|each|every|per)\b"
+    r"[^,;]*, (?=[A-Za-z]))+")
+ASIDE = re.compile(  # "(dollars)"
+    rf" [(\[](?=[^()\[\]0-9]*+[)\]])(?=[^()\[\]]*?(?:{WORD}|[A-Z]{{3}}))"
+    rf"(?!(?:or|not|base|mod|{DOUBTED.replace(' ', '|')})\b)[^()\[\]]*[)\]]")
 REMARK_BEGINS = re.compile(  # what follows the value; after a reason any number may stand
-    r"(?i)(?:[,;:]| [-–—]+)? \(?(?P<reason>(?:because|since|given that|due to|rather than|instead of"
-    r"|not counting|(?<=[,;] )(?:as|where|not)|as(?= [$\\(]*[0-9]))\b)|(?<!\\)[,;] (?!(?:or|and|but"
-    r"|nor|if|unless|else|otherwise|then|plus|minus|to|less|more)\b)(?=[A-Za-z]{2}|I )"
+    r"(?i)(?:[,;:]| [-–—]+)? \(?(?P<reason>(?:because|since|given that|due to|rather than"
+    r"|instead of|not counting|(?<=[,;] )(?:as|where|not|obtained|found|using|from)"
+    r"|as(?= [$\\(]*[0-9]))\b)"
+    r"|(?<!\\)[,;] (?!(?:or|and|but|nor|if|unless|else|otherwise|then|plus|minus|to|less|more)\b)"
+    r"(?=[A-Za-z]{2}|I |i\.e)|[:;] (?=[0-9$(][^,;:]*[-+*×/=])"
     r"| [-–—]+ (?=[A-Za-z]{2})| (?=(?:so|which|that is|i\.e\.|and (?:we|this|that|it)) )"
-    rf"| (?=\((?:[^()]*(?:=|{WORD})|(?-i:[0-9][^(),A-Za-wyz]*[-+*×/x][^(),A-Za-wyz]*\)$)))")
+    rf"| (?=[(\[](?:[^()\[\]]*(?:=|{WORD})"
+    r"|(?-i:[0-9][^][(),A-Za-wyz]*[-+*×/x][^][(),A-Za-wyz]*[)\]]$)))")
 COPULA = re.compile(
-    r"(?i)\b(?:is|are|was|were|equals?|becomes?|totals?"
-    r"|(?<!could )(?<!might )(?<!may )be)(?: (?:exactly|precisely|approximately"
-    rf"|{FILLER}|only|to|by|given|found|an?|the|option|choice|total|sum|number|value|of))* *$")
-FINITE = re.compile(r"(?i)(?:(?:is|are|was|were)(?! the\b| what\b)|does|did|has|had|will|fails)\b")
+    r"(?i)(?:\b(?:is|are|was|were|equals?|becomes?|makes?|(?<!could )(?<!might )(?<!may )be"
+    r"|an? (?:total|volume|area|cost|profit|length) of)|\b(?:it|that|there)['’]s)"
+    rf"(?: (?:{EXACTLY}|to|by|given|found|an?|the|option|choice|total|sum|number|value|of))* *$")
+FINITE = re.compile(r"(?i)(?:(?:is|are|was|were)(?! (?:the|what|left)\b)|does|did|has|had|fails)\b")
 
 
 def _value_alone(content: str) -> str:
@@ -227,27 +237,30 @@ def _unwrapped(text: str) -> str:
 
 
 def _read(sentence: str, remark: str) -> str | None:
-    """The only value that a sentence states, or None where that is not certain."""
+    """The only value that a sentence states, or None where that is not certain. `remark` follows
+    the sentence."""
     opened = OPENING.sub("", sentence)
-    main = ASIDE.sub("", opened)
-    depths, reason = _depths(main), None
+    main, reason = ASIDE.sub("", opened), None
+    depths = notation.depths(main)
     if cut := next((c for c in REMARK_BEGINS.finditer(main) if depths[c.start()] == 0), None):
         main, remark, reason = main[:cut.start()], main[cut.end():], cut["reason"]
         if not reason and not NUMERIC.search(main) and not remark[:1].islower():
             return None  # a list of words
-    if opened != sentence or re.search(WORD, main):
+    in_words = re.search(WORD, main)
+    if opened != sentence or in_words:
         main = main.rstrip("!")
     changed = bool(remark) or main != sentence
-    value = _only_value(main, changed) if re.search(WORD, main) else main if changed else None
+    value = _only_value(main, changed) if in_words else main if changed else None
     if reason:
         return value or (None if re.search("[0-9]", main) else main)  # "yes, because"
-    numbers = NUMBER.findall(remark)
     if not value or DOUBT.search(remark) or STATEMENTS["phrase"].search(remark):
         return None
-    explains = cut is None or re.match(rf"which|that is|i\.e\.|\(.*{WORD}", remark)
+    numbers = NUMBER.findall(remark)
+    explains = cut is None or re.match(rf"which|that is|i\.e\.|[(\[].*{WORD}", remark)
     if not numbers or explains and len(numbers) > 1 and " or " not in remark:
         return value
-    return value if same_answer(numbers[-1], value) or same_answer(remark, value) else None
+    restated = same_answer(numbers[-1], value) or same_answer(remark.strip("i.e,=[]() "), value)
+    return value if restated else None
 
 
 def _only_value(sentence: str, changed: bool) -> str | None:
@@ -257,23 +270,30 @@ def _only_value(sentence: str, changed: bool) -> str | None:
     numeric = [i for i in gaps if NUMERIC.search(parts[i])]
     named = [i for i in gaps
              if parts[i].lstrip()[0] in "=:" or COPULA.search("".join(parts[:i]))]
-    stated = named or numeric
-    if len({parts[i].strip(" =:") for i in stated}) != 1 or len(parts) > 120:
-        return None
-    i = stated[-1]
-    before, value, after = "".join(parts[:i]), parts[i], "".join(parts[i + 1:])
-    if numeric and numeric[-1] > i or VETO.search(after) or FINITE.match(after):
+    if named and set(parts[named[0] + 1::2]) <= {"and", "or"}:  # "the roots are 2 and 3"
+        i = named[0]
+        before, value, after = "".join(parts[:i]), "".join(parts[i:]), ""
+    elif len({parts[i].strip(" =:") for i in named or numeric}) == 1 and len(parts) < 120:
+        i = (named or numeric)[-1]
+        before, value, after = "".join(parts[:i]), parts[i], "".join(parts[i + 1:])
+        if numeric and numeric[-1] > i or VETO.search(after) or FINITE.match(after):
+            return None
+    else:
         return None
     if named:
-        doubtful = NO_NAME.search(before) or re.match(r"\W*(?:[0-9]|\\frac|-)", before)
+        compared = " than " in before and NUMERIC.search(before)
+        multiplied = re.match(r"\W*(?:[0-9]|\\frac|-)", before)
+        doubtful = compared or multiplied or NO_NAME.search(before)
     else:
-        alone = len(before.split()) == 1 and value.lstrip()[0] not in "=:"
-        doubtful = VETO.search(before) or LABEL.search(before) or alone
-    touching = before and value[0] not in " =:(" or after and value[-1] != " "
-    if doubtful or touching or not changed and not before and len(after.split()) <= 4:
-        return None  # the last is a number with its unit, as it should be
-    unit = takewhile(lambda word: _singular(word.strip(".,").lower()) in UNITS, after.split())
-    return " ".join([value.strip(" ,;:="), *unit])
+        alone = i == 2 and value.lstrip()[0] not in "=:("  # one word before it: "June 20"
+        doubtful = alone or LABEL.search(before) or VETO.search(before.replace(" and ", " "))
+    touching = before and value[0] not in " =:" or after and value[-1] != " "
+    words = [word.partition("^")[0].strip(".,").lower() for word in after.split()]
+    plain = not changed and not before and len(words) <= 4 and not NOT_UNITS & set(words)
+    if doubtful or touching or plain:  # plain: a number with its unit, as it should be
+        return None
+    known = len(list(takewhile(lambda word: notation.singular(word) in notation.UNITS, words)))
+    return " ".join([value.strip(" ,;:="), *after.split()[:known]])
 
 
 # --- comparison: does an answer equal the reference? --------------------------------------------
@@ -305,36 +325,12 @@ def same_answer(answer: str, reference: str) -> bool:
     a, b = normalise(answer), normalise(reference)
     if _equal(a, b):
         return True
-    (main_a, condition_a), (main_b, condition_b) = _qualified(a), _qualified(b)
+    main_a, condition_a = notation.split_condition(a)
+    main_b, condition_b = notation.split_condition(b)
     if (main_a, main_b) == (a, b):
         return False
     agree = not condition_a or not condition_b or _equal(condition_a, condition_b)
     return agree and _equal(main_a, main_b)
-
-
-QUALIFIER = re.compile(
-    r'[,;]?[ "(]*(?:(?:attained|equality|with) )*(?:for|where|when|at|as|\\forall)(?![A-Za-z])"? ?'
-    r'(?!.*\b(?:otherwise|else|if|but|unless|except|not)\b)(?=["A-Za-z\\])'
-    r'((?:[^,;]|\(-∞,∞\))*(?:,[^,;]*)*\\ldots|(?:[^,;]|\(-∞,∞\))*)$')
-
-
-def _qualified(text: str) -> tuple[str, str]:
-    r"""(answer, condition) of 2^n"for"n≥1, nπ,n∈"Z", "exactly"5; a condition in words counts as none."""
-    text = re.sub('^"?(?:exactly|precisely|only|just|approximately)(?![A-Za-z])"? ?', "", text)
-    if match := QUALIFIER.search(text, 1):
-        condition = re.sub(r'^(?:all|any|every|each|some)\b|"', "", match[1]).strip()
-        return text[:match.start()], "" if re.search("[A-Za-z]{3}", condition) else condition
-    match = re.search(r"[,(]+(([A-Za-z])[∈≠<>≤≥=][^,()]*(?:\([^()]*\))?)\)?$", text)
-    if match and match[2] in text[:match.start()] and not set(text[:match.start()]) & set("<>≤≥≠∈"):
-        return text[:match.start()], match[1]
-    return text, ""
-
-
-FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in
-             "sin cos tan arcsin arccos arctan sinh cosh tanh exp".split()}
-FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "lg": cmath.log10,
-              "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
-              "cot": lambda x: 1 / cmath.tan(x)}
 
 
 # --- structure: lists, relations, unions, tuples, matrices --------------------------------------
@@ -362,14 +358,15 @@ def _equal(a: str, b: str, depth: int = 0) -> bool:
     if relation_a[1] or relation_b[1]:
         return _same_relation(*relation_a, *relation_b, depth)
     if "∪" in a + b:
-        return _same_multiset(_split(a, "∪"), _split(b, "∪"), depth)
+        return _same_multiset(notation.split(a, "∪"), notation.split(b, "∪"), depth)
     if r"\begin" in a + b:
         return _same_sequence(_matrix(a), _matrix(b), depth)
-    items_a, items_b = (_split(x[1:-1], ",;") if _wrapped(x, "([", ")]") else [x] for x in (a, b))
-    if len(items_a) > 1 or len(items_b) > 1:
-        return a[0] + a[-1] == b[0] + b[-1] and _same_sequence(items_a, items_b, depth)
+    items = [notation.split(x[1:-1], ",;") if notation.wrapped(x, "([", ")]") else [x]
+             for x in (a, b)]
+    if max(map(len, items)) > 1:
+        return a[0] + a[-1] == b[0] + b[-1] and _same_sequence(*items, depth)
     if ":" in a and ":" in b:
-        return _same_sequence(_split(a, ":"), _split(b, ":"), depth)
+        return _same_sequence(notation.split(a, ":"), notation.split(b, ":"), depth)
     return _same_atom(a, b)
 
 
@@ -389,33 +386,18 @@ def _same_multiset(xs: list[str], ys: list[str], depth: int) -> bool:
     return True
 
 
-def _depths(text: str) -> list[int]:
-    """How many brackets are open at each character. Kinds may mix: (0,1] is an interval."""
-    return list(accumulate((c in "([{⦃") - (c in ")]}⦄") for c in text))
-
-
-def _split(text: str, separators: str) -> list[str]:
-    """Split at the separators that stand outside all brackets."""
-    cuts = [i for i, depth in enumerate(_depths(text)) if depth == 0 and text[i] in separators]
-    return [text[i + 1:j] for i, j in zip([-1, *cuts], [*cuts, len(text)])]
-
-
-def _wrapped(text: str, opening: str, closing: str) -> bool:
-    """Does one pair of brackets hold the whole text?"""
-    matching = len(text) > 1 and text[0] in opening and text[-1] in closing
-    return matching and min(_depths(text)[:-1]) > 0
-
-
 def _members(text: str) -> list[str]:
     r"""The answers that a bare list, a set or a \pm holds; one for anything else."""
     name, *rest = re.split("[∈=]", text, maxsplit=1)
-    if rest and _wrapped(rest[0], "⦃{", "⦄}") and _is_name(re.sub(r"∪|\\cap", "", name)):
+    if rest and notation.wrapped(rest[0], "⦃{", "⦄}") and _is_name(re.sub(r"∪|\\cap", "", name)):
         text = rest[0]  # A∪B=⦃1,2⦄, x∈⦃1,2⦄
-    if _wrapped(text, "⦃", "⦄"):
+    if notation.wrapped(text, "⦃", "⦄"):
         text = re.sub(r"^⦃[A-Za-z](?:∈\(-∞,∞\))? ?[|:](.*)⦄$", r"\1", text)  # ⦃x|-2<x<1⦄
     text = _conditions_to_union(text)
+    if notation.wrapped(text, "⦃{", "⦄}"):
+        text = text[1:-1]
     members = []
-    for item in filter(None, _split(text[1:-1] if _wrapped(text, "⦃{", "⦄}") else text, ",;")):
+    for item in filter(None, notation.split(text, ",;")):
         exact, _, rounded = item.partition("≈")
         item = exact if exact and not _is_name(exact) else rounded or item
         if item.count("±") == 1:
@@ -428,11 +410,11 @@ def _members(text: str) -> list[str]:
 def _conditions_to_union(text: str) -> str:
     r"""Conditions on one name as a set: x<1 or x>3, x≥1 and x<3, x≠2,5, the reals without ⦃2,5⦄."""
     if holes := re.fullmatch(r"([A-Za-z])≠(.+)|\(-∞,∞\) ?(?:\\setminus|-)⦃(.+)⦄", text):
-        points = _split((holes[2] or holes[3]).replace(f"{holes[1]}≠", ""), ",")
+        points = notation.split((holes[2] or holes[3]).replace(f"{holes[1]}≠", ""), ",")
         if all(map(_value, points)):
             ends = ["-∞", *sorted(points, key=lambda point: _value(point)[0].real), "∞"]
             return "∪".join(f"({left},{right})" for left, right in zip(ends, ends[1:]))
-    parts = [_relation(part) for part in _split(text, ";" if ";" in text else ",")]
+    parts = [_relation(part) for part in notation.split(text, ";" if ";" in text else ",")]
     all_signs = [signs for _, signs in parts]
     if len(parts) < 2 or not all(all_signs) or set(all_signs) == {"="}:
         return text
@@ -450,7 +432,7 @@ def _conditions_to_union(text: str) -> str:
 
 def _relation(text: str) -> tuple[list[str], str]:
     """The sides and the signs between them. A chain of > and ≥ is turned round."""
-    sides = _split(text, RELATIONS)
+    sides = notation.split(text, notation.RELATIONS)
     ends = accumulate(len(side) + 1 for side in sides[:-1])
     signs = "".join(text[end - 1] for end in ends)
     if signs and set(signs) <= set(">≥"):
@@ -466,6 +448,8 @@ NAMES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\frac\{[^{}0-9^]+\}\{[^{}0-9^]+\}", "R"),  # \frac{AM}{MB}
     (r"\|[^|0-9=<>^]+\|", "A"),  # |z|
 )]
+NO_NAME_SIGNS = re.compile(
+    r"^[0-9.]|\\(?:frac|sqrt|binom|\$)|[-+*/^|!%=<>≤≥∪π]|(?<![\\A-Za-z])[A-Za-z]{2,} ")
 
 
 def _is_name(text: str, compound: bool = False) -> bool:
@@ -473,15 +457,17 @@ def _is_name(text: str, compound: bool = False) -> bool:
     \frac{AM}{MB}, |z|, not 2x. With `compound` also m+n, AB*BC and \int f, not x+1."""
     if len(text) > 80 or not re.search('[A-Za-z"]', text) or text.strip(' "') in NOT_UNITS:
         return False
-    if NO_NAME.search(text) or compound and text.startswith((r"\lim", r"\int", r"\sum")):
-        return not NO_NAME.search(text)
+    if NO_NAME.search(text):
+        return False
+    if compound and text.startswith((r"\lim", r"\int", r"\sum")):
+        return True
     for pattern, replacement in NAMES:
         text = pattern.sub(replacement, text)
     if compound:
         text = re.sub(r"(?<=[A-Za-z)\]}])[-+*](?=[A-Za-z\\\[])", "", text)
     if text[:1] in "QfghABCM":
         text = re.sub(r"\^\{?-1\}?(?=\(|$)", "", text)  # f^{-1}(x), A^{-1}
-    return not re.search(r"^[0-9.]|\\(?:frac|sqrt|binom|\$)|[-+*/^|!%=<>≤≥∪π]|(?<![\\A-Za-z])[A-Za-z]{2,} ", text)
+    return not NO_NAME_SIGNS.search(text)
 
 
 def _meaning(sides: list[str], signs: str, compound: bool = False) -> tuple[str, list[str]]:
@@ -495,7 +481,7 @@ def _meaning(sides: list[str], signs: str, compound: bool = False) -> tuple[str,
         return sides[0], [sides[1] if signs == "∈" else f"(-∞,{sides[1]}{closing}"]
     if signs in ("<", "≤") and _is_name(sides[1]):
         return sides[1], [f"{opening}{sides[0]},∞)"]
-    if set(signs) > {"="} or all(map(_words, sides)) and signs:  # LRAC = SRMC is no value of LRAC
+    if set(signs) - {"="} or signs and all(map(_words, sides)):  # LRAC = SRMC is no value of LRAC
         return "", []
     if signs and _is_name(sides[0], compound):
         return sides[0], sides[1:]
@@ -514,8 +500,9 @@ def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b
             return True
     if signs_a == signs_b == "=" and all(map(_words, sides_a + sides_b)):
         return _same_multiset(sides_a, sides_b, depth)
-    if signs_a != signs_b or len(signs_a) > 1 or _same_sequence(sides_a, sides_b, depth):
-        return signs_a == signs_b and _same_sequence(sides_a, sides_b, depth)
+    in_order = signs_a == signs_b and _same_sequence(sides_a, sides_b, depth)
+    if in_order or signs_a != signs_b or len(signs_a) > 1:
+        return in_order
     difference = _value("({})-({})".format(*sides_a))
     ratio = _value("(({})-({}))/(({})-({}))".format(*sides_a, *sides_b))  # constant: 2x=4, x-2=0
     if not difference or not ratio or _same_number(*difference) or not _same_number(*ratio):
@@ -528,42 +515,33 @@ def _matrix(text: str) -> list[str]:
     matrix = re.fullmatch(r"(.*?)\[?\\begin\{([pbB]?matrix|array)\}(.*)\\end\{\2\}[])]?", text)
     if not matrix or r"\begin" in matrix[3]:
         return []
-    factor = matrix[1].rstrip("[(*").replace("-", "-1")
+    factor = matrix[1].rstrip("[(*")
+    factor = {"": "1", "-": "-1"}.get(factor, factor)
     body = re.sub(r"^\{[^{}]*\}", "", matrix[3]) if matrix[2] == "array" else matrix[3]
     rows = []
     for row in re.split(r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", body):
         if row.strip():
-            cells = [f"({factor or 1})*({cell})" for cell in row.strip().split("&")]
+            cells = [f"({factor})*({cell})" for cell in row.strip().split("&")]
             rows.append(f"({','.join(cells)})")
     return rows
 
 
 # --- atoms: words, or expressions with or without a unit ----------------------------------------
 
-UNITS = {name: names.split()[0] for names in (
-    "° degree deg", "% percent percentage pct", "$ dollar usd", "€ euro", "£", "cent",
-    "m meter metre", "mm millimeter", "cm centimeter centimetre", "km kilometer kilometre",
-    "/ per", "in inch inche", "ft foot feet", "mi mile", "yd yard", "s second sec",
-    "min minute", "h hour hr", "am", "pm", "g gram gm", "kg kilogram", "mg milligram",
-    "lb pound", "oz ounce", "l liter litre", "ml milliliter millilitre", "day", "week",
-    "month", "year", "2 square sq", "3 cubic cu") for name in names.split()}
-NOT_UNITS = FUNCTIONS.keys() | set(
-    f"{DENIED} {DOUBTED} {ALTERED} is are was be so because since then the this it sqrt pi half"
-    " more".split())
-
-
 def _same_atom(a: str, b: str) -> bool:
     words_a, words_b = _words(a), _words(b)
     in_capitals = words_a and words_b and (a + b).isupper()
     if words_a == words_b != "" or max(len(words_a), len(words_b)) > 3 or in_capitals:
         return words_a == words_b
-    (a, unit_a), (b, unit_b) = _split_unit(a), _split_unit(b)
+    (a, unit_a), (b, unit_b) = notation.split_unit(a), notation.split_unit(b)
     if unit_a and unit_b and unit_a != unit_b:
         return False
     value_a, value_b = _value(a), _value(b)
     if value_a and value_b:
         return all(map(_same_number, value_a, value_b))
-    return _plain(a) == _plain(b)
+    plain_a, plain_b = (re.sub(r"\{(\w)\}", r"\1", x) for x in (a, b))
+    spaces = r'(?<![0-9]) | (?![0-9])|"'
+    return re.sub(spaces, "", plain_a) == re.sub(spaces, "", plain_b)
 
 
 def _words(text: str) -> str:
@@ -572,50 +550,16 @@ def _words(text: str) -> str:
     return letters.casefold() if letters.isalpha() and len(letters) > 1 else ""
 
 
-def _plain(text: str) -> str:
-    """What is left to compare as a string: no spaces, quotes or braces around one character."""
-    return re.sub(r'(?<![0-9]) | (?![0-9])|"', "", re.sub(r"\{(\w)\}", r"\1", text))
-
-
-def _singular(word: str) -> str:
-    return word.removesuffix("s") if len(word) > 2 else word
-
-
-def _split_unit(text: str) -> tuple[str, str]:
-    r"""(value, unit) of 5"cm"^2, 5 square cm, \$5, 5°, 5%. In plain text a unit is a known one, or
-    words after a space."""
-    if money := re.match(r"(-?)(\\\$|€|£)", text):
-        amount = text[money.end():]
-        value, unit = _split_unit(amount)  # \$18 per day
-        if unit == "k":
-            value, unit = amount, ""
-        return money[1] + value, " ".join(sorted({money[2][-1], *unit.split()}))
-    power, quote = re.search(r"\^\{?[23]\}?$", text), text.find('"')
-    head = re.sub(r"[A-Za-z/. €£]{0,40}$", "", text[:power.start()] if power else text)
-    head = text[:quote] if quote > 0 else head
-    tail = re.sub(r"\.(?=[A-Za-z]{2})", " ", text[len(head):])
-    tail = tail.replace(".", "").replace("mph", "mi/h")
-    words = [_singular(word) for word in re.findall("[a-z€£]+|/", tail.lower())]
-    known = UNITS.keys() >= set(words)  # sec is a time by itself
-    if quote > 0:
-        is_unit = re.fullmatch(r'(?:"[^"]*"(?:\^\{?-?[0-9]\}?)?[ /*]?)+', tail)
-    elif words and known:  # one letter may be a variable: only m^2 and m^3 are taken for units
-        is_square, is_rate = power and words == ["m"], tail[0] == " " and "/" in tail
-        is_unit = len(words[0]) > 1 or words[0] in "€£" or is_square or is_rate
-    else:
-        is_unit = tail.startswith(" ") and max(map(len, words), default=0) > 2
-    head = head.rstrip(" *")
-    if not is_unit or not 0 < len(words) <= 4 or NOT_UNITS & set(words) and not known or not head:
-        return text, text[-1] if text.endswith(("°", "%")) else ""
-    powers = re.findall("-?[0-9]", tail)
-    return head, " ".join(sorted(UNITS.get(word, word) for word in words + powers))
-
-
 # --- expressions: read and computed at once, exactly as long as possible ------------------------
 
 MAX_BITS = 16_384  # of one exact number: 2^{5000} and 10^{3000} are in reach
 MAX_WORK = 300_000  # bits of all the numbers of one expression
 MAX_NESTING = 30
+FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in
+             "sin cos tan arcsin arccos arctan sinh cosh tanh exp".split()}
+FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "lg": cmath.log10,
+              "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
+              "cot": lambda x: 1 / cmath.tan(x)}
 CONSTANTS = {"e": complex(math.e), "i": 1j, "π": complex(math.pi)}
 KNOWN = "|".join(sorted([*FUNCTIONS, "sqrt", "floor", "ceil"], reverse=True))
 TOKEN = re.compile(
@@ -626,7 +570,7 @@ PROSE = re.compile(rf"(?<![\\A-Za-z])(?!(?:{KNOWN}|pi)\b)"
                    r"(?:(?:[A-Za-z]{3,}|no) |not|(?<= )[A-Za-z]{3,})")
 LEVEL = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5, "°": 5, "%": 5}  # 2x: level 2 too
 CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
-OPAQUE = set(r"\prod \int \lim \cdots \ldots \dots \cap \setminus \pmod".split())
+OPAQUE = set("prod int lim cdots ldots dots cap setminus pmod".split())
 Number = Fraction | complex
 
 
@@ -778,10 +722,10 @@ class _Expression:
         elif word == "binom":
             n, k = self.argument(), self.argument()
             value = self.marked(n, "!") / (self.marked(k, "!") * self.marked(n - k, "!"))
-        elif word and token["word"] not in OPAQUE and not NOT_UNITS & set(re.findall("[a-z]+", token[0].lower())):
-            value = CONSTANTS.get(token[0]) or self.name(re.sub('["{}]', "", token[0]))
-        else:
+        elif not word or word in OPAQUE or NOT_UNITS & {*re.findall("[a-z]+", word.lower())}:
             raise ValueError("not an expression")
+        else:
+            value = CONSTANTS.get(token[0]) or self.name(re.sub('["{}]', "", token[0]))
         self.nesting -= 1
         return self.bounded(value)
 
@@ -811,7 +755,7 @@ class _Expression:
         return Fraction(100 + digest % 899, 331)
 
     def function(self, word: str, index: str) -> Number:
-        r"""\sin^2 x, \log_2 8, \cos 2t: without brackets the argument ends at a sign or function."""
+        r"""\sin^2 x, \log_2 8, \cos 2t. An argument without brackets ends at a sign or function."""
         power = Fraction(1)
         if self.next() == "^":
             self.take()

@@ -2,9 +2,12 @@ r"""One spelling for what LaTeX, unicode and prose spell in several ways: the no
 support/answers.py compares answers. Only the standard library is imported."""
 
 import re
+from itertools import accumulate
 
-FUNCTIONS = set(
+RELATIONS = "=<>≤≥≠∈"
+FUNCTION_NAMES = set(
     "sin cos tan arcsin arccos arctan sinh cosh tanh exp ln log lg sec csc cot".split())
+
 # What LaTeX and unicode spell in several ways; after normalise() one symbol has one meaning.
 COMMANDS = {" ": " "} | {name: symbol for symbol, names in {
     "": "! left right big Big bigg Bigg bigl bigr Bigl Bigr middle displaystyle textstyle limits"
@@ -57,7 +60,7 @@ def _quoted(macro: re.Match) -> str:
     """The content of a text macro: words in quotes, but not the number in 4:30 pm."""
     content = macro[1].replace('"', "").strip(" \\~")
     is_time = content == "sec" and not macro.string[macro.end():].strip(" .$")  # 5\text{ sec}
-    if content in FUNCTIONS and not is_time:
+    if content in FUNCTION_NAMES and not is_time:
         return f"\\{content} "
     if content.strip(" ,") in ("and", "or") or not re.search("[A-Za-z]", content):
         return f" {content} "
@@ -82,7 +85,6 @@ def _ungrouped(number: re.Match) -> str:
     return number[0] if inside else number[0].replace(",", "")
 
 
-RELATIONS = "=<>≤≥≠∈"
 SYMBOLS = {r"\left.": "", r"\right.": "", "...": r"\ldots ", "{:}": ":", "<=": "≤", ">=": "≥",
            "√": r"\sqrt ", "∛": r"\sqrt[3]", "$,$": ", "}
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
@@ -130,3 +132,97 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\^(\w|\{[^{}]*\})_(\w|\{[^{}]*\})", r"_\2^\1"),  # v^2_0
 )]
 
+
+# --- parts of an answer -------------------------------------------------------------------------
+
+def depths(text: str) -> list[int]:
+    """How many brackets are open at each character. Kinds may mix: (0,1] is an interval."""
+    return list(accumulate((c in "([{⦃") - (c in ")]}⦄") for c in text))
+
+
+def split(text: str, separators: str) -> list[str]:
+    """Split at the separators that stand outside all brackets."""
+    cuts = [i for i, depth in enumerate(depths(text)) if depth == 0 and text[i] in separators]
+    return [text[i + 1:j] for i, j in zip([-1, *cuts], [*cuts, len(text)])]
+
+
+def wrapped(text: str, opening: str, closing: str) -> bool:
+    """Does one pair of brackets hold the whole text?"""
+    matching = len(text) > 1 and text[0] in opening and text[-1] in closing
+    return matching and min(depths(text)[:-1]) > 0
+
+
+ONLY = re.compile('^"?(?:exactly|precisely|only|just|approximately)(?![A-Za-z])"? ?')
+QUALIFIER = re.compile(  # 2^n"for"n≥1
+    r'(?<![A-Za-z])(?:(?:attained|achieved|with equality) )?(?:where(?!.*(?:where|when))'
+    r'|(?=[^,;]*$|.*\\ldots$|.*\(-∞,∞\)$)(?:for|where|when|at|as|on|given|provided'
+    r'|with(?="? ?[a-z]∈)|\\forall))(?![A-Za-z])"? ?'
+    r'(?!.*\b(?:otherwise|else|if|but|unless|except|not)\b)(?=["A-Za-z\\])(.*)$')
+CONDITION = re.compile(  # nπ,n∈"Z" and nπ(n=1)
+    r"(?:,\(?|\()(([A-Za-z])(?:[∈≠<>≤≥]|(?<=\(.)=)[^,()]*(?:\([^()]*\))?)\)?$")
+
+
+def split_condition(text: str) -> tuple[str, str]:
+    """(answer, the condition under which it holds). A condition in words counts as none."""
+    text = ONLY.sub("", text)
+    match = QUALIFIER.search(text)
+    if match and (main := text[:match.start()].rstrip(' ,;"(')):
+        condition = re.sub('^(?:all|any|every|each|some)\\b|"', "", match[1]).strip()
+        condition = condition.removesuffix(")") if "(" in text[len(main):match.start()] else condition
+        return main, "" if re.search("[A-Za-z]{3}", condition) else condition
+    match = CONDITION.search(text)
+    if match and match[2] in (main := text[:match.start()]) and not set(main) & set("<>≤≥≠∈"):
+        return main, match[1]
+    return text, ""
+
+
+UNITS = {name: names.split()[0] for names in (
+    "° degree deg", "% percent percentage pct", "$ dollar usd", "€ euro", "£", "cent",
+    "m meter metre", "mm millimeter", "cm centimeter centimetre", "km kilometer kilometre",
+    "/ per", "in inch inche", "ft foot feet", "mi mile", "yd yard", "s second sec",
+    "min minute", "h hour hr", "am", "pm", "g gram gm", "kg kilogram", "mg milligram",
+    "lb pound", "oz ounce", "l liter litre", "ml milliliter millilitre", "day", "week",
+    "month", "year", "2 square sq", "3 cubic cu") for name in names.split()}
+NOT_UNITS = FUNCTION_NAMES | set(
+    "is are was be not no if but so because since then the this it either neither sqrt pi mod"
+    " squared cubed factorial half times more less fewer than below above under over least most"
+    " except without too which dozen hundred thousand million billion trillion lakh crore".split())
+
+
+QUOTED_UNIT = re.compile(
+    r'(?:"(?:\^\{-?[0-9]\}|[^"0-9]|(?<=[a-z])[0-9])*"(?:\^\{?-?[0-9]\}?)?[ /*]?)+')
+
+
+def singular(word: str) -> str:
+    return word.removesuffix("s") if len(word) > 2 else word
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    r"""(value, unit) of 5"cm"^2, 5 square cm, \$5, 5°, 5%. In plain text a unit is a known one, or
+    words after a space."""
+    if money := re.match(r"(-?)(\\\$|€|£)", text):
+        amount = text[money.end():]
+        value, unit = split_unit(amount)  # \$18 per day
+        if unit == "k":
+            value, unit = amount, ""
+        return money[1] + value, " ".join(sorted({money[2][-1], *unit.split()}))
+    power, quote = re.search(r"\^\{?[23]\}?$", text), text.find('"')
+    head = re.sub(r"[A-Za-z/. €£]{0,40}$", "", text[:power.start()] if power else text)
+    head = text[:quote] if quote > 0 else head
+    tail = re.sub(r"\.(?=[A-Za-z]{2})", " ", text[len(head):])
+    tail = tail.replace(".", "").replace("mph", "mi/h")
+    words = [singular(word) for word in re.findall("[a-z€£]+|/", tail.lower())]
+    known = UNITS.keys() >= set(words)  # sec is a time by itself
+    if quote > 0:
+        is_unit = QUOTED_UNIT.fullmatch(tail)
+    elif words and known:  # one letter may be a variable: only m^2 and m^3 are taken for units
+        is_square = power and words == ["m"]
+        is_rate = "/" in tail and (tail[0] == " " or max(map(len, words)) > 2)
+        is_unit = len(words[0]) > 1 or words[0] in "€£" or is_square or is_rate
+    else:
+        is_unit = tail.startswith(" ") and max(map(len, words), default=0) > 2
+    head = head.rstrip(" *")
+    if not is_unit or not 0 < len(words) <= 4 or NOT_UNITS & set(words) and not known or not head:
+        return text, text[-1] if text.endswith(("°", "%")) else ""
+    powers = re.findall("-?[0-9]", tail)
+    return head, " ".join(sorted(UNITS.get(word, word) for word in words + powers))

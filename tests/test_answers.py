@@ -1,9 +1,8 @@
-"""eval_math.py's checker: what counts as an answer, when two answers are equal, and that nothing can make it fail."""
+"""support/answers.py: what counts as an answer, when two answers are equal, and that nothing can make it fail.
+Statements in words are in test_trials.py."""
 
 import json
 import random
-import subprocess
-import sys
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -12,10 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import eval_math
-from eval_math import MAX_ANSWER, extract_answer, extract_lenient, is_correct, last_number
+from support import answers
+from support.answers import (
+    ANSWER_FORMATS,
+    MAX_ANSWER,
+    extract_answer,
+    extract_lenient,
+    is_correct,
+    last_number,
+    lenient_correct,
+    same_answer,
+)
 
-ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are not beside this checkout")
 
@@ -108,9 +115,9 @@ def test_without_a_complete_last_statement_there_is_no_answer(response):
 
 
 def test_one_format_alone_can_be_read():
-    response = r"\boxed{1} #### 2" + "\nThe answer is 3."
-    assert [extract_answer(response, fmt) for fmt in ("boxed", "hash", "phrase", "any")] == ["1", "2", "3", "3"]
-    assert extract_answer("The answer is 3.", "boxed") is None
+    response = r"\boxed{1} #### 2" + "\nThe answer is 3. <answer>4</answer>"
+    assert [extract_answer(response, fmt) for fmt in ANSWER_FORMATS] == ["4", "1", "2", "3", "4"]
+    assert [extract_answer("The answer is 3.", fmt) for fmt in ANSWER_FORMATS] == ["3", None, None, "3", None]
     assert extract_answer("#### Monday", "hash") == "Monday"
 
 
@@ -118,8 +125,11 @@ def test_the_lenient_reading_is_kept_apart():
     assert extract_answer("First 3, then 1,234.50 in all.") is None
     assert last_number("First 3, then 1,234.50 in all.") == "1234.50"
     assert [last_number(text) for text in ("5 - -7", "10-3", "none")] == ["-7", "3", None]
+    assert last_number("12 " + "and so on " * 9000) == "12"
     assert extract_lenient("so 12") == "12"
     assert extract_lenient(r"12 is \boxed{13}, not 14") == "13"
+    assert [n for n in range(11, 16) if lenient_correct(r"12 is \boxed{13}, not 14", str(n))] == [13, 14]
+    assert not lenient_correct("none", "0")
 
 
 # --- comparison -------------------------------------------------------------------------------------------------------
@@ -316,17 +326,17 @@ EQUAL_REFERENCES = {frozenset(pair) for pair in [  # all that are accepted of th
 @needs_data
 def test_different_references_are_told_apart(monkeypatch):
     """Of 100,000 random pairs of the data sets' references those accepted are listed, and integers go by value."""
-    answers = sorted({row["answer"] for path in DATA.glob("*/t*.jsonl") for row in rows(path)} - {""})
-    monkeypatch.setattr(eval_math, "_value", lru_cache(maxsize=None)(eval_math._value.__wrapped__))
-    normalised = {answer: eval_math.normalise(answer) for answer in answers}
+    references = sorted({row["answer"] for path in DATA.glob("*/t*.jsonl") for row in rows(path)} - {""})
+    monkeypatch.setattr(answers, "_value", lru_cache(maxsize=None)(answers._value.__wrapped__))
+    monkeypatch.setattr(answers, "normalise", lru_cache(maxsize=None)(answers.normalise))
     rng = random.Random(0)
     accepted = set()
     for _ in range(100_000):
-        a, b = rng.sample(answers, 2)
-        if eval_math._equal(normalised[a], normalised[b]):
+        a, b = rng.sample(references, 2)
+        if same_answer(a, b):
             accepted.add(frozenset((a, b)))
     assert accepted == EQUAL_REFERENCES
-    integers = [answer for answer in answers if answer.lstrip("-").isdecimal()]
+    integers = [answer for answer in references if answer.lstrip("-").isdecimal()]
     for _ in range(2000):
         a, b = rng.choices(integers, k=2)
         assert is_correct(a, b) == (int(a) == int(b)), (a, b)
@@ -360,12 +370,15 @@ LONG_HOSTILE = {  # one unit of each, to be repeated
     "dots": ". ", "nul": "\0",
     "surrogates": "\ud800", "bidi": "\u202e", "letters": "a", "thoughts": "</think>", "markers": "<|im_end|",
     "fractions": r"\frac",
-    "texts": r"\text{",
+    "texts": r"\text{", "underscores": "_", "emphasis": "_7_ ", "tags": "<answer>", "closing tags": "</answer>",
+    "answers in tags": "<answer>7</answer>", "headings without a colon": "Final Answer\n", "reasons": "7 because ",
+    "asides": " (a", "calculations": " (9 * 2)", "copulas": "is 7 ", "qualifiers": "for x=1 ", "sentences": "a. B ",
 }
 
 
 def forms(text):
-    return [text, rf"\boxed{{{text}}}", f"#### {text}", f"The answer is {text}", "answer" + text, rf"\boxed{{{text}"]
+    return [text, rf"\boxed{{{text}}}", f"#### {text}", f"The answer is {text}", "answer" + text, rf"\boxed{{{text}",
+            f"<answer>{text}</answer>", f"Final Answer\n{text}", f"#### Tom has {text} 7", f"#### 7 ({text})"]
 
 
 @pytest.mark.parametrize("text", SHORT_HOSTILE)
@@ -375,18 +388,19 @@ def test_no_short_answer_raises_or_hangs(text):
         for form in forms(text[:MAX_ANSWER]):
             assert isinstance(is_correct(form, other), bool)
             assert isinstance(is_correct(other, form), bool)
-    assert time.perf_counter() - start < 5  # 84 comparisons; the bound only catches hangs
+    assert time.perf_counter() - start < 5  # 140 comparisons; the bound only catches hangs
 
 
 @pytest.mark.parametrize("unit", LONG_HOSTILE.values(), ids=LONG_HOSTILE.keys())
 def test_a_megabyte_of_anything_is_judged_in_a_moment(unit):
-    text = (unit * 1_000_000)[:1_000_000]
     start = time.perf_counter()
-    for form in forms(text):
-        assert isinstance(is_correct(form, "5"), bool)
-        extract_answer(form), last_number(form)
+    for size in (MAX_ANSWER - 20, 1_000_000):  # the first is read, of the second the end
+        text = (unit * size)[:size]
+        for form in forms(text):
+            assert isinstance(is_correct(form, "5"), bool)
+            extract_answer(form), last_number(form)
     assert isinstance(is_correct("5", text), bool)
-    assert time.perf_counter() - start < 3  # 19 calls; the bound only catches hangs
+    assert time.perf_counter() - start < 5  # 61 calls; the bound only catches hangs
 
 
 def test_fifty_thousand_nested_braces_are_one_box_too_long_to_read():
@@ -442,8 +456,3 @@ def test_any_two_mixtures_of_notation_give_a_bool(a, b):
 def test_rationals_are_compared_exactly(p, q, k):
     assert is_correct(f"{p}/{q}", rf"\frac{{{k * p}}}{{{k * q}}}")
     assert not is_correct(f"{p}/{q}", rf"\frac{{{k * p + 1}}}{{{k * q}}}")
-
-
-def test_the_checker_imports_without_torch():
-    code = "import sys, eval_math; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
