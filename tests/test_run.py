@@ -80,7 +80,10 @@ class Runs:
 
 @pytest.fixture
 def runs(checkpoint, problems, tmp_path):
-    return Runs(checkpoint, problems, tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield Runs(checkpoint, problems, tmp_path)
+    for number, handler in handlers.items():  # a run that fails leaves its own
+        signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------- stop and resume
