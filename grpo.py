@@ -441,7 +441,7 @@ def summary(record):
 def advice_on(record, cfg, dtype):
     """What in a step's record calls for a change of settings."""
     if record["truncated"] > 0.2:
-        yield (f"{record['truncated']:.0%} of the completions were cut off and earned nothing; "
+        yield (f"{record['truncated']:.0%} of the completions were cut off before their end; "
                f"raise max_new_tokens, which is {cfg.max_new_tokens}")
     if record["reward"] == 0 and record.get("lenient"):
         yield (f"{record['lenient']:.0%} of the completions hold the right number, but not in the "

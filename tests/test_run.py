@@ -15,6 +15,7 @@ from conftest import assert_refused, make_checkpoint
 from forks import fork_ranks, fork_script, start_script
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_packing import one_thread  # noqa: F401
 
 import grpo
 import sft
@@ -44,13 +45,8 @@ class Runs:
         return configure(grpo.Settings, grpo.reward, grpo.problems, argv=self.args(name, **changes))
 
     def train(self, name, **changes):
-        """In this process, with one thread as in the scripts that forks.py starts: more would round otherwise."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            grpo.train(self.cfg(name, **changes))
-        finally:
-            torch.set_num_threads(threads)
+        """In this process."""
+        grpo.train(self.cfg(name, **changes))
 
     def fork(self, name, setup="", **changes):
         return fork_script("grpo.py", *self.args(name, **changes), setup=setup)
@@ -84,7 +80,10 @@ class Runs:
 
 @pytest.fixture
 def runs(checkpoint, problems, tmp_path):
-    return Runs(checkpoint, problems, tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield Runs(checkpoint, problems, tmp_path)
+    for number, handler in handlers.items():  # a run that fails leaves its own
+        signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------- stop and resume

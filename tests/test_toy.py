@@ -6,7 +6,8 @@ import re
 
 import make
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT
+from forks import fork_script
 
 import model
 
@@ -57,14 +58,14 @@ def test_the_toy_is_small():
 
 
 def test_twenty_steps_with_thirteen_numbers_teach_the_base_to_work_answers_out(tmp_path):
-    done = run_script("grpo.py", "--max_steps=20", "--eval_size=100", f"--out_dir={tmp_path}/toy", "--device=cpu")
+    done = fork_script("grpo.py", "--max_steps=20", "--eval_size=100", f"--out_dir={tmp_path}/toy", "--device=cpu")
     assert done.returncode == 0, done.stderr
     base, trained = map(float, re.search(r"toy: greedy accuracy (\S+) -> (\S+) with 13 numbers", done.stdout).groups())
     assert base < 0.4 and trained > 0.8
-    assert re.search(r"-> \d+[-+*/]\d+=\d+\. .*#### \d+ \(right", done.stdout)  # an answer worked out
+    assert re.search(r"-> (\d+[-+*/]\d+=\d+\. )+#### \d+\n", done.stdout)  # an answer that is worked out
 
 
 @pytest.mark.parametrize("wanted, sign", [("Think step by step.", "="), ("Answer at once.", "####")])
 def test_the_base_model_follows_its_system_message(wanted, sign):
-    done = run_script("sample.py", f"--system_prompt={wanted}", "--n=1", "--temperature=0", "--device=cpu")
+    done = fork_script("sample.py", f"--system_prompt={wanted}", "--n=1", "--temperature=0", "--device=cpu")
     assert sign in done.stdout.splitlines()[-3].split(" ")[0], done.stdout
