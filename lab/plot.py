@@ -1,45 +1,52 @@
-"""Curves of runs, and the papers' figures from what lab.study has run.
+"""Curves of runs, and the figures of the studies that lab.study has run.
 
-    python -m lab.plot out/toy out/other       # one PNG from the log.jsonl of one or more runs
-    python -m lab.plot params                  # a study's figure: accuracy against trained numbers, RL and SFT
-    python -m lab.plot                         # the figures of all studies
+    python -m lab.plot out/toy out/other   # one picture of the log.jsonl of one or more runs
+    python -m lab.plot params              # a study's figure: accuracy against trained numbers
+    python -m lab.plot                     # the figures of all studies of the toy
 """
 
 import json
 import os
 import re
 import sys
+from dataclasses import dataclass
 from statistics import mean
 
-from configurator import UserError, configure, run
+from configurator import configure
 from lab import study
+from support import UserError, one_line_errors
 
-results = study.results  # the table that lab.study writes
-figures = "lab/results"  # folder of the studies' figures
-out = "curves.png"  # file of the runs' curves
 
-FIGURES = {  # of a study: the horizontal axis, the column that is drawn, the title
-    "params": ("trained numbers", "accuracy", "Accuracy against trained numbers (toy; lowest to highest of 3 seeds)"),
-    "rates": ("learning rate", "accuracy", "Learning rates by trained numbers (toy, one seed)"),
-    "tying": ("trained numbers", "accuracy", "Who shares a number (toy, RL; 3 seeds)"),
-    "rank": ("frozen rank r", "accuracy", "Rank of the frozen directions (toy, RL; 3 seeds)"),
-    "precision": ("", "accuracy", "13 numbers stored, and a frozen model, in 32 or 16 bits (toy, RL; 3 seeds)"),
-    "lora": ("learning rate", "loss", "Learning rates of LoRA and full fine-tuning (toy, SFT; 2 seeds)"),
-    "batch": ("batch size", "loss", "Batch size, the better of two learning rates (toy, SFT; 2 seeds)"),
-    "layers": ("learning rate", "loss", "LoRAs of as many numbers on a part of the linears (toy, SFT; 3 seeds)"),
-    "lora_rl": ("learning rate", "accuracy", "LoRA's rank in RL (toy; 2 seeds)"),
-    "gsm8k_sizes": ("trained numbers", "accuracy", "GSM8K, Qwen2.5-7B, the best learning rate of each size"),
-    "gsm8k_models": ("trained numbers", "accuracy", "GSM8K by RL, the best learning rate of each size"),
-    "math_sizes": ("trained numbers", "accuracy", "MATH by RL, the best learning rate of each size"),
-    "ablations": ("frozen rank r, or trained numbers", "accuracy", "GSM8K by RL, Qwen2.5-3B"),
-    "regret_rates": ("learning rate", "loss", "Learning rates of LoRA and full fine-tuning (Llama-3.1-8B, SFT)"),
-    "regret_batch": ("batch size", "loss", "Batch size (Llama-3.1-8B, SFT)"),
-    "regret_layers": ("trained numbers", "loss", "LoRAs on a part of the linears (Llama-3.1-8B, SFT)"),
-    "regret_rl": ("learning rate", "accuracy", "LoRA's rank in RL (Llama-3.1-8B, MATH)"),
+@dataclass
+class Settings:
+    results: str = study.Settings.results  # the table that lab.study writes
+    figures: str = "lab/results"  # directory of the studies' figures
+    out: str = "curves.png"  # file of the runs' curves
+
+
+FIGURES = {  # of each study: what the horizontal axis is, and the column that is drawn
+    "params": ("trained numbers", "accuracy"),
+    "rates": ("learning rate", "accuracy"),
+    "tying": ("trained numbers", "accuracy"),
+    "rank": ("frozen rank r", "accuracy"),
+    "precision": ("", "accuracy"),
+    "lora": ("learning rate", "loss"),
+    "batch": ("batch size", "loss"),
+    "layers": ("learning rate", "loss"),
+    "lora_rl": ("learning rate", "accuracy"),
+    "gsm8k_sizes": ("trained numbers", "accuracy"),
+    "gsm8k_models": ("trained numbers", "accuracy"),
+    "math_sizes": ("trained numbers", "accuracy"),
+    "ablations": ("frozen rank r, or trained numbers", "accuracy"),
+    "regret_rates": ("learning rate", "loss"),
+    "regret_batch": ("batch size", "loss"),
+    "regret_layers": ("trained numbers", "loss"),
+    "regret_rl": ("learning rate", "accuracy"),
 }
 STUDIES = study.STUDIES | study.PAPERS
-LABELS = {"accuracy": "greedy accuracy, held-out problems", "loss": "held-out loss, nats a token",
-          "training loss": "loss of the last 5 steps, nats a token"}
+LABELS = {"accuracy": "greedy accuracy, held-out (bars: seeds)",
+          "loss": "held-out loss, nats per token (bars: seeds)",
+          "training loss": "loss of the last 5 steps, nats per token"}
 
 
 def pyplot():
@@ -50,103 +57,161 @@ def pyplot():
     matplotlib.use("Agg")  # files, no window
     import matplotlib.pyplot as plt
 
-    plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
-                     "legend.frameon": False, "legend.fontsize": 9}
+    plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
+                     "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9}
     return plt
 
 
+def save(figure, path):
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=110)
+    except (ValueError, OSError) as error:  # ValueError: no format has this ending
+        raise UserError(f"'{path}' cannot be written: {error}") from None
+    print(f"wrote {path}")
+
+
+# ------------------------------------------------------------------------------ figures of studies
+
 def points(name, rows):
-    """{series: {x: [values, one a run]}} of the runs of a study that are in the table `rows`."""
-    column, curves = FIGURES[name][1], {}
-    several = name == "batch" or name in study.PAPERS  # learning rates at a point: the best counts
+    """{series: {x: [a value for each seed]}} of the runs of a study that are in the table. In some
+    studies a point has several learning rates, and the best one counts."""
+    column = FIGURES[name][1]
+    is_sweep = name == "batch" or name in study.PAPERS
+    found = {}  # (series, x) -> {settings without the seed: [a value for each seed]}
     for series, x, command in STUDIES[name]():
         row = rows.get(command)
-        if row and row[column] != "":
-            x = int(row["numbers"]) if x == "numbers" else x
-            settings = re.sub(r" --seed=\S+", "", command) if several else ""  # those of a point's seeds
-            curves.setdefault(series, {}).setdefault(x, {}).setdefault(settings, []).append(float(row[column]))
+        if not row or row[column] == "":
+            continue
+        x = int(row["numbers"]) if x == "numbers" else x
+        settings = re.sub(r" --seed=\S+", "", command) if is_sweep else ""
+        values = found.setdefault((series, x), {}).setdefault(settings, [])
+        values.append(float(row[column]))
     best = max if column == "accuracy" else min
-    return {series: {x: best(runs.values(), key=mean) for x, runs in by_x.items()} for series, by_x in curves.items()}
+    curves = {}
+    for (series, x), runs in found.items():
+        curves.setdefault(series, {})[x] = best(runs.values(), key=mean)
+    return curves
 
 
-def draw_study(name, rows, table, path, plt):
-    """The figure of a study: means, with bars from the lowest to the highest seed; a panel a kind of training."""
-    xlabel, column, title = FIGURES[name]
+def draw_curve(ax, by_x, xs, **style):
+    """The means over seeds, with bars from the lowest to the highest."""
+    means = [mean(by_x[x]) for x in xs]
+    below = [middle - min(by_x[x]) for x, middle in zip(xs, means)]
+    above = [max(by_x[x]) - middle for x, middle in zip(xs, means)]
+    ax.errorbar(xs, means, yerr=[below, above], capsize=3, **style)
+
+
+def draw_study(name, rows, cfg, plt):
+    """The figure of a study, whose title is the study's docstring up to its sources. Series named
+    "RL: ..." and "SFT: ..." get a panel for each kind."""
+    xlabel, column = FIGURES[name]
+    title = " ".join(STUDIES[name].__doc__.split()).partition(" (")[0].rstrip(".")
+    if name in study.STUDIES:
+        title += " (the toy)"
     curves = points(name, rows)
     if not curves:
-        return print(f"{name}: no run of it is in {table}; another table is --results=FILE, and python -m lab.study "
-                     f"{name} runs it")
-    panels = list(dict.fromkeys(series.rpartition(": ")[0] for series in curves))
-    figure, axes = plt.subplots(1, len(panels), figsize=(7 if len(panels) == 1 else 11, 4.3), squeeze=False,
-                                sharey=True)
-    for panel, ax in zip(panels, axes[0]):
-        own = {s.rpartition(": ")[2]: by_x for s, by_x in curves.items() if s.rpartition(": ")[0] == panel}
+        return print(f"{name}: no run of it is in {cfg.results}; another table is --results=FILE, "
+                     f"and python -m lab.study {name} runs it")
+    panels = {}
+    for series, by_x in curves.items():
+        panel, _, label = series.rpartition(": ")
+        panels.setdefault(panel, {})[label] = by_x
+    figure, axes = plt.subplots(1, len(panels), figsize=(7 if len(panels) == 1 else 11, 4.3),
+                                squeeze=False, sharey=True)
+    for ax, (panel, own) in zip(axes[0], panels.items()):
         for i, (label, by_x) in enumerate(own.items()):
-            xs = list(by_x) if xlabel == "" else sorted(by_x)
-            middle = [mean(by_x[x]) for x in xs]
-            bars = [[m - min(by_x[x]) for x, m in zip(xs, middle)], [max(by_x[x]) - m for x, m in zip(xs, middle)]]
-            color = plt.get_cmap("viridis")(i / len(own)) if len(own) > 6 else None  # many: in order
-            ax.errorbar(xs, middle, yerr=bars, fmt="o-" if xlabel else "o", capsize=3, label=label, color=color)
+            ordered = plt.get_cmap("viridis")(i / len(own))  # where many follow one another
+            draw_curve(ax, by_x, sorted(by_x) if xlabel else list(by_x), label=label,
+                       fmt="o-" if xlabel else "o", color=ordered if len(own) > 6 else None)
         if column == "accuracy":
-            runs = (rows.get(point.command) for point in STUDIES[name]())
-            before = [float(row["before"]) for row in runs if row and row["before"] != ""]
-            if max(before) - min(before) < 0.02:  # one model
-                ax.axhline(mean(before), color="gray", linestyle=":", label="untrained")
+            draw_untrained(ax, name, rows)
             ax.set_ylim(-0.02, 1.02)
         if name == "params":
-            for i, label in enumerate(own):
-                commands = [p.command for p in study.params() if p.series == label and "--method=full" in p.command]
-                full = [float(rows[c]["accuracy"]) for c in commands if c in rows and rows[c]["accuracy"] != ""]
-                if full:
-                    ax.axhline(mean(full), color=f"C{i}", linestyle="--", alpha=0.5, label=f"{label}, all weights")
+            draw_full(ax, own, rows)
         if xlabel:
-            ax.set_xscale("log")
-            ticks = sorted({x for by_x in own.values() for x in by_x})
-            if ticks[-1] < 1000 * ticks[0]:  # over few decades the values themselves say more than powers of ten
-                ax.minorticks_off()
-                ax.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
+            scale_x(ax, sorted({x for by_x in own.values() for x in by_x}))
         ax.set_xlabel(xlabel)
         ax.set_title(panel or title)
         ax.legend(ncols=2 if len(own) > 6 else 1)
-    axes[0, 0].set_ylabel(LABELS["training loss" if name.startswith("regret") and column == "loss" else column])
-    if panels != [""]:
+    is_training_loss = name.startswith("regret") and column == "loss"
+    axes[0, 0].set_ylabel(LABELS["training loss" if is_training_loss else column])
+    if len(panels) > 1:
         figure.suptitle(title)
-    save(figure, path)
+    save(figure, os.path.join(cfg.figures, f"{name}.png"))
 
 
-PANELS = {  # of a run's log: title and what is drawn
+def draw_untrained(ax, name, rows):
+    """A line at the accuracy before training, if the study has one model."""
+    runs = [rows[point.command] for point in STUDIES[name]() if point.command in rows]
+    before = [float(row["before"]) for row in runs if row["before"] != ""]
+    if max(before) - min(before) < 0.02:
+        ax.axhline(mean(before), color="gray", linestyle=":", label="untrained")
+
+
+def draw_full(ax, labels, rows):
+    """A line for each label at what training all weights reaches."""
+    for i, label in enumerate(labels):
+        values = [rows[point.command]["accuracy"] for point in study.params()
+                  if point.series == label and "--method=full" in point.command
+                  and point.command in rows]
+        values = [float(value) for value in values if value != ""]
+        if values:
+            ax.axhline(mean(values), color=f"C{i}", linestyle="--", alpha=0.5,
+                       label=f"{label}, all weights")
+
+
+def scale_x(ax, xs):
+    """A logarithmic axis. Over few decades it shows the values themselves, not powers of ten."""
+    ax.set_xscale("log")
+    if xs[-1] < 1000 * xs[0]:
+        ax.minorticks_off()
+        ax.set_xticks(xs, [f"{x:g}" for x in xs], fontsize=8)
+
+
+# ----------------------------------------------------------------------------------- curves of runs
+
+def evaluated(line):
+    figures = line.get("eval", {})
+    return figures.get("reward", figures.get("strict"))  # strict: in logs of version 1
+
+
+PANELS = {  # of the log of a run: a title, and what is drawn of a line
     "reward (T = 1)": lambda line: line.get("reward"),
     "loss (of sft.py; in RL no sign of progress)": lambda line: line.get("loss"),
-    "greedy accuracy, held-out": lambda line: (line.get("eval") or {}).get("strict"),
-    "tokens an answer": lambda line: line.get("length"),
+    "greedy reward, held-out": evaluated,
+    "tokens of a completion": lambda line: line.get("length"),
     "|v|": lambda line: line.get("v_norm"),
     "gradient norm": lambda line: line.get("grad_norm"),
 }
 
 
 def draw_runs(directories, path, plt):
-    """The course of one or more runs, step by step, and where the time of each went."""
+    """One or more runs, step by step, and how the time of each divides."""
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.5))
+    *panels, time_panel, legend = axes.flat
     for number, directory in enumerate(directories):
         log = read_log(directory)
-        for ax, (title, value) in zip(axes.flat, PANELS.items()):
-            drawn = [(line["step"], value(line)) for line in log if value(line) is not None]
-            ax.plot(*zip(*drawn) if drawn else ([], []), ".-" if len(drawn) < 30 else "-", label=directory)
+        for ax, (title, value_of) in zip(panels, PANELS.items()):
+            drawn = [line for line in log if value_of(line) is not None]
+            ax.plot([line["step"] for line in drawn], [value_of(line) for line in drawn],
+                    ".-" if len(drawn) < 30 else "-", label=directory)
             ax.set(title=title, xlabel="step")
         spent = [line["seconds"] for line in log if "seconds" in line]
         below = 0.0
         for kind, hatch in (("generate", ""), ("update", "//"), ("step", "")):
-            seconds = sum(s.get(kind, 0.0) for s in spent)
-            axes.flat[6].bar(number, seconds, bottom=below, hatch=hatch, color=f"C{number}", edgecolor="white")
+            seconds = sum(parts.get(kind, 0.0) for parts in spent)
+            time_panel.bar(number, seconds, bottom=below, hatch=hatch, color=f"C{number}",
+                           edgecolor="white")
             below += seconds
-    axes.flat[6].set(title="seconds: generation, update (hatched)", xticks=[])
-    axes.flat[7].axis("off")
-    axes.flat[7].legend(*axes.flat[0].get_legend_handles_labels(), loc="center")
+    time_panel.set(title="seconds: generation, update (hatched)", xticks=[])
+    legend.axis("off")
+    legend.legend(*panels[0].get_legend_handles_labels(), loc="center")
     save(figure, path)
 
 
 def read_log(directory):
-    """The lines of a run's log.jsonl; `directory` may be the file itself."""
+    """The lines of a run's log.jsonl. `directory` may be the file itself."""
     path = directory if directory.endswith(".jsonl") else os.path.join(directory, "log.jsonl")
     try:
         with open(path, encoding="utf-8") as f:
@@ -155,30 +220,23 @@ def read_log(directory):
             raise ValueError("it has no steps")
         return lines
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"no log of a run at '{path}', and no study with a figure is called '{directory}' "
-                        f"({', '.join(FIGURES)}): {error}") from None
-
-
-def save(figure, path):
-    figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=110)
-    except ValueError as error:  # an ending that stands for no format
-        raise UserError(f"{path}: {error}") from None
-    print(f"wrote {path}")
+        raise UserError(f"no log of a run at '{path}' ({error}), and no study with a figure is "
+                        f"called '{directory}': they are {', '.join(FIGURES)}") from None
 
 
 def main():
     names = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
-    cfg, plt = configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith("-")]), pyplot()
+    cfg = configure(Settings, argv=[arg for arg in sys.argv[1:] if arg.startswith("-")])
+    plt = pyplot()
     if any(name not in FIGURES for name in names):
         if not os.path.basename(cfg.out):
             raise UserError(f"out must be the name of a file, not '{cfg.out}'")
         return draw_runs(names, cfg.out, plt)
     rows = study.read_results(cfg.results)
     for name in names or study.STUDIES:
-        draw_study(name, rows, cfg.results, os.path.join(cfg.figures, f"{name}.png"), plt)
+        draw_study(name, rows, cfg, plt)
 
 
 if __name__ == "__main__":
-    run(main)
+    one_line_errors()
+    main()
