@@ -34,5 +34,6 @@ def problems(cfg, split):
 
 def reward(problem, completion):
     """1 if the whole completion has the form that is wanted, else 0."""
-    working = r"([0-9]+[-+*/][0-9]+=[0-9]+\. ){%d}" % problem["changes"]
-    return float(re.fullmatch(working + "#### [0-9]+", completion.text) is not None)
+    count = problem["changes"]
+    working = rf"([0-9]+[-+*/][0-9]+=[0-9]+\. ){{{count}}}#### [0-9]+"
+    return float(re.fullmatch(working, completion.text) is not None)
