@@ -1,6 +1,8 @@
-# Three steps of GSM8K with Qwen2.5-0.5B-Instruct: does the whole path work on this machine? Minutes on a CPU.
-# Offline, with any checkpoint directory and problems:
-#     python grpo.py config/gsm8k_smoke.py --model=DIR --dataset=FILE.jsonl --eval_dataset=FILE.jsonl
+# Three steps of RL on GSM8K with Qwen2.5-0.5B-Instruct and 13 numbers: does everything work on this
+# machine? They take minutes on a CPU.
+# python grpo.py config/gsm8k_smoke.py
+# Offline, with any checkpoint directory and problems, add
+#     --model=DIR --dataset=FILE.jsonl --eval_dataset=FILE.jsonl
 model = "Qwen/Qwen2.5-0.5B-Instruct"
 dataset = "gsm8k"
 eval_dataset = "gsm8k"

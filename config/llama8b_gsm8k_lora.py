@@ -1,6 +1,8 @@
-# LoRA Without Regret, RL: Llama-3.1-8B (base) on GSM8K with LoRA of rank 1. Sweep --lr and --rank; full: --method=full
+# RL on GSM8K with Llama-3.1-8B (base) and LoRA of rank 1, as in LoRA Without Regret.
 # python grpo.py config/llama8b_gsm8k_lora.py
-model = "meta-llama/Llama-3.1-8B"  # no chat template: it may run on after its answer, and is cut off without reward
+# The authors sweep --lr and --rank. All weights: --method=full
+# The model has no chat template. It may go on after its answer, and is then cut off without reward.
+model = "meta-llama/Llama-3.1-8B"
 dataset = "gsm8k"
 eval_dataset = "gsm8k"
 prompt_template = '{question} Let\'s think step by step and output the final answer after "####".'
@@ -8,7 +10,7 @@ answer_format = "hash"
 out_dir = "out/llama8b_gsm8k_lora"
 method = "lora"
 rank = 1
-lr = 1e-4  # about ten times full fine-tuning's best; the authors sweep it
+lr = 1e-4  # about ten times the best rate of full fine-tuning
 objective = "dr_grpo"  # advantages without the std, as theirs
 max_steps = 240
 batch_size = 32

@@ -1,14 +1,17 @@
-# LoRA Without Regret, RL: Llama-3.1-8B (base) on MATH with LoRA of rank 1. Sweep --lr and --rank; full: --method=full
+# RL on MATH with Llama-3.1-8B (base) and LoRA of rank 1, as in LoRA Without Regret.
 # python grpo.py config/llama8b_math_lora.py
-model = "meta-llama/Llama-3.1-8B"  # no chat template: it may run on after its answer, and is cut off without reward
+# The authors sweep --lr and --rank. All weights: --method=full
+# The model has no chat template. It may go on after its answer, and is then cut off without reward.
+model = "meta-llama/Llama-3.1-8B"
 dataset = "math@1-5"  # all levels
 eval_dataset = "math500"
-prompt_template = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
+prompt_template = ("{question}\n"
+                   "Please reason step by step, and put your final answer within \\boxed{}.")
 answer_format = "boxed"
 out_dir = "out/llama8b_math_lora"
 method = "lora"
 rank = 1
-lr = 1e-4  # about ten times full fine-tuning's best; the authors sweep it
+lr = 1e-4  # about ten times the best rate of full fine-tuning
 objective = "dr_grpo"  # advantages without the std, as theirs
 max_steps = 120  # 7,500 problems, once
 batch_size = 64

@@ -1,19 +1,22 @@
-# MATH by RL with Qwen2.5-3B-Instruct: SimpleRL's recipe as the paper took it over (section 5.1), 252 / 16 = 16 numbers.
-# python grpo.py config/qwen3b_math.py    Other sizes: --n_tie=4, --n_tie=1, --n_tie=1 --u=2, ...
+# RL on MATH with Qwen2.5-3B-Instruct and 16 numbers: one (u = 1) for 16 neighbouring linears, so
+# ceil(252 / 16) = 16 groups. SimpleRL's recipe, which the paper follows (section 5.1).
+# python grpo.py config/qwen3b_math.py
+# Other sizes: --n_tie=4, --n_tie=1, --n_tie=1 --u=2 ... (lab/study.py)
 model = "Qwen/Qwen2.5-3B-Instruct"
 dataset = "math"  # levels 3 to 5
 eval_dataset = "math500"
 system_prompt = "You are a helpful assistant."
-prompt_template = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
+prompt_template = ("{question}\n"
+                   "Please reason step by step, and put your final answer within \\boxed{}.")
 answer_format = "boxed"
 out_dir = "out/qwen3b_math"
 rank = 2
 u = 1
 n_tie = 16
 tie = "tiled"
-lr = 2e-4  # top of the paper's sweep; which rate won is not published
+lr = 2e-4  # the highest of the paper's sweep; it does not say which rate won
 kl_coef = 0.001
-max_steps = 100  # 3 epochs of the paper's 8,523 problems; the hub's training split has 5,586 of these levels
+max_steps = 100  # 3 epochs of the paper's 8,523 problems; the hub has 5,586 of these levels
 batch_size = 256
 group_size = 8
 max_new_tokens = 3072

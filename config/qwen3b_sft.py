@@ -1,18 +1,20 @@
-# GSM8K by supervised training on its solutions, Qwen2.5-3B-Instruct, 13 numbers: the paper's comparison with RL.
-# python sft.py config/qwen3b_sft.py         Larger: --method=lora --rank=8 --lr=0, --method=full --lr=0
+# Supervised training on GSM8K's solutions with Qwen2.5-3B-Instruct and 13 numbers: what the
+# paper compares RL with.
+# python sft.py config/qwen3b_sft.py
+# Larger: --method=lora --rank=8 --lr=0, or --method=full --lr=0
 model = "Qwen/Qwen2.5-3B-Instruct"
 dataset = "gsm8k"
 eval_dataset = "gsm8k"
-prompt_template = '{question} Let\'s think step by step and output the final answer after "####".'  # VERL's
+prompt_template = '{question} Let\'s think step by step and output the final answer after "####".'
 answer_format = "hash"
 out_dir = "out/qwen3b_sft"
 rank = 2
 u = 13
 n_tie = 0
-lr = 2e-4  # top of the paper's sweep; its batch size and number of epochs are not published
+lr = 2e-4  # the highest of the paper's sweep; it gives no batch size and no number of epochs
 max_steps = 350  # 3 epochs of 7,473 solutions
 batch_size = 64
-max_new_tokens = 1024  # of an answer in the evaluation
+max_new_tokens = 1024  # of a completion in the evaluation
 micro_batch_tokens = 16384
 eval_interval = 50
 save_interval = 50

@@ -1,19 +1,21 @@
-# GSM8K with Qwen2.5-7B-Instruct and 13 numbers: u = 13, one vector for all 196 linears.
-# One GPU: python grpo.py config/qwen7b_u13.py        Eight: torchrun --nproc_per_node=8 grpo.py config/qwen7b_u13.py
+# RL on GSM8K with Qwen2.5-7B-Instruct and 13 numbers: one vector, u = 13, for all 196 linears.
+# python grpo.py config/qwen7b_u13.py
+# torchrun --nproc_per_node=8 grpo.py config/qwen7b_u13.py
+# Other sizes: --u=1 --n_tie=16, --method=lora_xs ... (lab/study.py has those of the paper)
 model = "Qwen/Qwen2.5-7B-Instruct"
 dataset = "gsm8k"
 eval_dataset = "gsm8k"
-prompt_template = '{question} Let\'s think step by step and output the final answer after "####".'  # VERL's
+prompt_template = '{question} Let\'s think step by step and output the final answer after "####".'
 answer_format = "hash"
 out_dir = "out/qwen7b_u13"
 rank = 2
 u = 13
 n_tie = 0
-lr = 2e-4  # top of the paper's sweep; which rate won at 13 numbers is not published
+lr = 2e-4  # the highest of the paper's sweep; it does not say which rate won at 13 numbers
 max_steps = 350  # 3 epochs of 7,473 problems
 batch_size = 64
 group_size = 4
-max_new_tokens = 1024  # the paper allows 4,096; answers average some 250 tokens
-micro_batch_tokens = 8192  # some 4.4 MB of activations a token at 7B
+max_new_tokens = 1024  # the paper allows 4,096; completions have about 250 on average
+micro_batch_tokens = 8192  # activations take about 4.4 MB a token
 eval_interval = 50
 save_interval = 10

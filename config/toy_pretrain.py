@@ -1,5 +1,5 @@
-# Pre-training of the toy's base model; toy/make.py calls sft.py with this and a file of documents.
-model = "toy/base"  # config.json and tokenizer; the weights are what this run makes
+# Pre-training of the toy's base model: toy/make.py runs sft.py with this and a file of documents.
+model = "toy/base"  # its config.json and tokenizer; the weights begin at random
 random_init = True
 method = "full"
 dtype = "float32"

@@ -1,4 +1,5 @@
-# GRPO on the toy as the studies in lab/study.py run it: shorter than the default, accuracy before and after only.
+# RL on the toy as the studies in lab/study.py run it: 30 steps, and an evaluation before and after.
+# python grpo.py config/toy_rl.py
 model = "toy/base"
 dataset = "toy/train.jsonl"
 eval_dataset = "toy/test.jsonl"
