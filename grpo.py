@@ -31,8 +31,7 @@ from sample import generate
 from support import UserError
 from support.device import peak_gb
 from support.packing import Rollout, completion_logprobs, micro_batches
-from support.parallel import (Ranks, all_gather, is_chief, keep_pace, norm_of, print0,
-                              reduce_gradients)
+from support.parallel import Ranks, is_chief, keep_pace, norm_of, print0, reduce_gradients
 from support.run import Run
 
 
@@ -390,7 +389,7 @@ def train(cfg):
         step += 1
 
         record = means(totals, passes, cfg)
-        record |= {"max_diff": max(all_gather(max_diff)), "grad_norm": grad_norm,
+        record |= {"max_diff": ranks.max(max_diff), "grad_norm": grad_norm,
                    "v_norm": norm_of([p.detach() for p in parameters.values()])}
         record["seconds"] = {"generate": sampled - began, "update": time.time() - sampled,
                              "tokens_per_second": totals["tokens"] / (sampled - began),

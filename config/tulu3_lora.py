@@ -11,7 +11,6 @@ lr = 0.0  # the rule of LoRA Without Regret
 max_steps = 2000
 batch_size = 32  # there LoRA keeps up with full fine-tuning; it falls behind in large batches
 max_length = 4096
-packing = True
 recompute = True
 micro_batch_tokens = 16384
 save_interval = 100
