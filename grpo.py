@@ -393,7 +393,7 @@ def train(cfg):
         step += 1
 
         record = means(totals, passes, cfg)
-        record |= {"max_diff": max(all_gather(max_diff)), "grad_norm": grad_norm,
+        record |= {"max_diff": ranks.max(max_diff), "grad_norm": grad_norm,
                    "v_norm": norm_of([p.detach() for p in parameters.values()])}
         record["seconds"] = {"generate": sampled - began, "update": time.time() - sampled,
                              "tokens_per_second": totals["tokens"] / (sampled - began),

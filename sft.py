@@ -13,7 +13,6 @@ that ends it. Solutions are taken as they are, GSM8K's with their annotations <<
 
 import itertools
 import math
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -23,10 +22,11 @@ import torch
 
 import tinylora
 from configurator import at_least, configure, save_settings
-from eval_math import as_problem, encode_problems, load_hub, load_problems
+from eval_math import as_problem, encode_problems, load_problems
 from grpo import batch_positions, evaluate, prepare, reward
 from model import load_model, load_tokenizer, random_model
 from support import UserError
+from support.data import is_local, load_hub
 from support.device import peak_gb
 from support.packing import Rollout, completion_logprobs, micro_batches
 from support.parallel import Ranks, is_chief, keep_pace, print0, reduce_gradients
@@ -99,7 +99,7 @@ def as_example(place, row):
         raise UserError(f"{place}: messages must be a list of objects with role and content")
     messages = []
     for turn in turns:
-        role = turn.get("role", turn.get("from"))
+        role = str(turn.get("role", turn.get("from")))
         content = turn.get("content", turn.get("value"))
         messages.append({"role": ROLES.get(role, role), "content": content})
     if row.get("system") and messages[0]["role"] != "system":
@@ -110,7 +110,7 @@ def as_example(place, row):
     known = set(roles) <= {"system", "user", "assistant"}
     if not known or "user" not in roles or "assistant" not in roles[roles.index("user"):]:
         raise UserError(f"{place}: in a chat an assistant must answer a user; the roles here are "
-                        f"{', '.join(map(str, roles))}")
+                        f"{', '.join(roles)}")
     return row | {"messages": messages}
 
 
@@ -134,21 +134,21 @@ def encode_example(tokenizer, example, cfg, limit):
 
 def is_streamed(name):
     """Is this a data set on the hub, and none of the small ones that eval_math.py reads whole?"""
-    is_local = os.path.exists(name) or name.endswith((".jsonl", ".json"))
-    return name in STREAMED or not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    return name in STREAMED or not is_local(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
 
 
-def read_stream(name, split, cfg=None):
-    """(place, row) of a data set that is read over the network as it is needed. With cfg, without
-    end and shuffled by seed and shuffle_buffer."""
-    rows = load_hub(name, STREAMED.get(name, name), None, split, streaming=True)
-    if cfg:
-        rows = rows.shuffle(seed=cfg.seed, buffer_size=cfg.shuffle_buffer)
+def open_stream(name, split):
+    return load_hub(name, STREAMED.get(name, name), None, split, streaming=True)
+
+
+def read_stream(name, stream, epochs=(0,)):
+    """(place, row) of a data set that is read over the network as it is needed, in each epoch once.
+    """
     number = 0
     try:
-        for epoch in itertools.count() if cfg else [0]:
-            rows.set_epoch(epoch)  # each with an order of its own
-            for row in rows:
+        for epoch in epochs:
+            stream.set_epoch(epoch)  # a shuffled one gets another order
+            for row in stream:
                 yield f"{name}, row {number}", row
                 number += 1
             if number == 0:
@@ -164,7 +164,8 @@ def batches(cfg):
     have got uninterrupted: a stream is read again from its start, past the rows it has trained on.
     """
     if is_streamed(cfg.dataset):
-        rows = read_stream(cfg.dataset, "train", cfg)
+        stream = open_stream(cfg.dataset, "train").shuffle(cfg.seed, buffer_size=cfg.shuffle_buffer)
+        rows = read_stream(cfg.dataset, stream, itertools.count())
         rows_read = 0
 
         def batch(step):
@@ -191,7 +192,7 @@ def held_out(cfg):
         return []
     if not is_streamed(name):
         return load_problems(name, "test", as_example)[:size]
-    rows = itertools.islice(read_stream(name, "test"), size)
+    rows = itertools.islice(read_stream(name, open_stream(name, "test")), size)
     return [as_example(place, row) for place, row in rows]
 
 
@@ -208,7 +209,7 @@ def check(cfg):
     if cfg.random_init and cfg.method != "full":
         raise UserError("random_init goes with method = full")
     if cfg.eval_dataset in STREAMED:
-        raise UserError(f"{cfg.eval_dataset} has no held-out rows; give a .jsonl file")
+        raise UserError(f"eval_dataset {cfg.eval_dataset} has no held-out rows; give a .jsonl file")
 
 
 def learning_rate(step, cfg):
@@ -286,7 +287,7 @@ def train(cfg):
         if run.save_due(step) or stop:
             run.save(step)
             tinylora.save(net, cfg)
-        if step == cfg.max_steps or stop:
+        if step >= cfg.max_steps or stop:
             break
 
         # The loss is a mean over the trained tokens of the whole batch, of all processes.

@@ -98,6 +98,9 @@ class Ranks:
     def any(self, flag):
         return any(all_gather(bool(flag)))
 
+    def max(self, number):
+        return max(all_gather(number))
+
     def leave(self):
         """Call this last: gloo may abort a process that exits while its threads are running."""
         if dist.is_initialized():
