@@ -97,8 +97,8 @@ def test_merging_into_16_bits_rounds_once(net):
     net = net.bfloat16()
     adapter = filled(tinylora.add_adapter(net, u=3, n_tie=5))
     adapter.refresh()
-    expected = [(m.weight.float() + m.US.float() @ m.R @ m.Vt.float()).bfloat16() for m in adapter.linears]
-    linears = list(adapter.linears)
+    expected = [(m.weight.float() + m.US.float() @ m.R @ m.Vt.float()).bfloat16() for m in adapter.linears.values()]
+    linears = list(adapter.linears.values())
     tinylora.merge(net)
     assert all(torch.equal(m.weight, W) for m, W in zip(linears, expected))
 
@@ -243,7 +243,7 @@ def test_tied_numbers_keep_their_dimensions(net, u, n_tie, tie):
         with torch.no_grad():
             adapter.v.copy_(torch.eye(u)[i].expand_as(adapter.v))
         adapter.refresh()
-        columns.append([m.US.double() @ m.R.double() @ m.Vt.double() for m in adapter.linears])
+        columns.append([m.US.double() @ m.R.double() @ m.Vt.double() for m in adapter.linears.values()])
     for group in range(len(adapter.v)):
         mine = [j for j, g in enumerate(adapter.groups.tolist()) if g == group]
         stacked = torch.stack([torch.cat([column[j].flatten() for j in mine]) for column in columns])
@@ -465,8 +465,8 @@ def test_a_malformed_file_is_refused_in_one_line(net, tmp_path, key, value, shap
     (tinylora.FORMAT, "[" * 100000, torch.ones(1, 13), "is malformed"),
     (tinylora.FORMAT, dict(rank=10**9), torch.ones(1, 13), "rank must be"),
     (tinylora.FORMAT, dict(rank=2.0), torch.ones(1, 13), "its settings rank have values of another type"),
-    (tinylora.FORMAT, dict(u=10**12), torch.ones(1, 13), "which is too many"),
-    (tinylora.FORMAT, dict(u=14), torch.ones(1, 13), r"v has shape \(1, 13\), but .* need \(1, 14\)"),
+    (tinylora.FORMAT, dict(u=10**12), torch.ones(1, 13), "holds 13 numbers, fewer than its setting u"),
+    (tinylora.FORMAT, dict(u=12), torch.ones(1, 13), r"v has shape \(1, 13\), but .* need \(1, 12\)"),
     (tinylora.FORMAT, {}, torch.full((1, 13), float("nan")), "not finite"),
     (tinylora.FORMAT, dict(base=""), torch.ones(1, 13), "another base model"),
     (tinylora.FORMAT, dict(method="dora"), torch.ones(1, 13), "'dora' is unknown"),
@@ -558,12 +558,12 @@ def test_adapters_that_cannot_share_a_batch_are_refused(net, checkpoint, tmp_pat
     lora = tinylora.add_adapter(model.load_model(checkpoint, device="cpu"), "lora", rank=2)
     tinylora.save_adapter(lora, str(tmp_path / "adapter.safetensors"))
     for adapters, words in (([first, low], "rank and targets must be"), ([mlp, first], "rank and targets must be"),
-                            ([first, str(tmp_path)], "is a LoRA"), (["", ""], "at least one must be given")):
+                            ([first, str(tmp_path)], "a LoRA cannot share"), (["", ""], "at least one must be given")):
         with pytest.raises(UserError, match=words):
             tinylora.load_adapters(net, adapters)
         assert net.adapter is None
     tinylora.load_adapter(net, str(tmp_path))  # as many factors, but not those of the SVD
-    with pytest.raises(UserError, match="rank and targets must be"):
+    with pytest.raises(UserError, match="a LoRA cannot share a batch"):
         tinylora.load_adapters(net, [first, ""])
     assert net.adapter is not None
 
