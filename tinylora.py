@@ -5,9 +5,8 @@
     lora        W' = W + (alpha / r) B A
 
 U S V^T is the truncated SVD of the frozen W, of rank r. The P_i [r, r] are fixed random matrices,
-and v [u] is all that TinyLoRA trains. Linears may share one v (tying), so a model can have as few
-as one trained number. W is never changed, because in 16 bits an update this small would be rounded
-away. A layer computes
+and v [u] is all that TinyLoRA trains. Linears may share one v (tying). W is never changed, because
+in 16 bits an update this small would be rounded away. A layer computes
 
     y = W x + b + (U S) R (V^T x)
 
@@ -86,15 +85,15 @@ def install(model, adapter):
 
 
 class AdaptedLinear(Linear):
-    """A frozen linear whose output gets the update. US [m, r], Vt [r, n] and R [r, r] are plain
-    attributes, so the state dict stays the checkpoint's."""
+    """A frozen linear with the update. US [m, r], Vt [r, n] and R [r, r] are plain attributes, so
+    the state dict stays the checkpoint's."""
 
     def forward(self, x):
         y = LowRankLinear.apply(x, self.weight, self.US, self.Vt, self.R)
         return y if self.bias is None else y + self.bias
 
     def merged(self):
-        """W + U S R V^T in float32, where so small an update is not rounded away."""
+        """W + U S R V^T in float32."""
         return self.weight.float() + self.US.float() @ self.R @ self.Vt.float()
 
 
@@ -108,9 +107,11 @@ class Adapter(nn.Module):
         self.linears, groups, self.meta = plan(model, settings)
         rank, device = self.meta["rank"], model.device
         if self.meta["method"] == "lora":
-            factors = init_lora(self.meta, self.linears, device)
-            self.A = nn.ParameterList(A for _, A in factors)
-            self.B = nn.ParameterList(B for B, _ in factors)
+            self.A, self.B = nn.ParameterList(), nn.ParameterList()
+            for name, linear in self.linears.items():
+                m, n = linear.weight.shape
+                self.A.append(random_lora(self.meta["seed"], name, rank, n).to(device))
+                self.B.append(torch.zeros(m, rank, device=device))
             scale = torch.eye(rank, device=device) * (self.meta["alpha"] / rank)
             self.scale = scale.expand(len(groups), -1, -1)  # takes the place of R
         else:
@@ -253,15 +254,10 @@ def projections(meta, names):
     return torch.stack([random_projection(meta["seed"], name, meta["u"], rank) for name in names])
 
 
-def init_lora(meta, linears, device):
-    """[(B, A)]: B [m, r] = 0 and A [r, n] ~ U(-1/sqrt(n), 1/sqrt(n)) (LoRA Without Regret)."""
-    factors = []
-    for name, linear in linears.items():
-        m, n = linear.weight.shape
-        A = random_state(meta["seed"], name).uniform(-1, 1, (meta["rank"], n)) / math.sqrt(n)
-        B = torch.zeros(m, meta["rank"], device=device)
-        factors.append((B, torch.from_numpy(A).float().to(device)))
-    return factors
+def random_lora(seed, name, rank, n):
+    """A [r, n] ~ U(-1/sqrt(n), 1/sqrt(n)) (LoRA Without Regret)."""
+    A = random_state(seed, name).uniform(-1, 1, (rank, n)) / math.sqrt(n)
+    return torch.from_numpy(A).float()
 
 
 def learning_rate_rule(config, method, steps):
@@ -332,15 +328,14 @@ def fingerprint(model):
 
 
 def save_adapter(adapter, path, dtype="float32"):
-    """Write the trained numbers in `dtype` (float32, bfloat16 or float16), and the settings that
-    rebuild the rest, as safetensors. All processes must call this."""
+    """Write the trained numbers in `dtype` and the settings that rebuild the rest. All processes
+    must call this."""
     tensors = {name: full_tensor(p.to(DTYPES[dtype])) for name, p in adapter.named_parameters()}
-    if not is_chief():
-        return
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     settings = json.dumps(adapter.meta | {"dtype": dtype})
-    with whole_file(path) as aside:
-        save_file(tensors, aside, metadata={"format": FORMAT, "settings": settings})
+    if is_chief():
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with whole_file(path) as aside:
+            save_file(tensors, aside, metadata={"format": FORMAT, "settings": settings})
 
 
 def adapter_text(adapter, dtype="float32"):
@@ -402,13 +397,10 @@ def load_adapted(path, where="", dtype=None, device=None, shard=1):
 @torch.no_grad()
 def load_adapters(model, adapters):
     """R [N, K, r, r] in float32 of K adapters for sample.generate: files, directories, texts, or ""
-    for none. They must adapt the same linears with the same rank, but may differ in u, tying and
-    seed. They share the factors of the model's adapter; a model without one gets the first of
-    these, unless any of them is refused."""
+    for none. They must adapt the same linears with the same rank, because they share the factors of
+    the model's adapter. A model without one gets the first of these, if none is refused."""
     base, shared, R = fingerprint(model), model.adapter, {}
-    for where in dict.fromkeys(adapters):  # each once
-        if not where:
-            continue
+    for where in dict.fromkeys(filter(None, adapters)):  # each once
         adapter = read_for(model, where, base)
         shared = shared or adapter
         if "lora" in (adapter.meta["method"], shared.meta["method"]):

@@ -14,9 +14,8 @@ LARGE_WEIGHT = 500_000  # numbers from which few_rows_linear changes the order
 class LowRankLinear(torch.autograd.Function):
     """x (W + US R V^T)^T: x [..., n], W [m, n], US [m, r], Vt [r, n], R [r, r] -> [..., m].
 
-    W is frozen. The gradient of the rest is written by hand because every pass over the tokens
-    takes time: that of x is one product added to another in place, and of x itself only V^T x
-    [..., r] is kept, unless LoRA trains V^T.
+    W is frozen. The gradient of the others is written by hand to save passes over the tokens, and
+    only V^T x [..., r] is kept of x, unless LoRA trains V^T.
     """
 
     @staticmethod
@@ -46,8 +45,7 @@ class LowRankLinear(torch.autograd.Function):
 
 def sum_of_products(x, W, h, U):
     """x W^T + h U^T: x [..., n], W [m, n], and thin h [..., r], U [m, r]. In 16 bits the sum is
-    rounded once. Added to an output that is already rounded, an update below half a unit in its
-    last place would be lost for every token."""
+    rounded once: a small update would be lost if it were added to a rounded output."""
     flat, h = x.flatten(0, -2), h.flatten(0, -2)
     if x.dtype.itemsize == 2:
         y = (h @ U.T).addmm_(flat, W.T)
@@ -63,16 +61,15 @@ def thin_product(x, V):
     return y.T.unflatten(0, x.shape[:-1])
 
 
-def few_rows_linear(x, W, bias=None):
-    """F.linear. On a CPU in float32 the product of 8 to 32 rows with a large W is up to a third
-    faster as (W x^T)^T."""
+def few_rows_linear(x, W):
+    """x W^T. On a CPU in float32 the product of 8 to 32 rows with a large W is up to a third faster
+    as (W x^T)^T."""
     if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu":
-        return F.linear(x, W, bias)  # compiled code must not look at the number of rows
+        return F.linear(x, W)  # compiled code must not look at the number of rows
     flat = x.flatten(0, -2)
     if not 8 <= len(flat) <= 32 or W.numel() <= LARGE_WEIGHT:
-        return F.linear(x, W, bias)
-    y = W @ flat.T if bias is None else torch.addmm(bias[:, None], W, flat.T)
-    return y.T.reshape(*x.shape[:-1], len(W))
+        return F.linear(x, W)
+    return (W @ flat.T).T.reshape(*x.shape[:-1], len(W))
 
 
 # ------------------------------------------------------------------------------ fused for sampling
@@ -89,9 +86,8 @@ class FusedLinear:
     def fill(self, linears, adapter, per_row, joined):
         weights = [linear.weight for linear in linears]
         weight = torch.cat(weights) if len(linears) > 1 else weights[0]
-        self.bias = linears[0].bias
-        if self.bias is not None:
-            self.bias = torch.cat([linear.bias for linear in linears])
+        biases = [linear.bias for linear in linears]
+        self.bias = None if biases[0] is None else torch.cat(biases)
         self.sizes = [len(W) for W in weights]
         self.adapter = adapter if per_row else None
         self.down = None
@@ -100,7 +96,10 @@ class FusedLinear:
             indices = [linear.index for linear in adapted]
             self.index = torch.tensor(indices, device=weight.device)
             self.down = torch.cat([linear.Vt for linear in adapted]).to(weight.dtype)
-            ups = [update_factor(linear, per_row) for linear in linears]
+            ups = []
+            for linear in linears:
+                US = getattr(linear, "US", linear.weight[:, :0]).float()  # [m, 0] if not adapted
+                ups.append(US @ linear.R if linear in adapted and not per_row else US)
             self.up = torch.block_diag(*ups).to(weight.dtype)
         if joined and not per_row and weight.dtype == torch.float32:
             # The weight is a copy anyway, so the update is added to it. Its layout, [n, m], makes
@@ -113,7 +112,7 @@ class FusedLinear:
 
     def __call__(self, x):
         if self.down is None:
-            y = few_rows_linear(x, self.weight, self.bias)
+            y = few_rows_linear(x, self.weight)
         else:
             h = F.linear(x, self.down)  # [B, T, k r]
             if self.adapter:
@@ -121,21 +120,12 @@ class FusedLinear:
                 h = h.unflatten(-1, (len(self.index), 1, -1))  # [B, T, k, 1, r]
                 h = (R * h).sum(-1).flatten(2).to(x.dtype)  # [B, T, k r]
             y = sum_of_products(x, self.weight, h, self.up)
-            if self.bias is not None:
-                y = y + self.bias
+        if self.bias is not None:
+            y = y + self.bias
         return y.split(self.sizes, dim=-1) if len(self.sizes) > 1 else y
 
 
-def update_factor(linear, per_row):
-    """U S R [m, r] of a linear, or U S with an R for every row; without an adapter [m, 0]."""
-    if not hasattr(linear, "US"):
-        return linear.weight[:, :0].float()
-    US = linear.US.float()
-    return US if per_row else US @ linear.R
-
-
-# The FusedLinear of each owner of a method. It is kept for good, because torch.compile guards on
-# its identity, but it is empty while it is not in use.
+# Each FusedLinear is kept, though empty, after use: torch.compile guards on its identity.
 FUSED = WeakKeyDictionary()
 
 
@@ -145,8 +135,7 @@ def sampling_form(model, per_row=False, join_below=50_000_000):
 
     q, k, v and gate, up are joined in a model of fewer block weights than join_below: there a step
     spends its time in calls, and a second copy of the weights is small. per_row: every row of a
-    batch has an R of its own, which adapter.rows holds in each forward pass. A model whose weights
-    are spread over processes stays as it is.
+    batch has an R of its own, which adapter.rows holds in each forward pass.
     """
     if model.is_sharded:
         yield

@@ -37,8 +37,8 @@ def top_svd(W, rank, name="a matrix"):
     angle = (residuals / gaps(values).clamp(min=1e-300)).max().item()
     if angle > 10 * TOLERANCE:
         close = ", ".join(f"{value:.6g}" for value in values.sqrt().tolist())
-        print(f"note: the singular values {close} of {name} nearly coincide, so an adapter may mean "
-              "another update on another machine")
+        print(f"note: the singular values {close} of {name} nearly coincide, so an adapter may "
+              "mean another update on another machine")
     scaled_U = M @ V
     S = scaled_U.norm(dim=0)
     U = scaled_U / S.clamp(min=1e-300)
@@ -83,7 +83,7 @@ def block_lanczos(M, rank, limit, name):
         T[k - block : k, :k] = H.T
         X, remainder = torch.linalg.qr(Z - basis @ H)
         is_full = k + block > limit
-        if is_full or k > rank and k % (4 * block) == 0:  # every fourth round, as a check takes time
+        if is_full or k > rank and k % (4 * block) == 0:  # a check takes the time of some rounds
             vectors, values = top_eigen(T[:k, :k], rank)
             residuals = (remainder @ vectors[-block:]).norm(dim=0)
             rounding = 1e-14 * values[0]
@@ -116,7 +116,12 @@ def svd_factors(weights, rank, device):
             tensors |= {f"{name}.US": (U * S).cpu(), f"{name}.Vt": Vt.cpu()}
         tensors = {name: t for part in all_gather(tensors) for name, t in part.items()}
         if is_large and is_chief():
-            write_cache(path, tensors)
+            try:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with whole_file(path) as aside:
+                    save_file(tensors, aside)
+            except (OSError, UserError) as error:
+                print(f"note: the SVD is not cached and will be made again next time: {error}")
     return [(tensors[f"{name}.US"].to(device), tensors[f"{name}.Vt"].to(device))
             for name in weights]
 
@@ -131,12 +136,3 @@ def cache_path(weights, rank):
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.environ.get("TINYLORA_CACHE") or os.path.join(caches, "tinylora")
     return os.path.join(folder, key.hexdigest()[:40] + ".safetensors")
-
-
-def write_cache(path, tensors):
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with whole_file(path) as aside:
-            save_file(tensors, aside)
-    except (OSError, UserError) as error:
-        print(f"note: the SVD is not cached and will be made again next time: {error}")
