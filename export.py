@@ -36,8 +36,7 @@ class Settings:
 
 P_LIMIT = 2**28  # numbers of P in a peft-tinylora file
 PREFIX = "base_model.model."  # PEFT's, before the name of a linear
-PEFT_NAME = re.compile(re.escape(PREFIX) + r"(model\.layers\.\d+\.(?:self_attn|mlp)\."
-                       rf"(?:{'|'.join(tinylora.LINEARS)}))\.lora_([AB])\.weight")
+PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 UNSUPPORTED = (
     "use_dora rank_pattern alpha_pattern layers_to_transform modules_to_save lora_bias "
     "layer_replication trainable_token_indices target_parameters alora_invocation_tokens "
@@ -84,24 +83,21 @@ def new_directory(path):
 
 @torch.no_grad()
 def export_merged(model, path, source):
-    """Write a float32 model with its adapter merged, in the dtype of its checkpoint `source`.
-
-    In 16 bits this prints the share of the update that is left after rounding: the projection of
-    the rounded change D' of the weights on the wanted change D, sum(D' D) / sum(D D).
-    """
-    own_dtype = model.config.raw.get("dtype") or model.config.raw.get("torch_dtype")
-    dtype = DTYPES.get(own_dtype, torch.float32)
+    """Write a float32 model with its adapter merged, in the dtype of its checkpoint `source`. In 16
+    bits this prints the share of the update D that the rounded change D' of the weights keeps: its
+    projection on D, sum(D' D) / sum(D D)."""
+    name = model.config.raw.get("dtype") or model.config.raw.get("torch_dtype")
+    dtype = DTYPES.get(name, torch.float32)
     kept = wanted = 0.0
     model.adapter.refresh()
-    for linear in model.adapter.linears:
+    for linear in model.adapter.linears.values():
         merged = linear.merged()
         change = (merged - linear.weight).double()
-        rounded = (merged.to(dtype).float() - linear.weight).double()
-        kept += (rounded * change).sum().item()
+        kept += (change * (merged.to(dtype).float() - linear.weight)).sum().item()
         wanted += change.square().sum().item()
     share = kept / wanted if wanted else 1.0
     if dtype.itemsize == 2:
-        print(f"{share:.1%} of the update is left after rounding the merged weights to {own_dtype}")
+        print(f"{share:.1%} of the update is left after rounding the merged weights to {name}")
     if share < 0.95:
         print("warning: the merged model is not the one that was trained; use --to=peft instead")
     save_model(tinylora.merge(model).to(dtype), path, tokenizer_from=source)
@@ -109,33 +105,32 @@ def export_merged(model, path, source):
 
 @torch.no_grad()
 def export_peft(model, path, base="", kind="peft"):
-    """Write the model's adapter as a directory that PEFT loads, in float32. base: the base model's
-    name, for PEFT's config. kind: 'peft' is a LoRA of rank r with B = U S R and A = V^T, which vLLM
-    loads, too; 'peft-tinylora' is PEFT's own TinyLoRA with our factors and P."""
+    """Write the model's adapter to a directory that PEFT loads, in float32. base: the base model's
+    name. kind: 'peft' is a LoRA with B = U S R and A = V^T, which vLLM loads, too; 'peft-tinylora'
+    is PEFT's own TinyLoRA with our factors and P."""
     adapter, rank = model.adapter, model.adapter.meta["rank"]
     adapter.refresh()
-    linears = {PREFIX + name: linear for name, linear in tinylora.all_linears(model).items()
-               if linear in adapter.linears}
-    targets = {name.rpartition(".")[2] for name in linears}
+    targets = {name.rpartition(".")[2] for name in adapter.linears}
     config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "r": rank, "bias": "none",
               "target_modules": sorted(targets), "inference_mode": True}
     if kind == "peft":
         config |= {"peft_type": "LORA", "lora_alpha": rank, "lora_dropout": 0.0}
-        tensors = {f"{name}.lora_A.weight": linear.Vt.float() for name, linear in linears.items()}
-        tensors |= {f"{name}.lora_B.weight": linear.US.float() @ linear.R
-                    for name, linear in linears.items()}
+        tensors = {}
+        for name, linear in adapter.linears.items():
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = linear.Vt.float()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = linear.US.float() @ linear.R
     else:
-        of_peft, tensors = peft_tinylora(adapter, linears)
+        of_peft, tensors = peft_tinylora(adapter)
         config |= of_peft
-    with new_directory(path) as aside:
-        tensors = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
-        with whole_file(os.path.join(aside, "adapter_model.safetensors")) as file:
-            save_file(tensors, file, {"format": "pt"})
-        with whole_file(os.path.join(aside, "adapter_config.json")) as file, open(file, "w") as f:
-            json.dump(config, f, indent=2)
+    os.makedirs(path, exist_ok=True)
+    tensors = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
+    with whole_file(os.path.join(path, "adapter_model.safetensors")) as file:
+        save_file(tensors, file, {"format": "pt"})
+    with whole_file(os.path.join(path, "adapter_config.json")) as file, open(file, "w") as f:
+        json.dump(config, f, indent=2)
 
 
-def peft_tinylora(adapter, linears):
+def peft_tinylora(adapter):
     """Settings and tensors of PEFT's TinyLoRA. It has no tying such as ours, so it gets one v with
     the numbers of all groups, and in every linear P is 0 for those of other groups."""
     if adapter.meta["method"] == "lora":
@@ -144,12 +139,13 @@ def peft_tinylora(adapter, linears):
     if groups * adapter.P.numel() > P_LIMIT:
         raise UserError(f"PEFT has no tying in {groups} groups, and the P of one v of {groups * u} "
                         "numbers would be too large; write it with --to=peft")
-    P = adapter.P.new_zeros(len(linears), groups, *adapter.P.shape[1:])
-    P[torch.arange(len(linears)), adapter.groups] = adapter.P
     tensors = {"base_model.tinylora_v.0": adapter.v.flatten()}
-    for P_of_linear, (name, linear) in zip(P.flatten(1, 2), linears.items()):
-        tensors |= {f"{name}.tinylora_A": linear.Vt.float(), f"{name}.tinylora_P": P_of_linear,
-                    f"{name}.tinylora_B": linear.US.float()}
+    for (name, linear), P, group in zip(adapter.linears.items(), adapter.P, adapter.groups):
+        P_of_all = P.new_zeros(groups, *P.shape)
+        P_of_all[group] = P
+        tensors |= {f"{PREFIX}{name}.tinylora_A": linear.Vt.float(),
+                    f"{PREFIX}{name}.tinylora_B": linear.US.float(),
+                    f"{PREFIX}{name}.tinylora_P": P_of_all.flatten(0, 1)}
     return {"peft_type": "TINYLORA", "u": groups * u, "weight_tying": 1.0, "save_projection": True,
             "projection_seed": 0, "init_weights": True}, tensors
 
@@ -160,37 +156,37 @@ def import_peft(model, path):
     Adapter. Raises UserError for a LoRA that this project cannot express."""
     with foreign_file(path):
         settings, factors = read_peft(path)
-        linears, groups, meta = tinylora.plan(model, settings)
-        index = {name: i for i, name in enumerate(linears)}
-        tensors = {f"{part}.{index.get(name, name)}": t for (name, part), t in factors.items()}
-        tinylora.check_shapes(path, tensors, linears, groups, meta)
-    adapter = tinylora.add_adapter(model, **settings)
-    for name, p in adapter.named_parameters():
-        p.copy_(tensors[name])
-    return adapter
+        adapter = tinylora.Adapter(model, settings)
+    index = {name: i for i, name in enumerate(adapter.linears)}
+    tensors = {f"{part}.{index.get(name, name)}": t for (name, part), t in factors.items()}
+    tinylora.set_numbers(adapter, tensors, path)
+    adapter.meta["base"] = tinylora.fingerprint(model)
+    return tinylora.install(model, adapter)
 
 
 def read_peft(path):
-    """The settings for add_adapter, and {(linear, "A" or "B"): tensor}, of a PEFT LoRA."""
+    """The settings of the Adapter, and {(linear, "A" or "B"): tensor}, of a PEFT LoRA."""
     config = read_json(os.path.join(path, "adapter_config.json"))
     file = os.path.join(path, "adapter_model.safetensors")
-    if not os.path.exists(file):
-        raise UserError(f"{file} is missing; an adapter_model.bin is a pickle and is never read")
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: only a PEFT adapter of type LORA can be read")
     unsupported = [key for key in UNSUPPORTED if config.get(key)]
-    if str(config.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
-        unsupported.append("init_lora_weights that changes the base model's weights")
-    if unsupported:
-        raise UserError(f"{path}: {unsupported[0]} is not supported")
+    initialisation = str(config.get("init_lora_weights")).lower()
+    for holds, message in [
+        (os.path.exists(file), f"{file} is missing; an adapter_model.bin is a pickle and not read"),
+        (config.get("peft_type") == "LORA", "only a PEFT adapter of type LORA can be read"),
+        (not unsupported, f"{', '.join(unsupported)} is not supported"),
+        (not initialisation.startswith(CHANGES_BASE),
+         f"init_lora_weights = {initialisation} changes the base model and is not supported"),
+    ]:
+        if not holds:
+            raise UserError(f"{path}: {message}")
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
     if config.get("use_rslora"):
         alpha *= math.sqrt(rank)  # rank-stabilised: the update is scaled by alpha / sqrt(r)
     factors = {}
     for name, t in load_file(file).items():
         match = PEFT_NAME.fullmatch(name)
-        if not match or not torch.isfinite(t).all():
-            raise UserError(f"{file}: {name} is not finite, or no A or B of a linear in a block")
+        if not match:
+            raise UserError(f"{file}: {name} is neither the A nor the B of a linear")
         factors[match.groups()] = t.float()
     targets = [kind for kind in tinylora.LINEARS if any(name.endswith(kind) for name, _ in factors)]
     return dict(method="lora", rank=rank, alpha=alpha, targets=",".join(targets), seed=0), factors

@@ -5,9 +5,8 @@
     lora        W' = W + (alpha / r) B A
 
 U S V^T is the truncated SVD of the frozen W, of rank r. The P_i [r, r] are fixed random matrices,
-and v [u] is all that TinyLoRA trains. Linears may share one v (tying), so a model can have as few
-as one trained number. W is never changed, because in 16 bits an update this small would be rounded
-away. A layer computes
+and v [u] is all that TinyLoRA trains. Linears may share one v (tying). W is never changed, because
+in 16 bits an update this small would be rounded away. A layer computes
 
     y = W x + b + (U S) R (V^T x)
 
@@ -48,7 +47,7 @@ def add_adapter(model, method="tinylora", rank=2, u=13, n_tie=0, tie="tiled", se
                 alpha=32.0):
     """Attach an adapter that does not change anything yet to a frozen model. Returns the Adapter.
 
-    method: 'tinylora', 'lora_xs' (R is trained: u = rank^2, P_i = matrix units, no tying), 'lora'.
+    method: 'tinylora', 'lora_xs' (u = rank^2, no tying) or 'lora'.
     rank: r of the truncated SVD (2 in the paper), or of A and B.
     u: trained numbers in a group of linears that share them.
     n_tie, tie: 'tiled' shares v among n_tie consecutive linears of the flat list (layer by layer,
@@ -56,32 +55,28 @@ def add_adapter(model, method="tinylora", rank=2, u=13, n_tie=0, tie="tiled", se
         n_tie = 0 all linears are one group (section 4).
     targets: 'all', 'attention', 'mlp', or linears such as 'q_proj,v_proj'. Parts separated by '/'
         are tied each on its own: 'attention/mlp' with n_tie = 0 has one v for each of the two.
-    seed: of P, or of A. Both depend on the seed and on the linear's name alone.
-    alpha: of lora. The update is scaled by alpha / rank, so that one lr suits nearly every rank.
+    seed: of P, or of A.
+    alpha: of lora, whose update is scaled by alpha / rank: one lr suits nearly every rank.
     Raises UserError, and leaves the model as it was, if the settings do not fit.
     """
     settings = dict(method=method, rank=rank, u=u, n_tie=n_tie, tie=tie, seed=seed,
                     targets=targets, alpha=float(alpha))
-    linears, groups, meta = plan(model, settings)
-    return install(model, linears, groups, meta | {"base": fingerprint(model)})
+    adapter = Adapter(model, settings)
+    adapter.meta["base"] = fingerprint(model)
+    return install(model, adapter)
 
 
-def install(model, linears, groups, meta):
-    """Attach the adapter that plan() has laid out."""
+def install(model, adapter):
+    """Attach an Adapter that was made for this model. Returns it."""
     if model.adapter:
         raise UserError("this model has an adapter already; merge or detach it first")
-    if meta["method"] == "lora":
-        factors = init_lora(meta, linears, model.device)
-        adapter = Adapter(meta, A=[A for _, A in factors], B=[B for B, _ in factors])
+    if adapter.meta["method"] == "lora":
         factors = zip(adapter.B, adapter.A)
     else:
-        weights = {name: linear.weight for name, linear in linears.items()}
-        factors = svd_factors(weights, meta["rank"], model.device)
+        weights = {name: linear.weight for name, linear in adapter.linears.items()}
+        factors = svd_factors(weights, adapter.meta["rank"], model.device)
         factors = [(US.to(model.dtype), Vt.to(model.dtype)) for US, Vt in factors]
-        P = projections(meta, linears).to(model.device)
-        adapter = Adapter(meta, P, torch.tensor(groups, device=model.device))
-    adapter.linears = list(linears.values())
-    for index, (linear, (US, Vt)) in enumerate(zip(adapter.linears, factors)):
+    for index, (linear, (US, Vt)) in enumerate(zip(adapter.linears.values(), factors)):
         linear.__class__ = AdaptedLinear  # in place: weight and bias keep the checkpoint's names
         vars(linear).update(index=index, US=US, Vt=Vt, R=None)
     vars(model)["adapter"] = adapter  # not as a submodule, which would change the state dict
@@ -90,35 +85,40 @@ def install(model, linears, groups, meta):
 
 
 class AdaptedLinear(Linear):
-    """A frozen linear whose output gets the update. US [m, r], Vt [r, n] and R [r, r] are plain
-    attributes, so the state dict stays the checkpoint's."""
+    """A frozen linear with the update. US [m, r], Vt [r, n] and R [r, r] are plain attributes, so
+    the state dict stays the checkpoint's."""
 
     def forward(self, x):
         y = LowRankLinear.apply(x, self.weight, self.US, self.Vt, self.R)
         return y if self.bias is None else y + self.bias
 
     def merged(self):
-        """W + U S R V^T in float32, where so small an update is not rounded away."""
+        """W + U S R V^T in float32."""
         return self.weight.float() + self.US.float() @ self.R @ self.Vt.float()
 
 
 class Adapter(nn.Module):
-    """The trained numbers in float32, and what is fixed: v [groups, u], with P [N, u, r, r] and the
-    group of each of the N adapted linears; for LoRA A [r, n] and B [m, r] of each. `meta` holds the
-    settings that rebuild all of it, and `base`, the fingerprint of the model."""
+    """The trained numbers in float32, v [groups, u] or LoRA's A [r, n] and B [m, r], and what is
+    fixed: P [N, u, r, r] and the group of each of the N linears. `linears` are {name: module}, and
+    `meta` holds the settings that rebuild all of it, and the fingerprint of the base model."""
 
-    def __init__(self, meta, P=None, groups=None, A=(), B=()):
+    def __init__(self, model, settings):
         super().__init__()
-        self.meta = meta
-        if meta["method"] == "lora":
-            self.A, self.B = nn.ParameterList(A), nn.ParameterList(B)
-            scale = torch.eye(meta["rank"], device=A[0].device) * (meta["alpha"] / meta["rank"])
-            self.scale = scale.expand(len(A), -1, -1)  # takes the place of R
+        self.linears, groups, self.meta = plan(model, settings)
+        rank, device = self.meta["rank"], model.device
+        if self.meta["method"] == "lora":
+            self.A, self.B = nn.ParameterList(), nn.ParameterList()
+            for name, linear in self.linears.items():
+                m, n = linear.weight.shape
+                self.A.append(random_lora(self.meta["seed"], name, rank, n).to(device))
+                self.B.append(torch.zeros(m, rank, device=device))
+            scale = torch.eye(rank, device=device) * (self.meta["alpha"] / rank)
+            self.scale = scale.expand(len(groups), -1, -1)  # takes the place of R
         else:
-            count = int(groups.max()) + 1
-            self.v = nn.Parameter(torch.zeros(count, P.shape[1], device=P.device))  # so W' = W
-            self.P, self.groups = P, groups
-        self.linears = []  # a plain list: their weights are not parameters of the adapter
+            self.P = projections(self.meta, self.linears).to(device)
+            self.groups = torch.tensor(groups, device=device)
+            v = torch.zeros(max(groups) + 1, self.P.shape[1], device=device)  # so W' = W
+            self.v = nn.Parameter(v)
         self.R = None  # [N, r, r], or of every row of a batch [N, B, r, r]
         self.rows = None  # [N, B, r, r]: the R that rows of a batch have from adapters of their own
         self.enabled = True  # if not, R is 0, and the model is the base model
@@ -136,7 +136,7 @@ class Adapter(nn.Module):
             self.R = mix(self.v, self.groups, self.P)
         if not self.enabled:
             self.R = torch.zeros_like(self.R)
-        for linear, R in zip(self.linears, self.R):
+        for linear, R in zip(self.linears.values(), self.R):
             linear.R = R
 
 
@@ -148,17 +148,17 @@ def mix(v, groups, P):
 
 @torch.no_grad()
 def merge(model):
-    """Fold the adapter into the weights, in float32 with one rounding, and remove it. Returns the
-    model. For export only: in 16 bits most of a small update is lost."""
+    """Fold the adapter into the weights, with one rounding, and remove it. Returns the model. For
+    export only: in 16 bits most of a small update is lost."""
     model.adapter.refresh()
-    for linear in model.adapter.linears:
+    for linear in model.adapter.linears.values():
         linear.weight.copy_(linear.merged())
     return detach(model)
 
 
 def detach(model):
     """Remove the adapter, so that the model is as it was loaded. Returns the model."""
-    for linear in model.adapter.linears:
+    for linear in model.adapter.linears.values():
         linear.__class__ = Linear
         del linear.index, linear.US, linear.Vt, linear.R
     model.adapter.hook.remove()
@@ -170,7 +170,7 @@ def detach(model):
 
 def plan(model, settings):
     """The adapted linears {name: module} in forward order, the group of each, and the settings that
-    the method reads. Cheap; raises UserError for everything that can be wrong with the settings."""
+    the method reads. UserError if a setting is wrong."""
     method = settings["method"]
     if method not in METHODS:
         raise UserError(f"method '{method}' is unknown; use {', '.join(METHODS)}")
@@ -196,20 +196,15 @@ def plan(model, settings):
     groups, count = {}, 0
     for part in parts:
         names = [name for name in linears if name.endswith(part)]
-        of_part = tying_groups(len(names), n_tie, tie, len(part))
-        groups |= {name: count + group for name, group in zip(names, of_part)}
-        count += max(of_part) + 1
+        for name, group in zip(names, tying_groups(len(names), n_tie, tie, len(part))):
+            groups[name] = count + group
+        count = max(groups.values()) + 1
     return linears, [groups[name] for name in linears], meta
 
 
 def all_linears(model):
     """The flat list of all linears in forward order, {name: module}."""
-    linears = {}
-    for i, block in enumerate(model.model.layers):
-        for kind in LINEARS:
-            part = "self_attn" if kind in TARGETS["attention"] else "mlp"
-            linears[f"model.layers.{i}.{part}.{kind}"] = getattr(getattr(block, part), kind)
-    return linears
+    return {name: module for name, module in model.named_modules() if name.endswith(LINEARS)}
 
 
 def parse_targets(text):
@@ -221,13 +216,12 @@ def parse_targets(text):
     kinds = sum(parts, [])
     if not set(kinds) <= set(LINEARS) or len(set(kinds)) < len(kinds):
         raise UserError(f"targets must name {', '.join(TARGETS)} or some of {', '.join(LINEARS)}, "
-                        "each once, separated by commas (tied together) or slashes (tied apart); "
-                        f"got '{text}'")
+                        f"each once, with commas or slashes between them; got '{text}'")
     return [tuple(kind for kind in LINEARS if kind in part) for part in parts]
 
 
 def tying_groups(N, n_tie, tie="tiled", types=7):
-    """The group of each of N linears in the flat list, `types` of them in a layer (section 4)."""
+    """The group of each of N linears in the flat list, `types` of them in a layer."""
     if n_tie == 0:
         return [0] * N
     if tie == "tiled":
@@ -246,7 +240,7 @@ def random_state(seed, name):
 
 def random_projection(seed, name, u, rank):
     """P [u, r, r] ~ N(0, 1/r), different in every linear. If all had the same P, a tied model would
-    have at most r^2 = 4 effective numbers, whatever u is."""
+    have at most r^2 effective numbers, whatever u is."""
     P = random_state(seed, name).standard_normal((u, rank, rank)) / math.sqrt(rank)
     return torch.from_numpy(P).float()
 
@@ -260,23 +254,16 @@ def projections(meta, names):
     return torch.stack([random_projection(meta["seed"], name, meta["u"], rank) for name in names])
 
 
-def init_lora(meta, linears, device):
-    """[(B, A)]: B [m, r] = 0 and A [r, n] ~ U(-1/sqrt(n), 1/sqrt(n)) (LoRA Without Regret)."""
-    factors = []
-    for name, linear in linears.items():
-        m, n = linear.weight.shape
-        A = random_state(meta["seed"], name).uniform(-1, 1, (meta["rank"], n)) / math.sqrt(n)
-        B = torch.zeros(m, meta["rank"], device=device)
-        factors.append((B, torch.from_numpy(A).float().to(device)))
-    return factors
+def random_lora(seed, name, rank, n):
+    """A [r, n] ~ U(-1/sqrt(n), 1/sqrt(n)) (LoRA Without Regret)."""
+    A = random_state(seed, name).uniform(-1, 1, (rank, n)) / math.sqrt(n)
+    return torch.from_numpy(A).float()
 
 
 def learning_rate_rule(config, method, steps):
-    """A first learning rate for 'full' or 'lora' (LoRA Without Regret, with the constants that
-    tinker-cookbook fitted to supervised runs of 14 Llama and Qwen models). All weights want
-    5e-5 (2000 / hidden)^p, p = 0.781 for Llama and 0.0775 for Qwen; LoRA of any rank at alpha = 32
-    wants 10 times as much, and 15 times in runs of under 100 steps. The factors hold for RL, too,
-    but the base rate does not: there its authors use 2e-5 to 8e-5 for LoRA."""
+    """A first learning rate for 'full' or for 'lora' of any rank with alpha = 32 (LoRA Without
+    Regret; tinker-cookbook fitted the powers to supervised runs of 14 models). The factors for
+    LoRA hold for RL, too, but the base rate does not: there its authors use 2e-5 to 8e-5."""
     power = 0.781 if config.raw["model_type"] == "llama" else 0.0775
     rate = 5e-5 * (2000 / config.hidden_size) ** power
     if method == "full":
@@ -287,9 +274,9 @@ def learning_rate_rule(config, method, steps):
 # -------------------------------------------------------------------------- for grpo.py and sft.py
 
 def attach(net, cfg, shard=1):
-    """Make ready what cfg.method trains, and spread the weights over `shard` processes. The rule's
-    learning rate replaces lr = 0. Returns the trained {name: parameter}, and the settings without
-    which they would mean something else; of these 'base' is to be compared with same_base."""
+    """Make ready what cfg.method trains, and spread the weights over `shard` processes. Returns
+    the trained {name: parameter}, and the settings that they depend on; of these 'base' is to be
+    compared with same_base. lr = 0 is replaced by learning_rate_rule."""
     if cfg.lr == 0:
         if cfg.method not in ("lora", "full"):
             raise UserError("lr must be above 0: the rule for lr = 0 knows lora and full alone")
@@ -314,104 +301,91 @@ def attach(net, cfg, shard=1):
 
 def save(net, cfg, best=False):
     """Write what a run is for: the adapter, or the model if method = full."""
-    if cfg.method == "full":
-        path = os.path.join(cfg.out_dir, "best" if best else "model")
+    kind = "model" if cfg.method == "full" else "adapter"
+    path = os.path.join(cfg.out_dir, "best" if best else kind)
+    if kind == "model":
         save_model(net, path, tokenizer_from=cfg.model)
     else:
-        path = os.path.join(cfg.out_dir, "best" if best else "adapter")
         save_adapter(net.adapter, f"{path}.safetensors", cfg.save_dtype)
 
 
 # --------------------------------------------------------------------------------- files and texts
 
 def fingerprint(model):
-    """32 hex digits that tell base models apart, whatever dtype the weights are held in: eight
-    random projections a^T W b, each summed over all linears scaled to norm 1, so about N(0, 1).
-    Rounding to bfloat16 moves them by some 0.001. Fine-tuning moves them by its share in the
-    weights, so by 0.01 if it changes these by one per cent."""
+    """32 hex digits that tell base models apart in any dtype: eight random projections a^T W b,
+    each summed over all linears scaled to norm 1, so about N(0, 1). Rounding to bfloat16 moves
+    them by some 0.001, and a fine-tuning that changes the weights by one per cent by 0.01."""
+    linears = all_linears(model)
     total = 0
-    for name, linear in all_linears(model).items():
+    for name, linear in linears.items():
         state = random_state("fingerprint", name)
         a, b = (torch.from_numpy(state.standard_normal((size, 8))).float().to(model.device)
                 for size in linear.weight.shape)
         W = linear.weight.detach().to(model.device).float()
         total = total + (a * (W @ b)).sum(0) / W.norm().clamp(min=1e-30)
-    total = total / math.sqrt(len(LINEARS) * len(model.model.layers))
+    total = total / math.sqrt(len(linears))
     return total.cpu().numpy().astype(">f2").tobytes().hex()
 
 
 def save_adapter(adapter, path, dtype="float32"):
-    """Write the trained numbers in `dtype` (float32, bfloat16 or float16), and the settings that
-    rebuild the rest: 13 numbers and a line of JSON, as safetensors. All processes call this."""
+    """Write the trained numbers in `dtype` and the settings that rebuild the rest. All processes
+    must call this."""
     tensors = {name: full_tensor(p.to(DTYPES[dtype])) for name, p in adapter.named_parameters()}
-    if not is_chief():
-        return
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     settings = json.dumps(adapter.meta | {"dtype": dtype})
-    with whole_file(path) as aside:
-        save_file(tensors, aside, metadata={"format": FORMAT, "settings": settings})
+    if is_chief():
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with whole_file(path) as aside:
+            save_file(tensors, aside, metadata={"format": FORMAT, "settings": settings})
 
 
 def adapter_text(adapter, dtype="float32"):
-    """An adapter with a v as one line, hex:NUMBERS:FORMAT:SETTINGS, which can be sent in a message
-    and given as --adapter. The numbers are big-endian, v [groups, u] row by row."""
-    size = DTYPES[dtype].itemsize
-    bits = adapter.v.detach().to(DTYPES[dtype]).cpu().view({2: torch.int16, 4: torch.int32}[size])
-    numbers = bits.numpy().astype(f">i{size}").tobytes().hex()
+    """An adapter with a v as one line, hex:NUMBERS:FORMAT:SETTINGS, which can be given as
+    --adapter. The numbers are big-endian, v [groups, u] row by row."""
+    v = adapter.v.detach().cpu().to(DTYPES[dtype])
+    numbers = v.view(torch.uint8).view(-1, v.itemsize).flip(1).numpy().tobytes().hex()
     settings = adapter.meta | {"dtype": dtype}
     pairs = ":".join(f"{key}={value}" for key, value in settings.items())
     return f"hex:{numbers}:{FORMAT}:{pairs.replace(',', '+').replace(' ', '')}"
 
 
-def read_for(model, where):
-    """Read an adapter and check it against the model. Returns the linears, groups and settings of
-    plan(), and the tensors {name: tensor} in their shapes."""
-    where, settings, tensors = read_adapter(where)
-    with foreign_file(where):
-        linears, groups, meta = plan(model, settings)
-    base = settings.get("base")
-    here = model.adapter.meta["base"] if model.adapter else fingerprint(model)
-    if base != ANY_BASE and not same_base(base, here):
-        raise UserError(f"{where} was trained on another base model: its fingerprint differs")
-    tensors = check_shapes(where, tensors, linears, groups, meta)
-    return linears, groups, meta | {"base": here}, tensors
-
-
-def check_shapes(where, tensors, linears, groups, meta):
-    """The tensors of an adapter with these settings, in their shapes. UserError for any others."""
-    rank, shapes = meta["rank"], {}
-    if meta["method"] == "lora":
-        for i, linear in enumerate(linears.values()):
-            m, n = linear.weight.shape
-            shapes |= {f"A.{i}": (rank, n), f"B.{i}": (m, rank)}
-    else:
-        _, u, _, _ = projections(meta, list(linears)[:1]).shape
-        shapes["v"] = (max(groups) + 1, u)
-        if "v" in tensors and tensors["v"].numel() == math.prod(shapes["v"]):
-            tensors["v"] = tensors["v"].view(shapes["v"])  # a text has all numbers in one row
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    if found != shapes:
-        name = min(set(found.items()) ^ set(shapes.items()))[0]
-        raise UserError(f"{where}: {name} has shape {found.get(name)}, but its settings and this "
-                        f"model need {shapes.get(name)}")
-    return tensors
-
-
-@torch.no_grad()
-def load_adapter(model, where):
-    """Attach an adapter to its base model: a file, the out_dir of a run, or a text. Returns the
-    Adapter. Raises UserError, and leaves the model as it was, if it cannot be read or belongs to
-    another model."""
-    *planned, tensors = read_for(model, where)
-    adapter = install(model, *planned)
-    for name, p in adapter.named_parameters():
-        p.copy_(tensors[name])
+def read_for(model, where, base):
+    """The Adapter, not yet attached, that a file or text holds. base: the model's fingerprint."""
+    name, settings, tensors = read_adapter(where)
+    with foreign_file(name):
+        adapter = Adapter(model, settings)
+    trained_on = settings.get("base")
+    if trained_on != ANY_BASE and not same_base(trained_on, base):
+        raise UserError(f"{name} was trained on another base model: its fingerprint differs")
+    adapter.meta["base"] = base
+    if "v" in tensors and tensors["v"].numel() == adapter.v.numel():
+        tensors["v"] = tensors["v"].view_as(adapter.v)  # a text has all numbers in one row
+    set_numbers(adapter, tensors, name)
     return adapter
 
 
+@torch.no_grad()
+def set_numbers(adapter, tensors, where):
+    """Copy the tensors from `where` into the adapter. UserError if they do not fit."""
+    if not all(t.isfinite().all() for t in tensors.values()):
+        raise UserError(f"{where} holds numbers that are not finite")
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    needed = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
+    if found != needed:
+        name = min(set(found.items()) ^ set(needed.items()))[0]
+        raise UserError(f"{where}: {name} has shape {found.get(name)}, but its settings and this "
+                        f"model need {needed.get(name)}")
+    for name, p in adapter.named_parameters():
+        p.copy_(tensors[name])
+
+
+def load_adapter(model, where):
+    """Attach an adapter to its base model: a file, the out_dir of a run, or a text. Returns the
+    Adapter. UserError, with the model as it was, if it cannot be read or has another base."""
+    return install(model, read_for(model, where, fingerprint(model)))
+
+
 def load_adapted(path, where="", dtype=None, device=None, shard=1):
-    """The model of load_model, with the adapter of load_adapter if one is named, spread over
-    `shard` processes."""
+    """load_model, then load_adapter if one is named, spread over `shard` processes."""
     net = load_model(path, dtype, device, shard)
     if where:
         load_adapter(net, where)
@@ -420,33 +394,23 @@ def load_adapted(path, where="", dtype=None, device=None, shard=1):
     return net
 
 
+@torch.no_grad()
 def load_adapters(model, adapters):
     """R [N, K, r, r] in float32 of K adapters for sample.generate: files, directories, texts, or ""
-    for none. They must adapt the same linears with the same rank, but may differ in u, tying and
-    seed. They share the factors of the model's adapter. A model without one gets one with the
-    settings of the first of these, unless any of them is refused."""
-    if not any(adapters):
+    for none. They must adapt the same linears with the same rank, because they share the factors of
+    the model's adapter. A model without one gets the first of these, if none is refused."""
+    base, shared, R = fingerprint(model), model.adapter, {}
+    for where in dict.fromkeys(filter(None, adapters)):  # each once
+        adapter = read_for(model, where, base)
+        shared = shared or adapter
+        if "lora" in (adapter.meta["method"], shared.meta["method"]):
+            raise UserError(f"{where[:80]}: a LoRA cannot share a batch; load it alone")
+        if (adapter.meta["rank"], adapter.linears) != (shared.meta["rank"], shared.linears):
+            raise UserError(f"{where[:80]}: rank and targets must be those of the others")
+        R[where] = mix(adapter.v, adapter.groups, adapter.P)
+    if not R:
         raise UserError("of several adapters at least one must be given")
-    plain = not model.adapter
-    R, known_P = {}, {}
-    try:
-        for where in dict.fromkeys(adapters):  # each once
-            if not where:
-                continue
-            linears, groups, meta, tensors = read_for(model, where)
-            if meta["method"] == "lora":
-                raise UserError(f"{where[:80]} is a LoRA and cannot share a batch; load it alone")
-            shared = model.adapter or install(model, linears, groups, meta)
-            alike = shared.meta["rank"] == meta["rank"] and shared.linears == list(linears.values())
-            if shared.meta["method"] == "lora" or not alike:
-                raise UserError(f"{where[:80]}: rank and targets must be those of the others")
-            settings = json.dumps(meta)
-            if settings not in known_P:
-                known_P[settings] = projections(meta, linears)
-            R[where] = mix(tensors["v"], torch.tensor(groups), known_P[settings])
-    except UserError:
-        if plain and model.adapter:
-            detach(model)
-        raise
-    none = torch.zeros_like(next(iter(R.values())))
-    return torch.stack([R.get(where, none) for where in adapters], dim=1).to(model.device)
+    if not model.adapter:
+        install(model, shared)
+    none = torch.zeros_like(R[next(iter(R))])
+    return torch.stack([R.get(where, none) for where in adapters], dim=1)

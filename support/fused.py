@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 LARGE_WEIGHT = 500_000  # numbers from which few_rows_linear changes the order
@@ -13,48 +14,38 @@ LARGE_WEIGHT = 500_000  # numbers from which few_rows_linear changes the order
 class LowRankLinear(torch.autograd.Function):
     """x (W + US R V^T)^T: x [..., n], W [m, n], US [m, r], Vt [r, n], R [r, r] -> [..., m].
 
-    The gradient is written by hand because every pass over the tokens takes time. That of x is one
-    product added to another in place. Of x itself only V^T x [..., r] is kept, unless W or V^T is
-    trained.
+    W is frozen. The gradient of the others is written by hand to save passes over the tokens, and
+    only V^T x [..., r] is kept of x, unless LoRA trains V^T.
     """
 
     @staticmethod
     def forward(ctx, x, W, US, Vt, R):
         h = thin_product(x, Vt.to(x.dtype))  # [..., r]
-        _, needs_W, _, needs_Vt, _ = ctx.needs_input_grad
-        kept = x if needs_W or needs_Vt else None
-        ctx.save_for_backward(W, US, Vt, R, h, kept)
+        trains_factors = ctx.needs_input_grad[3]
+        ctx.save_for_backward(W, US, Vt, R, h, x if trains_factors else None)
         return sum_of_products(x, W, h, (US.to(R.dtype) @ R).to(x.dtype))
 
     @staticmethod
     def backward(ctx, dy):
         W, US, Vt, R, h, x = ctx.saved_tensors
-        needs_x, needs_W, needs_US, needs_Vt, needs_R = ctx.needs_input_grad
         shape = dy.shape[:-1]
         dy = dy.flatten(0, -2)  # [tokens, m]
-        h = h.flatten(0, -2)  # [tokens, r]
-        x = None if x is None else x.flatten(0, -2)  # [tokens, n]
+        h = h.flatten(0, -2).to(R.dtype)  # [tokens, r]
         d_Rh = thin_product(dy, US.T.to(dy.dtype)).to(R.dtype)  # [tokens, r]
         d_h = (d_Rh @ R).to(dy.dtype)  # [tokens, r]
-        dx = dW = dUS = dVt = dR = None
-        if needs_x:
+        dx = dUS = dVt = None
+        if ctx.needs_input_grad[0]:
             dx = (dy @ W).addmm_(d_h, Vt.to(dy.dtype)).view(*shape, -1)
-        if needs_W:
-            dW = dy.T @ x
-        if needs_US:
-            Rh = (h.to(R.dtype) @ R.mT).to(dy.dtype)
+        if x is not None:
+            Rh = (h @ R.T).to(dy.dtype)
             dUS = (Rh.T @ dy).T.to(US.dtype)
-        if needs_Vt:
-            dVt = (d_h.T @ x).to(Vt.dtype)
-        if needs_R:
-            dR = d_Rh.T @ h.to(R.dtype)
-        return dx, dW, dUS, dVt, dR
+            dVt = (d_h.T @ x.flatten(0, -2)).to(Vt.dtype)
+        return dx, None, dUS, dVt, d_Rh.T @ h
 
 
 def sum_of_products(x, W, h, U):
     """x W^T + h U^T: x [..., n], W [m, n], and thin h [..., r], U [m, r]. In 16 bits the sum is
-    rounded once. Added to an output that is already rounded, an update below half a unit in its
-    last place would be lost for every token."""
+    rounded once: a small update would be lost if it were added to a rounded output."""
     flat, h = x.flatten(0, -2), h.flatten(0, -2)
     if x.dtype.itemsize == 2:
         y = (h @ U.T).addmm_(flat, W.T)
@@ -70,16 +61,15 @@ def thin_product(x, V):
     return y.T.unflatten(0, x.shape[:-1])
 
 
-def few_rows_linear(x, W, bias=None):
-    """F.linear. On a CPU in float32 the product of 8 to 32 rows with a large W is up to a third
-    faster as (W x^T)^T."""
+def few_rows_linear(x, W):
+    """x W^T. On a CPU in float32 the product of 8 to 32 rows with a large W is up to a third faster
+    as (W x^T)^T."""
     if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu":
-        return F.linear(x, W, bias)  # compiled code must not look at the number of rows
+        return F.linear(x, W)  # compiled code must not look at the number of rows
     flat = x.flatten(0, -2)
     if not 8 <= len(flat) <= 32 or W.numel() <= LARGE_WEIGHT:
-        return F.linear(x, W, bias)
-    y = W @ flat.T if bias is None else torch.addmm(bias[:, None], W, flat.T)
-    return y.T.reshape(*x.shape[:-1], len(W))
+        return F.linear(x, W)
+    return (W @ flat.T).T.reshape(*x.shape[:-1], len(W))
 
 
 # ------------------------------------------------------------------------------ fused for sampling
@@ -90,39 +80,39 @@ class FusedLinear:
         y = x weight^T + bias + ((x down^T) R) up^T
 
     weight [m, n] and down [k r, n] stack the linears' W and V^T, and up [m, k r] is block diagonal
-    with their U S R. If every row of a batch has an R of its own (per_row), up holds their U S. If
-    weight is a copy anyway (joined), in float32, the update is added to it.
+    with their U S R. If every row of a batch has an R of its own (per_row), up holds their U S.
     """
 
     def fill(self, linears, adapter, per_row, joined):
-        merge = joined and not per_row and linears[0].weight.dtype == torch.float32
-        adapted = [linear for linear in linears if hasattr(linear, "US")]
         weights = [linear.weight for linear in linears]
-        if merge:
-            weights = [linear.merged() if hasattr(linear, "US") else linear.weight
-                       for linear in linears]
-            # Store W as [n, m], which makes products with few rows up to 1.7 times as fast.
-            self.weight = torch.cat(weights).T.contiguous().T
-        else:
-            self.weight = weights[0] if len(linears) == 1 else torch.cat(weights)
-        self.bias = linears[0].bias
-        self.sizes = None
-        if len(linears) > 1:
-            self.sizes = [len(W) for W in weights]
-            if self.bias is not None:
-                self.bias = torch.cat([linear.bias for linear in linears])
+        weight = torch.cat(weights) if len(linears) > 1 else weights[0]
+        biases = [linear.bias for linear in linears]
+        self.bias = None if biases[0] is None else torch.cat(biases)
+        self.sizes = [len(W) for W in weights]
         self.adapter = adapter if per_row else None
         self.down = None
-        if adapted and not merge:
+        adapted = [linear for linear in linears if hasattr(linear, "US")]
+        if adapted:
             indices = [linear.index for linear in adapted]
-            self.index = torch.tensor(indices, device=self.weight.device)
-            self.down = torch.cat([linear.Vt for linear in adapted]).to(self.weight.dtype)
-            ups = [update_factor(linear, per_row) for linear in linears]
-            self.up = torch.block_diag(*ups).to(self.weight.dtype)
+            self.index = torch.tensor(indices, device=weight.device)
+            self.down = torch.cat([linear.Vt for linear in adapted]).to(weight.dtype)
+            ups = []
+            for linear in linears:
+                US = getattr(linear, "US", linear.weight[:, :0]).float()  # [m, 0] if not adapted
+                ups.append(US @ linear.R if linear in adapted and not per_row else US)
+            self.up = torch.block_diag(*ups).to(weight.dtype)
+        if joined and not per_row and weight.dtype == torch.float32:
+            # The weight is a copy anyway, so the update is added to it. Its layout, [n, m], makes
+            # products with few rows up to 1.7 times as fast.
+            if adapted:
+                weight = weight + self.up @ self.down
+                self.down = None
+            weight = weight.T.contiguous().T
+        self.weight = weight
 
     def __call__(self, x):
         if self.down is None:
-            y = few_rows_linear(x, self.weight, self.bias)
+            y = few_rows_linear(x, self.weight)
         else:
             h = F.linear(x, self.down)  # [B, T, k r]
             if self.adapter:
@@ -130,21 +120,12 @@ class FusedLinear:
                 h = h.unflatten(-1, (len(self.index), 1, -1))  # [B, T, k, 1, r]
                 h = (R * h).sum(-1).flatten(2).to(x.dtype)  # [B, T, k r]
             y = sum_of_products(x, self.weight, h, self.up)
-            if self.bias is not None:
-                y = y + self.bias
-        return y.split(self.sizes, dim=-1) if self.sizes else y
+        if self.bias is not None:
+            y = y + self.bias
+        return y.split(self.sizes, dim=-1) if len(self.sizes) > 1 else y
 
 
-def update_factor(linear, per_row):
-    """U S R [m, r] of a linear, or U S if R differs between rows; without an adapter [m, 0]."""
-    if not hasattr(linear, "US"):
-        return linear.weight.new_zeros(len(linear.weight), 0, dtype=torch.float32)
-    US = linear.US.float()
-    return US if per_row else US @ linear.R
-
-
-# The FusedLinear of a linear or of a method. Each has one object for good, because torch.compile
-# guards on its identity; the object is empty while it is not in use.
+# Each FusedLinear is kept, though empty, after use: torch.compile guards on its identity.
 FUSED = WeakKeyDictionary()
 
 
@@ -154,15 +135,14 @@ def sampling_form(model, per_row=False, join_below=50_000_000):
 
     q, k, v and gate, up are joined in a model of fewer block weights than join_below: there a step
     spends its time in calls, and a second copy of the weights is small. per_row: every row of a
-    batch has an R of its own, which adapter.rows holds in each forward pass. A model whose weights
-    are spread over processes stays as it is.
+    batch has an R of its own, which adapter.rows holds in each forward pass.
     """
     if model.is_sharded:
         yield
         return
     adapter = model.adapter
     joined = sum(p.numel() for p in model.model.layers.parameters()) < join_below
-    places = [place for block in model.model.layers for place in fusable(block, joined)]
+    places = list(fusable(model, joined))
     try:
         if adapter:
             adapter.refresh()
@@ -175,21 +155,19 @@ def sampling_form(model, per_row=False, join_below=50_000_000):
     finally:
         for owner, method, _ in places:
             vars(owner).pop(method, None)
-            if owner in FUSED:
-                vars(FUSED[owner]).clear()
+            vars(FUSED.setdefault(owner, FusedLinear())).clear()
         if adapter:
             adapter.frozen, adapter.rows = False, None
 
 
-def fusable(block, joined):
-    """(object, name of its method, the linears that the method applies) for a block's linears."""
-    attention, mlp = block.self_attn, block.mlp
-    inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
-    gates = [mlp.gate_proj, mlp.up_proj]
-    alone = [attention.o_proj, mlp.down_proj]
-    if joined:
-        places = [(attention, "project", inputs), (mlp, "project", gates)]
-    else:
-        places = []
-        alone += inputs + gates
-    return places + [(linear, "forward", [linear]) for linear in alone]
+def fusable(model, joined):
+    """Yield (object, name of its method, the linears that the method applies) for all blocks."""
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            *inputs, output = [m for m in part.children() if isinstance(m, nn.Linear)]
+            if joined:
+                yield part, "project", inputs
+                yield output, "forward", [output]
+            else:
+                for linear in (*inputs, output):
+                    yield linear, "forward", [linear]

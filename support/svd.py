@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from contextlib import suppress
 
 import torch
 from safetensors import SafetensorError
@@ -20,10 +21,10 @@ CACHE_FROM = 10**7  # numbers in all weights; the SVD of smaller models takes a 
 def top_svd(W, rank, name="a matrix"):
     """The top singular triplets of W [m, n]: U [m, r], S [r] and Vt [r, n] in float32.
 
-    They come from the top eigenvectors of W^T W or W W^T, whichever is smaller. This is computed in
-    float64, because squaring spreads the spectrum too far for float32. Signs: (u, v) and (-u, -v)
-    are both right but lead to different updates, so the entry of u that is largest in magnitude is
-    made positive (the first such entry, if there are several).
+    They come from the top eigenvectors of W^T W or W W^T, whichever is smaller, in float64, because
+    squaring spreads the spectrum too far for float32. (u, v) and (-u, -v) are both right but lead
+    to different updates, so the entry of u that is largest in magnitude, the first of several, is
+    made positive.
     """
     tall = W.shape[0] >= W.shape[1]
     M = (W if tall else W.T).detach().double().contiguous()  # [longer side, n]
@@ -36,8 +37,8 @@ def top_svd(W, rank, name="a matrix"):
     angle = (residuals / gaps(values).clamp(min=1e-300)).max().item()
     if angle > 10 * TOLERANCE:
         close = ", ".join(f"{value:.6g}" for value in values.sqrt().tolist())
-        print(f"note: the singular values {close} of {name} nearly coincide, so their vectors are "
-              "not unique, and an adapter may mean another update on another machine")
+        print(f"note: the singular values {close} of {name} nearly coincide, so an adapter may "
+              "mean another update on another machine")
     scaled_U = M @ V
     S = scaled_U.norm(dim=0)
     U = scaled_U / S.clamp(min=1e-300)
@@ -57,7 +58,7 @@ def top_eigen(T, rank):
 
 
 def gaps(values):
-    """Distance of each wanted eigenvalue from its nearest neighbour: values [r + 1] -> [r]."""
+    """Distance of each eigenvalue from its nearest neighbour: values [r + 1] -> [r]."""
     below = values[:-1] - values[1:]
     above = torch.cat((below[:1], below[:-1]))
     return torch.minimum(below, above)
@@ -70,13 +71,11 @@ def block_lanczos(M, rank, limit, name):
     n = M.shape[1]
     gram = M.T @ M if n <= GRAM_COLUMNS else None  # [n, n]
     block = max(8, rank // 4)
-    generator = torch.Generator().manual_seed(0)  # decides the number of rounds, not the result
+    generator = torch.Generator().manual_seed(0)
     start = torch.randn(n, block, generator=generator, dtype=torch.float64)
     basis = X = torch.linalg.qr(start.to(M.device)).Q
     T = M.new_zeros(limit, limit)  # M^T M in this basis
-    rounds, next_check = 0, 4
     while True:
-        rounds += 1
         k = basis.shape[1]
         Z = M.T @ (M @ X) if gram is None else gram @ X
         H = basis.T @ Z
@@ -84,8 +83,7 @@ def block_lanczos(M, rank, limit, name):
         T[k - block : k, :k] = H.T
         X, remainder = torch.linalg.qr(Z - basis @ H)
         is_full = k + block > limit
-        if k > rank and (rounds >= next_check or is_full):
-            next_check = rounds + max(2, rounds // 4)  # the eigenproblem grows, so check less often
+        if is_full or k > rank and k % (4 * block) == 0:  # a check takes the time of some rounds
             vectors, values = top_eigen(T[:k, :k], rank)
             residuals = (remainder @ vectors[-block:]).norm(dim=0)
             rounding = 1e-14 * values[0]
@@ -106,47 +104,35 @@ def svd_factors(weights, rank, device):
     """
     is_large = sum(W.numel() for W in weights.values()) >= CACHE_FROM
     path = cache_path(weights, rank)
-    tensors = read_cache(path) if is_large else None
+    tensors = None
+    if is_large:
+        with suppress(OSError, SafetensorError):  # missing or damaged: the SVD is made again
+            tensors = load_file(path)
     if not all(all_gather(tensors is not None)):  # another run may be writing the file just now
-        mine = list(weights.items())[rank_of() :: world_size()]
-        show = is_large and is_chief()
+        mine = list(weights)[rank_of() :: world_size()]
         tensors = {}
-        for name, W in tqdm(mine, desc="SVD", leave=False, disable=None if show else True):
-            U, S, Vt = top_svd(W.to(device), rank, name)
-            tensors[f"{name}.US"] = (U * S).cpu()
-            tensors[f"{name}.Vt"] = Vt.cpu()
+        for name in tqdm(mine, desc="SVD", leave=False, disable=None if is_chief() else True):
+            U, S, Vt = top_svd(weights[name].to(device), rank, name)
+            tensors |= {f"{name}.US": (U * S).cpu(), f"{name}.Vt": Vt.cpu()}
         tensors = {name: t for part in all_gather(tensors) for name, t in part.items()}
         if is_large and is_chief():
-            write_cache(path, tensors)
-    tensors = {name: t.to(device) for name, t in tensors.items()}
-    return [(tensors[f"{name}.US"], tensors[f"{name}.Vt"]) for name in weights]
+            try:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with whole_file(path) as aside:
+                    save_file(tensors, aside)
+            except (OSError, UserError) as error:
+                print(f"note: the SVD is not cached and will be made again next time: {error}")
+    return [(tensors[f"{name}.US"].to(device), tensors[f"{name}.Vt"].to(device))
+            for name in weights]
 
 
 def cache_path(weights, rank):
-    """The cache file of these weights. Its name depends on a thousand entries of each, and on the
-    sum of all its bits, which are exact on every device."""
-    key = hashlib.sha256(f"svd-2 {rank}".encode())
+    """The cache file of these weights, named by a sum of all their bits that depends on places."""
+    key = hashlib.sha256(f"svd-3 {rank}".encode())
     for name, W in weights.items():
-        flat = W.detach().flatten()
-        entries = flat[:: max(1, len(flat) // 1000)].double().cpu().numpy()
-        bits = flat[: len(flat) // 4 * 4].view(torch.int64).sum().item()
-        key.update(f"{name} {W.dtype} {list(W.shape)} {bits}".encode() + entries.tobytes())
+        bits = W.detach().flatten()[: W.numel() // 4 * 4].view(torch.int64)
+        total = (bits * torch.arange(1, len(bits) + 1, device=W.device)).sum().item()  # mod 2^64
+        key.update(f"{name} {W.dtype} {list(W.shape)} {total}".encode())
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.environ.get("TINYLORA_CACHE") or os.path.join(caches, "tinylora")
     return os.path.join(folder, key.hexdigest()[:40] + ".safetensors")
-
-
-def read_cache(path):
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError):  # missing or damaged: the SVD is made again
-        return None
-
-
-def write_cache(path, tensors):
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with whole_file(path) as aside:
-            save_file(tensors, aside)
-    except (OSError, UserError) as error:
-        print(f"note: the SVD is not cached and will be made again next time: {error}")

@@ -58,20 +58,22 @@ def test_a_tying_too_large_to_be_spelled_out_is_refused(net, tmp_path, monkeypat
     assert not (tmp_path / "peft").exists()
 
 
-def test_an_export_touches_no_directory_but_its_own(net, tmp_path):
-    tinylora.add_adapter(net)
+def test_an_export_touches_no_directory_but_its_own(checkpoint, tmp_path, monkeypatch):
+    def write(path):
+        main(monkeypatch, f"--model={checkpoint}", "--adapter=hex:3c23d70a", f"--out_dir={path}", "--device=cpu")
+
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp" / "precious").write_text("x")
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to("disk")
     for name in ("out", "link"):
-        export.export_peft(net, str(tmp_path / name))
+        write(tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "out", "out.tmp"]
     assert (tmp_path / "disk/adapter_model.safetensors").is_file() and (tmp_path / "link").is_symlink()
     assert (tmp_path / "out.tmp" / "precious").exists()
     for name in ("out", "out/adapter_config.json", ""):
         with pytest.raises(UserError, match="out_dir must name a new or empty directory"):
-            export.export_peft(net, str(tmp_path / name) if name else "")
+            write(tmp_path / name if name else "")
 
 
 # -------------------------------------------------------------------------------------- to transformers
@@ -167,7 +169,7 @@ KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
         use_dora=True, rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 4}, modules_to_save=["lm_head"],
         lora_bias=True, layer_replication=[[0, 1]], trainable_token_indices=[1], target_parameters=["x"],
         alora_invocation_tokens=[3, 4], layers_to_transform=[0], use_qalora=True).items()),
-    *(({"init_lora_weights": name}, None, "changes the base model's weights is not supported")
+    *(({"init_lora_weights": name}, None, "changes the base model and is not supported")
       for name in ("pissa_niter_4", "corda", "olora", "loftq", "lora_ga")),
     ({"peft_type": "LOHA"}, None, "only a PEFT adapter of type LORA"),
     ({"r": 0}, None, "rank must be 1 to"), ({"r": None}, None, "is malformed"), ([], None, "is malformed"),
@@ -175,9 +177,9 @@ KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
     ({"lora_alpha": -1}, None, "alpha must be above 0"), ({"lora_alpha": "x"}, None, "is malformed"),
     ({}, lambda ts: {k: t for k, t in ts.items() if k != KEY}, "A.12 has shape None"),
     ({}, lambda ts: {}, "targets must name"),
-    ({}, lambda ts: ts | {"base_model.model.lm_head.lora_A.weight": torch.ones(2, 2)}, "lm_head.lora_A.weight is not"),
+    ({}, lambda ts: ts | {"base_model.model.lm_head.lora_A.weight": torch.ones(2, 2)}, "A.lm_head has shape"),
     ({}, lambda ts: ts | {KEY.replace("rs.1", "rs.7"): ts[KEY].clone()}, "A.model.layers.7.mlp.up_proj has shape"),
-    ({}, lambda ts: ts | {KEY: ts[KEY] * float("inf")}, "up_proj.lora_A.weight is not finite"),
+    ({}, lambda ts: ts | {KEY: ts[KEY] * float("inf")}, "numbers that are not finite"),
 ], ids=str)
 def test_what_import_cannot_express_is_refused(net, peft_lora, keys, change, words):
     path = peft_lora(keys, change)
