@@ -31,7 +31,7 @@ from sample import generate
 from support import UserError
 from support.device import peak_gb
 from support.packing import Rollout, completion_logprobs, micro_batches
-from support.parallel import Ranks, all_gather, is_chief, keep_pace, norm_of, print0, reduce_gradients
+from support.parallel import Ranks, is_chief, keep_pace, norm_of, print0, reduce_gradients
 from support.run import Run
 
 
