@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_refused, make_checkpoint, run_script
+from conftest import assert_refused, make_checkpoint
 from forks import fork_ranks, fork_script, start_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -332,7 +332,7 @@ def reward(problem, completion):
     return 0.0
 """)
     command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "grpo.py", task]
-    done = run_script(*command, *arguments(folder, "grpo lora", tmp_path / "run", **ENDLESS)[1:])
+    done = fork_script(*command, *arguments(folder, "grpo lora", tmp_path / "run", **ENDLESS)[1:])
     assert done.returncode == 1 and done.stderr.count("error: this row has no answer\n") == 1
     assert len(log_of(tmp_path / "run")) == 0
 
