@@ -62,6 +62,8 @@ def test_support_has_no_cycles():
 
 
 def test_the_top_level_holds_the_scripts_and_the_folders_and_nothing_else():
+    if not (ROOT / ".git").exists():
+        pytest.skip("git says which files belong to the project")
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     files = {"README.md", "LICENSE", "requirements.txt", "requirements-dev.txt", "pyproject.toml", ".gitignore"}
     folders = {"support", "config", "toy", "lab", "tests", ".ci"}
