@@ -91,7 +91,7 @@ GOOD = {"question": "x", "answer": "1"}
     ("x.jsonl", [GOOD | {"answer": math.nan}], "'answer': 'nan'"),
     ("x.jsonl", [{"prompt": [{"role": "user", "content": "?"}], "solution": "7"}], "), which is a text, and"),
     ("x.jsonl", [GOOD | {"system": 7}], "line 1: system must be a text"),
-    ("x.jsonl.gz", gzip.compress(b"{}"), "convert or unpack it"),
+    ("x.jsonl.gz", gzip.compress(b"{}", mtime=0), "convert or unpack it"),
     ("x.txt", b"1+1=2", "does not end in .jsonl, .json, .csv, .parquet"),
     ("x.json", b'[{"question": "x", "answer": "1"},', "x.json is malformed (JSONDecodeError"),
     ("x.json", b"[1]", "row 1: a row must be a JSON object"),
