@@ -4,7 +4,7 @@ The rules follow the conventions behind published numbers: the last \boxed{} of 
 "####" of GSM8K, the "final answer is" of lm-eval's minerva_math, the <answer> tags of R1-style
 prompts. The comparison is stricter than most: numbers are exact, nothing in an answer is ever
 executed, and what cannot be decided within fixed bounds of time and size counts as wrong. Only the
-standard library is imported.
+standard library is imported. support/notation.py brings both sides into one spelling.
 """
 
 import cmath
@@ -157,8 +157,8 @@ ALTERED = (  # what makes another number of a number: "7 less than 20"
     "or and else between except without less fewer greater under over above below beyond least most"
     " than times dozen hundred thousand million billion trillion lakh crore squared cubed factorial"
     " mod divided third quarter root power remainder modulo base about around roughly almost nearly"
-    " thirds halves tenths hundredths thousandths best worst bound up too works impossible undefined"
-    " could might may")
+    " thirds halves tenths hundredths thousandths best worst bound up too works impossible"
+    " undefined could might may")
 RELATED = (  # words before a number that is not the value: "the number after 7", "step 7"
     "and of after before by to at on from past until near against step part case section question"
     " problem exercise example method solution figure table equation page day option line number"

@@ -1,5 +1,6 @@
-r"""One spelling for what LaTeX, unicode and prose spell in several ways: the notation in which
-support/answers.py compares answers. Only the standard library is imported."""
+r"""The notation in which support/answers.py compares answers: one spelling for what LaTeX, unicode
+and prose spell in several ways, and the parts of such a text: brackets, a condition, a unit. Only
+the standard library is imported."""
 
 import re
 from itertools import accumulate
@@ -152,8 +153,9 @@ def wrapped(text: str, opening: str, closing: str) -> bool:
     return matching and min(depths(text)[:-1]) > 0
 
 
-ONLY = re.compile('^"?(?:exactly|precisely|only|just|approximately)(?![A-Za-z])"? ?')
-QUALIFIER = re.compile(  # 2^n"for"n≥1
+ONLY = re.compile(  # "exactly"5
+    '^"?(?:exactly|precisely|only|just|approximately)(?![A-Za-z])"? ?')
+QUALIFIER = re.compile(  # 2^n"for"n≥1, 5"when"x=2, but not two cases: x"for"x>0,-x"for"x<0
     r'(?<![A-Za-z])(?:(?:attained|achieved|with equality) )?(?:where(?!.*(?:where|when))'
     r'|(?=[^,;]*$|.*\\ldots$|.*\(-∞,∞\)$)(?:for|where|when|at|as|on|given|provided'
     r'|with(?="? ?[a-z]∈)|\\forall))(?![A-Za-z])"? ?'
@@ -168,8 +170,9 @@ def split_condition(text: str) -> tuple[str, str]:
     text = ONLY.sub("", text)
     match = QUALIFIER.search(text)
     if match and (main := text[:match.start()].rstrip(' ,;"(')):
-        condition = re.sub('^(?:all|any|every|each|some)\\b|"', "", match[1]).strip()
-        condition = condition.removesuffix(")") if "(" in text[len(main):match.start()] else condition
+        in_brackets = "(" in text[len(main):match.start()]
+        condition = match[1].removesuffix(")") if in_brackets else match[1]
+        condition = re.sub('^(?:all|any|every|each|some)\\b|"', "", condition).strip()
         return main, "" if re.search("[A-Za-z]{3}", condition) else condition
     match = CONDITION.search(text)
     if match and match[2] in (main := text[:match.start()]) and not set(main) & set("<>≤≥≠∈"):
@@ -186,11 +189,9 @@ UNITS = {name: names.split()[0] for names in (
     "month", "year", "2 square sq", "3 cubic cu") for name in names.split()}
 NOT_UNITS = FUNCTION_NAMES | set(
     "is are was be not no if but so because since then the this it either neither sqrt pi mod"
-    " squared cubed factorial half times more less fewer than below above under over least most best"
-    " worst bound except without too which wrong incorrect third halve tenth hundredth thousandth"
-    " dozen hundred thousand million billion trillion lakh crore".split())
-
-
+    " squared cubed factorial half times more less fewer than below above under over least most"
+    " best worst bound except without too which wrong incorrect third halve tenth hundredth"
+    " thousandth dozen hundred thousand million billion trillion lakh crore".split())
 QUOTED_UNIT = re.compile(
     r'(?:"(?:\^\{-?[0-9]\}|[^"0-9]|(?<=[a-z])[0-9])*"(?:\^\{?-?[0-9]\}?)?[ /*]?)+')
 
