@@ -1,4 +1,4 @@
-"""lab/bench.py: every measurement that needs no download runs at a small size and ends with its line of JSON."""
+"""lab/bench.py: every measurement that needs no download runs at a small size and ends with a line of JSON."""
 
 import json
 import re
@@ -6,52 +6,72 @@ import sys
 
 import pytest
 
-from configurator import UserError
 from lab import bench
+from support import UserError
 
 SMALL = {
-    "load": ["--layers=1", "--repeats=1"],
-    "tokenize": ["--repeats=1"],
-    "grade": ["--repeats=1", "--dataset={problems}"],
-    "svd": ["--size=64", "--repeats=1"],
-    "adapters": ["--rows=4", "--tokens=3", "--repeats=1"],
-    "compare": ["--rows=16", "--group=4", "--slots=8", "--limit=8", "--repeats=1"],
-    "compare_grpo": ["--rows=8", "--group=4", "--limit=8", "--their_rows=4", "--repeats=1"],
-    "logprobs": ["--size=40", "--repeats=1"],
-    "decode": ["--rows=3", "--context=20", "--tokens=2", "--repeats=1"],
-    "train": ["--rows=2", "--context=16", "--repeats=1"],
+    "compare": "--rows=16 --group=4 --slots=8 --limit=8",
+    "compare_grpo": "--rows=8 --group=4 --limit=8 --their_rows=4",
+    "decode": "--rows=3 --context=20 --tokens=2",
+    "train": "--rows=5 --group=2 --context=16 --micro_batch_tokens=40",
+    "logprobs": "--size=40",
+    "adapters": "--rows=4 --tokens=3",
+    "svd": "--size=64",
+    "load": "",
+    "tokenize": "",
+    "grade": "--dataset={problems}",
 }
 
 
-@pytest.mark.parametrize("name", bench.BENCHES)
-def test_a_measurement_ends_with_its_figures(name, problems, monkeypatch, capsys, tmp_path):
-    modules = {"tokenize": "transformers", "compare": "transformers", "compare_grpo": "trl", "grade": "math_verify"}
-    if name in modules:
-        pytest.importorskip(modules[name], reason=f"{modules[name]} is what {name} compares with")
-    monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path))
-    arguments = [argument.format(problems=problems) for argument in SMALL[name]]
-    monkeypatch.setattr(sys, "argv", ["bench", name, *arguments])
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
     bench.main()
+
+
+@pytest.mark.parametrize("name", bench.BENCHES)
+def test_a_measurement_ends_with_its_figures(name, problems, monkeypatch, capsys):
+    for package in bench.PEERS.get(name, []):
+        pytest.importorskip(package, reason=f"{package} is what {name} compares with")
+    run(monkeypatch, name, "--repeats=1", *SMALL[name].format(problems=problems).split())
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["bench"] == name and result["threads"] > 0
+    assert result["bench"] == name and result["threads"] > 0 and result["repeats"] == 1
+    assert ("ratio" in result) == (name not in ("decode", "train"))
     figures = [value for value in result.values() if isinstance(value, float)]
     assert figures and all(value == value and value > -1 for value in figures)
+    if name == "train":  # 3 prompts of 8 tokens, each read once, and 5 completions without their last token
+        assert result["packed_tokens"] == 3 * 8 + 5 * 7 and result["passes"] == 2
+
+
+def test_responses_are_graded_and_settings_skipped(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("math_verify", reason="math_verify is what grade compares with")
+    rows = [{"settings": {}}, {"response": "#### 4", "answer": "4"}, {"response": "#### 5", "answer": "4"}]
+    path = tmp_path / "responses.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(monkeypatch, "grade", f"--dataset={path}")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["pairs"], result["accepted"]) == (2, 1)
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["nothing"], "name a measurement"),
-    (["decode", "--shape=qwen8b"], "shape must be one of toy, qwen0.5b"),
-    (["logprobs", "--shape=gpt2"], "shape must be one of toy, qwen0.5b"),
-    (["decode", "--dtype=bf16"], "dtype auto or one of"),
-    (["compare", "--group=0"], "must be at least 1"),
+    ([], "name a measurement"),
+    (["decode", "--shape=qwen8b"], "shape in command line must be one of toy, qwen0.5b"),
+    (["decode", "--dtype=bf16"], "dtype in command line must be one of auto"),
+    (["compare", "--group=0"], "group must be at least 1"),
     (["compare", "--rows=10", "--group=4"], "whole groups"),
     (["compare_grpo", "--rows=12", "--group=4", "--their_rows=5"], "whole micro-batches of their_rows=5"),
-    (["grade", "--dataset=nowhere"], "no file at 'nowhere'"),
+    (["grade", "--dataset=nowhere.jsonl"], "nowhere.jsonl"),
 ])
 def test_odd_requests_are_refused(arguments, words, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    monkeypatch.setattr(bench, "PEERS", {})
     with pytest.raises(UserError, match=re.escape(words)):
-        bench.main()
+        run(monkeypatch, *arguments)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(bench, "PEERS", {"compare": ["no_such_package"]})
+    with pytest.raises(UserError, match="compare needs no_such_package: pip install"):
+        run(monkeypatch, "compare")
 
 
 def test_a_process_that_ends_early_is_no_hang():

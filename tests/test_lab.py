@@ -1,141 +1,112 @@
-"""config/, lab/study.py and lab/plot.py: every config trains, every study is runs that exist, every figure draws."""
+"""config/, lab/study.py and lab/plot.py: every config trains, every study consists of runs that the scripts accept, and
+every figure is drawn."""
 
 import json
 import re
 import threading
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, assert_refused
 from forks import fork_script
 
-import grpo
-import sft
-from configurator import UserError, configure
+from configurator import configure
 from lab import plot, study
+from support import UserError
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
 SMALL = ["--max_steps=2", "--eval_size=2", "--max_new_tokens=4", "--batch_size=2", "--eval_interval=0",
          "--micro_batch_tokens=256", "--rank=2", "--dtype=float32", "--device=cpu"]
+STUDIES = study.STUDIES | study.PAPERS
 
+
+def configured(script, arguments):
+    module, functions = study.SCRIPTS[script]
+    return module, configure(module.Settings, *functions, argv=arguments)
+
+
+def read_log(out_dir):
+    return [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------------ config/
 
 def script_of(config):
-    return grpo if "group_size" in config.read_text() or config.stem == "toy_rl" else sft
+    return "grpo.py" if "grpo.py" in config.read_text() else "sft.py"
+
+
+def kinds():
+    """A config of each kind: those of a kind differ in the model, the directory and the memory alone."""
+    found = {}
+    for config in CONFIGS:
+        lines = re.sub("(?m)^(#|model|out_dir|micro_batch_tokens).*\n", "", config.read_text())
+        found.setdefault(lines, config)
+    return list(found.values())
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_trains(config, checkpoint, problems, tmp_path):
-    """Two steps with a tiny model and short answers; what is overridden is size and source alone."""
-    module = script_of(config)
-    data = [f"--model={checkpoint}", f"--dataset={problems}", f"--eval_dataset={problems}", f"--out_dir={tmp_path}/out"]
-    group = ["--group_size=2"] if module is grpo else ["--warmup_steps=0", "--max_length=0"]
-    cfg = configure(vars(module), [str(config), *data, *SMALL, *group])
-    module.train(cfg)
-    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log if "eval" not in line] == [1, 2]
+def test_every_config_is_accepted_and_says_how_it_is_run(config):
+    script = script_of(config)
+    module, cfg = configured(script, [str(config)])
+    module.check(cfg)
+    assert f"python {script} config/{config.name}" in config.read_text() or config.stem == "toy_pretrain"
+    assert cfg.out_dir.startswith("out/")
 
+
+@pytest.mark.parametrize("config", kinds(), ids=lambda path: path.stem)
+def test_every_kind_of_config_trains(config, checkpoint, problems, tmp_path):
+    """Two steps of a tiny model with short completions. Only sizes and sources are overridden."""
+    script = script_of(config)
+    data = [f"--model={checkpoint}", f"--dataset={problems}", f"--eval_dataset={problems}", f"--out_dir={tmp_path}/out"]
+    sizes = ["--group_size=2"] if script == "grpo.py" else ["--warmup_steps=0", "--max_length=0"]
+    module, cfg = configured(script, [str(config), *data, *SMALL, *sizes])
+    module.train(cfg)
+    assert [line["step"] for line in read_log(tmp_path / "out") if "eval" not in line] == [1, 2]
+
+
+def test_toy_format_is_a_task_of_its_own_that_a_resumed_run_goes_on_with(tmp_path):
+    config = str(ROOT / "config" / "toy_format.py")
+    small = ["--batch_size=2", "--eval_size=4", "--max_new_tokens=48", f"--out_dir={tmp_path}/out", "--device=cpu"]
+    module, cfg = configured("grpo.py", [config, *small, "--max_steps=2"])
+    for text, earned in (("3+4=7. 7-2=6. #### 6", 1), ("3+4=7. #### 7", 0), ("3+4=7. 7-2=6.", 0), ("#### 6", 0),
+                         ("So 3+4=7. 7-2=6. #### 6", 0)):
+        assert cfg.reward({"changes": 2}, SimpleNamespace(text=text)) == earned
+    rows = cfg.problems(cfg, "train")
+    assert rows == cfg.problems(cfg, "train") and len(rows) == 1000 and "answer" not in rows[0]
+    module.train(cfg)
+    module, cfg = configured("grpo.py", [f"{tmp_path}/out/settings.py", "--init_from=resume", "--max_steps=3"])
+    module.train(cfg)
+    log = read_log(tmp_path / "out")
+    assert [line["step"] for line in log if "eval" not in line] == [1, 2, 3]
+    assert all("lenient" not in line and "lenient" not in line.get("eval", {}) for line in log)
+
+
+@pytest.mark.slow
+def test_toy_format_is_learnt(tmp_path):
+    config = str(ROOT / "config" / "toy_format.py")
+    module, cfg = configured("grpo.py", [config, f"--out_dir={tmp_path}/out", "--device=cpu"])
+    module.train(cfg)
+    rewards = [line["eval"]["reward"] for line in read_log(tmp_path / "out") if "eval" in line]
+    assert rewards[0] < 0.1 and rewards[-1] > 0.9
+
+
+# ------------------------------------------------------------------------------------------------------- studies: runs
 
 def test_studies_are_runs_that_the_scripts_accept():
-    """Every command parses, names an existing config and passes the script's own check of its settings."""
-    for name in [*study.STUDIES, *study.PAPERS]:
-        commands = {point.command for point in (study.STUDIES | study.PAPERS)[name]()}
-        assert len(commands) > 3 and all(re.search(" --lr=[0-9.e-]+| config/", command) for command in commands)
-        for command in {re.sub(r" --(lr|seed)=\S+", "", command) for command in commands}:  # a sweep's are alike
+    for name, runs in STUDIES.items():
+        commands = {point.command for point in runs()}
+        assert len(commands) > 3 and all(re.search(" --lr=[0-9.e-]+| config/", command) for command in commands), name
+        for command in {re.sub(r" --(lr|seed)=\S+", "", command) for command in commands}:  # of a sweep, one is enough
             script, *arguments = command.split()
-            module = {"grpo.py": grpo, "sft.py": sft}[script]
-            module.check_settings(configure(vars(module), arguments))
+            module, cfg = configured(script, arguments)
+            module.check(cfg)
 
 
-@pytest.fixture
-def table(tmp_path):
-    """A table with a line for every run of every study."""
-    path, commands = tmp_path / "toy.csv", [p.command for runs in plot.STUDIES.values() for p in runs()]
-    study.write_results(path, {
-        command: {"command": command, "numbers": 1 + i % 50, "before": 0.2, "accuracy": i % 10 / 10, "stderr": 0.01,
-                  "reward": "", "loss": 1.5, "seconds": 1, "commit": "abc"} for i, command in enumerate(commands)})
-    return path
-
-
-def test_every_study_has_its_figure(table, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="lab.plot draws with matplotlib")
-    assert list(plot.FIGURES) == list(plot.STUDIES)
-    rows = study.read_results(table)
-    assert all(plot.points(name, rows) for name in plot.FIGURES)
-    drawn = ["params", "rates", "precision", "batch", "ablations"]  # a kind each
-    monkeypatch.setattr("sys.argv", ["plot", *drawn, f"--results={table}", f"--figures={tmp_path}"])
-    plot.main()
-    for name in drawn:
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_of_several_learning_rates_the_best_counts():
-    def row(command, accuracy="", loss=""):
-        return {"command": command, "numbers": "13", "accuracy": accuracy, "loss": loss}
-
-    points = [p for p in study.gsm8k_sizes() if p.series == "RL"][:6]  # two rates of three seeds
-    rows = {p.command: row(p.command, accuracy=a) for p, a in zip(points, "1 2 3 3 4 5".split())}
-    assert plot.points("gsm8k_sizes", rows) == {"RL": {13: [3, 4, 5]}}
-    rows = {p.command: row(p.command, loss=p.command[-1]) for p in study.batch()}
-    assert all(values == [1, 2] for by_x in plot.points("batch", rows).values() for values in by_x.values())
-
-
-def test_methods_with_equally_many_numbers_are_not_taken_for_seeds():
-    """64 numbers in each of 196 linears, and LoRA-XS of rank 8."""
-    runs = [p for p in study.gsm8k_sizes() if p.series == "RL" and ("--u=64 --n_tie=1 " in p.command + " "
-                                                                   or "--method=lora_xs --rank=8 " in p.command + " ")]
-    assert len({re.sub("--(seed|lr)=.*", "", p.command) for p in runs}) == 2
-    rows = {p.command: {"numbers": "12544", "accuracy": "0.9" if "lora_xs" in p.command else "0.5"} for p in runs}
-    [values] = plot.points("gsm8k_sizes", rows)["RL"].values()
-    assert set(values) == {0.9}
-
-
-def test_two_studies_wait_for_each_other_at_their_table(tmp_path):
-    entered = threading.Event()
-
-    def other():
-        with study.alone_in(tmp_path):
-            entered.set()
-
-    thread = threading.Thread(target=other)
-    with study.alone_in(tmp_path):
-        thread.start()
-        assert not entered.wait(0.3)
-    thread.join(10)
-    assert entered.is_set()
-
-
-def test_a_studys_points_are_the_runs_values(table):
-    rows = study.read_results(table)
-    curves = plot.points("params", rows)
-    own = [p for p in study.STUDIES["params"]() if p.series == "RL"]
-    assert sum(len(values) for values in curves["RL"].values()) == len(own)
-    for point in own:
-        row = rows[point.command]
-        assert float(row["accuracy"]) in curves["RL"][int(row["numbers"])]
-
-
-def test_curves_of_runs(checkpoint, problems, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="lab.plot draws with matplotlib")
-    for module, name in ((grpo, "rl"), (sft, "sft")):
-        module.train(configure(vars(module), [
-            f"--model={checkpoint}", f"--dataset={problems}", f"--eval_dataset={problems}",
-            f"--out_dir={tmp_path}/{name}", *SMALL]))
-    monkeypatch.setattr("sys.argv", ["plot", f"{tmp_path}/rl", f"{tmp_path}/sft", f"--out={tmp_path}/curves.png"])
-    plot.main()
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-    with pytest.raises(UserError, match="no log of a run"):
-        plot.read_log(str(tmp_path / "nothing"))
-    for text in ("", "[1]\n", '{"question": "?"}\n'):
-        (tmp_path / "other.jsonl").write_text(text)
-        with pytest.raises(UserError, match="no log of a run"):
-            plot.read_log(str(tmp_path / "other.jsonl"))
-    with pytest.raises(UserError, match="no table of runs"):
-        study.read_results(str(tmp_path / "other.jsonl"))
-    for out, words in (("curves.xyz", "curves.xyz"), ("", "out must be the name of a file")):
-        monkeypatch.setattr("sys.argv", ["plot", f"{tmp_path}/rl", f"--out={tmp_path}/{out}"])
-        with pytest.raises(UserError, match=words):
-            plot.main()
+def test_the_shipped_table_holds_all_runs_of_the_toy():
+    rows = study.read_results(ROOT / "lab" / "results" / "toy.csv")
+    assert {point.command for runs in study.STUDIES.values() for point in runs()} <= set(rows)
 
 
 class Here:
@@ -170,17 +141,17 @@ def test_a_worker_that_is_killed_ends_the_study(tmp_path, monkeypatch):
         study.main()
 
 
-def test_a_study_skips_what_is_done_and_keeps_its_lines(checkpoint, problems, tmp_path, monkeypatch, capsys):
-    """Of three runs two are in the table: the third alone is run, and nothing is the second time."""
+def test_a_study_runs_what_is_missing_or_failed_and_keeps_all_other_lines(checkpoint, problems, tmp_path, monkeypatch,
+                                                                          capsys):
     run = f"grpo.py --model={checkpoint} --dataset={problems} --eval_dataset={problems} --group_size=2 "
     commands = [run + " ".join(SMALL) + f" --save_dtype=bfloat16 --seed={seed}" for seed in range(3)]
-    monkeypatch.setitem(study.STUDIES, "some", lambda: [study.Run("RL", "numbers", command) for command in commands])
+    monkeypatch.setitem(study.STUDIES, "some", lambda: [study.Point("RL", "numbers", command) for command in commands])
     monkeypatch.setattr(study, "ProcessPoolExecutor", Here)
     results = tmp_path / "some.csv"
     done = [dict.fromkeys(study.COLUMNS, "") | {"command": command, "accuracy": "0.5"} for command in commands[:2]]
     study.write_results(results, {row["command"]: row for row in done})
     monkeypatch.setattr("sys.argv", ["study", "some", f"--results={results}", f"--out_dir={tmp_path}/runs"])
-    for ran, error in ((1, ""), (0, ""), (1, "OSError: disk full"), (0, "UserError: a log-prob is not finite")):
+    for ran, error in ((1, ""), (0, ""), (1, "OSError: disk full"), (0, "UserError: the gradient is not finite")):
         if error:
             rows = study.read_results(results)
             rows[commands[2]]["error"] = error
@@ -188,18 +159,121 @@ def test_a_study_skips_what_is_done_and_keeps_its_lines(checkpoint, problems, tm
         study.main()
         assert f"{ran} runs done, {3 - ran} were in" in capsys.readouterr().out
         first, second, third = study.read_results(results).values()
-        assert [first, second] == done and third["command"] == commands[2]
-        assert third["numbers"] == "13" and 0 <= float(third["accuracy"]) <= 1 and 0 <= float(third["reward"]) <= 1
+        assert [first, second] == done and third["command"] == commands[2] and third["numbers"] == "13"
+        assert all(0 <= float(third[column]) <= 1 for column in ("before", "accuracy", "stderr", "reward"))
+
+
+def test_a_line_holds_what_the_log_says_and_a_stopped_run_goes_on(checkpoint, problems, tmp_path):
+    command = f"sft.py --model={checkpoint} --dataset={problems} --eval_dataset={problems} {' '.join(SMALL)}"
+    out_dir = tmp_path / study.directory_name(command, study.revision())
+    module, cfg = configured("sft.py", [*command.split()[1:], "--max_steps=1", f"--out_dir={out_dir}"])
+    module.train(cfg)  # leaves a checkpoint, as a run that is stopped after this step does
+    row = study.execute(command, str(tmp_path))
+    assert row["error"] == row["reward"] == "" and not (out_dir / "checkpoint.safetensors").exists()
+    log = read_log(out_dir)
+    assert [line["step"] for line in log if "eval" not in line] == [1, 2]
+    first, *_, last = [line["eval"] for line in log if "eval" in line]
+    for column, value in (("before", first["reward"]), ("accuracy", last["reward"]), ("stderr", last["stderr"]),
+                          ("loss", last["loss"])):
+        assert row[column] == f"{value:.4g}"
 
 
 def test_a_run_that_fails_is_noted_and_the_others_go_on(checkpoint, problems, tmp_path):
     run = f"sft.py --model={checkpoint} --dataset={problems} {' '.join(SMALL)} --eval_dataset="
     failed = study.execute(run + " --lr=-1", str(tmp_path))
-    assert "must not be negative" in failed["error"] and failed["accuracy"] == failed["loss"] == ""
-    trained = study.execute(run, str(tmp_path))  # and without an evaluation there is the training loss
+    assert "lr must be at least 0" in failed["error"] and failed["accuracy"] == failed["loss"] == ""
+    trained = study.execute(run, str(tmp_path))  # without an evaluation there is still the training loss
     assert trained["error"] == trained["accuracy"] == "" and float(trained["loss"]) > 0 and trained["numbers"] == "13"
-    assert not study.unfinished(next(path for path in tmp_path.iterdir() if (path / "log.jsonl").exists()), 2)
+
+
+def test_two_studies_wait_for_each_other_at_their_table(tmp_path):
+    entered = threading.Event()
+
+    def other():
+        with study.lock(tmp_path):
+            entered.set()
+
+    thread = threading.Thread(target=other)
+    with study.lock(tmp_path):
+        thread.start()
+        assert not entered.wait(0.3)
+    thread.join(10)
+    assert entered.is_set()
 
 
 def test_an_unknown_study_is_refused():
     assert_refused(fork_script("-m", "lab.study", "parms"), "parms", "params")
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+def row(command="", accuracy="", loss=""):
+    return {"command": command, "numbers": "13", "accuracy": accuracy, "loss": loss}
+
+
+def test_every_study_has_its_figure_of_its_runs(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="lab.plot draws with matplotlib")
+    assert set(plot.FIGURES) == set(STUDIES)
+    commands = [point.command for runs in STUDIES.values() for point in runs()]
+    table = tmp_path / "toy.csv"
+    study.write_results(table, {
+        command: {"command": command, "numbers": 1 + i % 50, "before": 0.2, "accuracy": i % 10 / 10, "stderr": 0.01,
+                  "reward": "", "loss": 1.5, "seconds": 1, "commit": "abc"} for i, command in enumerate(commands)})
+    rows = study.read_results(table)
+    assert all(plot.points(name, rows) for name in plot.FIGURES)
+    curve = plot.points("params", rows)["RL"]
+    own = [point for point in study.params() if point.series == "RL"]
+    assert sum(len(values) for values in curve.values()) == len(own)
+    assert all(float(rows[p.command]["accuracy"]) in curve[int(rows[p.command]["numbers"])] for p in own)
+    drawn = ["params", "rates", "precision", "batch", "ablations"]  # one of each kind
+    monkeypatch.setattr("sys.argv", ["plot", *drawn, f"--results={table}", f"--figures={tmp_path}"])
+    plot.main()
+    for name in drawn:
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_several_learning_rates_the_best_counts():
+    own = [point for point in study.gsm8k_sizes() if point.series == "RL"][:6]  # two rates with three seeds each
+    rows = {point.command: row(accuracy=a) for point, a in zip(own, "1 2 3 3 4 5".split())}
+    assert plot.points("gsm8k_sizes", rows) == {"RL": {13: [3, 4, 5]}}
+    rows = {point.command: row(loss=point.command[-1]) for point in study.batch()}
+    assert all(values == [1, 2] for by_x in plot.points("batch", rows).values() for values in by_x.values())
+
+
+def test_methods_with_equally_many_numbers_are_not_taken_for_seeds():
+    """64 numbers in each of 196 linears, and LoRA-XS of rank 8."""
+    alike = ("--u=64 --n_tie=1 ", "--method=lora_xs --rank=8 ")
+    own = [p for p in study.gsm8k_sizes() if p.series == "RL" and any(settings in p.command for settings in alike)]
+    rows = {p.command: row(accuracy="0.9" if "lora_xs" in p.command else "0.5") for p in own}
+    assert plot.points("gsm8k_sizes", rows) == {"RL": {13: [0.9] * len(study.SEEDS)}}
+
+
+def test_curves_of_runs(checkpoint, problems, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="lab.plot draws with matplotlib")
+    for script in ("grpo.py", "sft.py"):
+        data = [f"--model={checkpoint}", f"--dataset={problems}", f"--eval_dataset={problems}"]
+        module, cfg = configured(script, [*data, f"--out_dir={tmp_path}/{script}", *SMALL])
+        module.train(cfg)
+    old = tmp_path / "version1.jsonl"  # where an evaluation had other keys
+    old.write_text('{"step": 0, "eval": {"strict": 0.2}}\n{"step": 1, "reward": 0.5, "seconds": {"generate": 1.0}}\n')
+    assert [plot.evaluated(line) for line in plot.read_log(str(old))] == [0.2, None]
+    assert plot.evaluated({"eval": {"reward": 0.0, "strict": 1.0}}) == 0.0
+    curves = tmp_path / "curves.png"
+    monkeypatch.setattr("sys.argv", ["plot", f"{tmp_path}/grpo.py", f"{tmp_path}/sft.py", str(old), f"--out={curves}"])
+    plot.main()
+    assert curves.stat().st_size > 10_000
+    for out, words in (("curves.xyz", "curves.xyz"), ("", "out must be the name of a file"), ("no/c.png", "no/c.png")):
+        monkeypatch.setattr("sys.argv", ["plot", f"{tmp_path}/grpo.py", f"--out={tmp_path}/{out}"])
+        with pytest.raises(UserError, match=words):
+            plot.main()
+
+
+@pytest.mark.parametrize("text", ["", "[1]\n", '{"question": "?"}\n', '{"step": 0}\n', None])
+def test_what_is_no_log_and_no_table_is_refused(text, tmp_path):
+    path = tmp_path / "other.jsonl"
+    if text is not None:
+        path.write_text(text)
+        with pytest.raises(UserError, match="no table of runs"):
+            study.read_results(path)
+    with pytest.raises(UserError, match="no log of a run"):
+        plot.read_log(str(path))
