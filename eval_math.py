@@ -25,7 +25,7 @@ from sample import encode_prompt, generate
 from support import UserError, whole_file
 from support.answers import ANSWER_FORMATS, extract_answer, lenient_correct, same_answer
 from support.answers import is_correct as is_correct  # for eval_math.is_correct
-from support.data import ENDINGS, load_hub, read_file, read_responses, write_responses, write_rows
+from support.data import is_local, load_hub, read_file, read_responses, write_responses, write_rows
 from support.parallel import Ranks, all_gather, is_chief, print0
 from support.run import changes, claim
 from tinylora import load_adapted
@@ -92,7 +92,7 @@ def load_problems(name_or_path, split="train", read_row=None):
         a name in DATASETS; or owner/name on the hub. A suffix @3-5 selects levels 3 to 5.
     """
     name, levels = split_levels(name_or_path)
-    if os.path.exists(name) or name.endswith(ENDINGS):
+    if is_local(name):
         rows = read_file(name, split)
     elif name in DATASETS or "/" in name:
         path, configuration, _, splits = DATASETS.get(name, (name, None, "plain", {split: split}))

@@ -31,7 +31,7 @@ from sample import generate
 from support import UserError
 from support.device import peak_gb
 from support.packing import Rollout, completion_logprobs, micro_batches
-from support.parallel import Ranks, all_gather, is_chief, keep_pace, norm_of, print0, reduce_gradients
+from support.parallel import Ranks, is_chief, keep_pace, norm_of, print0, reduce_gradients
 from support.run import Run
 
 
@@ -275,12 +275,12 @@ def sample_batch(net, tokenizer, train_set, cfg, step, ranks):
 
 def evaluate(net, tokenizer, test_set, cfg, ranks):
     """Rewards of greedy completions of held-out problems. Prints and returns figures over all."""
-    mine = ranks.mine(list(enumerate(test_set)))
-    prompts = [problem["prompt_ids"] for _, problem in mine]
-    groups = generate(net, tokenizer, prompts, 1, cfg.max_new_tokens, temperature=0, seed=cfg.seed,
-                      prompt_ids=[i for i, _ in mine], progress="evaluating")
+    mine = ranks.mine(test_set)
+    prompts = [problem["prompt_ids"] for problem in mine]
+    groups = generate(net, tokenizer, prompts, 1, cfg.max_new_tokens, temperature=0,
+                      progress="evaluating")
     rows = []
-    for (_, problem), [completion] in zip(mine, groups):
+    for problem, [completion] in zip(mine, groups):
         lenient = verdicts(problem, completion)["lenient"] if cfg.reward is reward else None
         rows.append((float(cfg.reward(problem, completion)), lenient, len(completion.ids),
                      completion.truncated, problem["question"], completion.text))

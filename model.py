@@ -288,7 +288,7 @@ def config_rules(raw, rope):
     yield rope_type in ("default", "llama3"), f"rope type {rope_type!r} is not supported"
     for key in ("factor", "low_freq_factor", "high_freq_factor",
                 "original_max_position_embeddings"):
-        yield rope_type == "default" or rope.get(key, 0) > 0, f"its rope settings lack {key}"
+        yield rope_type == "default" or rope.get(key, 0) > 0, f"its llama3 rope settings lack {key}"
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     yield partial == 1.0, "partial_rotary_factor is not supported"
 

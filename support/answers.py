@@ -149,7 +149,7 @@ def _bare(answer: str) -> str:
 
 # --- statements in words: "Tom has 7 apples, because 3 + 4 = 7" states 7 ------------------------
 
-DENIED = "not no none never neither nor cannot whether doubt false"
+DENIED = "not no none nobody never neither nor cannot whether doubt false"
 DOUBTED = ("wrong incorrect if unless either actually wait maybe perhaps possibly probably but"
            " however otherwise correction mistake sorry ignore")
 MULTIPLE = "twice half double triple thrice plus minus negative"
@@ -157,7 +157,8 @@ ALTERED = (  # what makes another number of a number: "7 less than 20"
     "or and else between except without less fewer greater under over above below beyond least most"
     " than times dozen hundred thousand million billion trillion lakh crore squared cubed factorial"
     " mod divided third quarter root power remainder modulo base about around roughly almost nearly"
-    " up too works impossible undefined could might may")
+    " thirds halves tenths hundredths thousandths best worst bound up too works impossible undefined"
+    " could might may")
 RELATED = (  # words before a number that is not the value: "the number after 7", "step 7"
     "and of after before by to at on from past until near against step part case section question"
     " problem exercise example method solution figure table equation page day option line number"
@@ -253,7 +254,8 @@ def _read(sentence: str, remark: str) -> str | None:
     value = _only_value(main, changed) if in_words else main if changed else None
     if reason:
         return value or (None if re.search("[0-9]", main) else main)  # "yes, because"
-    if not value or DOUBT.search(remark) or STATEMENTS["phrase"].search(remark):
+    doubt = NO_NAME if remark.startswith(("(", "[")) else DOUBT
+    if not value or doubt.search(remark) or STATEMENTS["phrase"].search(remark):
         return None
     numbers = NUMBER.findall(remark)
     explains = cut is None or re.match(rf"which|that is|i\.e\.|[(\[].*{WORD}", remark)
@@ -282,8 +284,8 @@ def _only_value(sentence: str, changed: bool) -> str | None:
         return None
     if named:
         compared = " than " in before and NUMERIC.search(before)
-        multiplied = re.match(r"\W*(?:[0-9]|\\frac|-)", before)
-        doubtful = compared or multiplied or NO_NAME.search(before)
+        computed = i == 2 and re.search(r"[-+*/^0-9]|\\frac", parts[0])  # "2x is 8"
+        doubtful = compared or computed or re.match(r"\W*[0-9]", before) or NO_NAME.search(before)
     else:
         alone = i == 2 and value.lstrip()[0] not in "=:("  # one word before it: "June 20"
         doubtful = alone or LABEL.search(before) or VETO.search(before.replace(" and ", " "))

@@ -10,6 +10,11 @@ from support import UserError, foreign_file, whole_file
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 
+def is_local(name):
+    """Is this a file or a directory, rather than a name on the hub?"""
+    return os.path.exists(name) or name.endswith(ENDINGS)
+
+
 def read_file(path, split=""):
     """[(place, row)] of a data file, or of the file in a directory that is named after the split.
     Raises UserError, naming the file and the row, for what cannot be read."""

@@ -62,7 +62,7 @@ def _quoted(macro: re.Match) -> str:
     is_time = content == "sec" and not macro.string[macro.end():].strip(" .$")  # 5\text{ sec}
     if content in FUNCTION_NAMES and not is_time:
         return f"\\{content} "
-    if content.strip(" ,") in ("and", "or") or not re.search("[A-Za-z]", content):
+    if content.strip(" ,") in ("and", "or") or "=" in content or not re.search("[A-Za-z]", content):
         return f" {content} "
     if macro[0] in (r"\mathrm{e}", r"\mathrm{i}"):
         return f" {content} "
@@ -157,7 +157,8 @@ QUALIFIER = re.compile(  # 2^n"for"n≥1
     r'(?<![A-Za-z])(?:(?:attained|achieved|with equality) )?(?:where(?!.*(?:where|when))'
     r'|(?=[^,;]*$|.*\\ldots$|.*\(-∞,∞\)$)(?:for|where|when|at|as|on|given|provided'
     r'|with(?="? ?[a-z]∈)|\\forall))(?![A-Za-z])"? ?'
-    r'(?!.*\b(?:otherwise|else|if|but|unless|except|not)\b)(?=["A-Za-z\\])(.*)$')
+    r'(?!.*\b(?:otherwise|else|if|but|unless|except|not|most|least|more|less|best|worst|bound)\b)'
+    r'(?=["A-Za-z\\])(.*)$')
 CONDITION = re.compile(  # nπ,n∈"Z" and nπ(n=1)
     r"(?:,\(?|\()(([A-Za-z])(?:[∈≠<>≤≥]|(?<=\(.)=)[^,()]*(?:\([^()]*\))?)\)?$")
 
@@ -185,8 +186,9 @@ UNITS = {name: names.split()[0] for names in (
     "month", "year", "2 square sq", "3 cubic cu") for name in names.split()}
 NOT_UNITS = FUNCTION_NAMES | set(
     "is are was be not no if but so because since then the this it either neither sqrt pi mod"
-    " squared cubed factorial half times more less fewer than below above under over least most"
-    " except without too which dozen hundred thousand million billion trillion lakh crore".split())
+    " squared cubed factorial half times more less fewer than below above under over least most best"
+    " worst bound except without too which wrong incorrect third halve tenth hundredth thousandth"
+    " dozen hundred thousand million billion trillion lakh crore".split())
 
 
 QUOTED_UNIT = re.compile(

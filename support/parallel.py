@@ -1,11 +1,10 @@
 """The processes of torchrun: which rows each of them works on, and one copy of the weights spread
-over several GPUs.
+over several GPUs. Without torchrun there is one process, and nothing here does anything.
 
-Without torchrun there is one process, and nothing here does anything. With torchrun every process
-works on its own rows; gradients and figures are summed. With shard > 1, `shard` neighbouring
-processes hold one copy of the blocks between them, by torch's fully_shard (FSDP2): a block's
-weights are gathered just before it runs and freed after it. Embedding, final norm, lm_head and
-adapters are whole on every process. Since gathering is collective, all processes must run the
+Every process works on its own rows; gradients and figures are summed. With shard > 1, `shard`
+neighbouring processes hold one copy of the blocks between them, by torch's fully_shard (FSDP2): a
+block's weights are gathered just before it runs and freed after it. Embedding, final norm, lm_head
+and adapters are whole on every process. Since gathering is collective, all processes must run the
 blocks equally often: one that has run out of work makes empty passes (in_step, keep_pace).
 
 What this costs: an all-gather of every block in every forward pass, so a decode step moves all
@@ -16,7 +15,7 @@ Qwen2.5-72B in bfloat16 on 8 GPUs, by arithmetic alone (this was not run), in GB
 and lm_head 2 * 152,064 * 8,192 * 2 bytes = 5.0; keys and values 80 layers * 2 * 1,024 * 2 bytes =
 0.33 MB a token, so 1.4 GB for a row of 4,300 tokens. In training, activations take 80 * 8,192 * 2
 bytes = 1.3 MB a token with recompute = True. Training all weights takes 16 bytes a parameter for
-weight, gradient and Adam's moments in float32: 144 GB a GPU for 72B, which does not fit.
+weight, gradient and Adam's moments in float32: 140 GB for the blocks alone, which does not fit.
 """
 
 import math
@@ -186,16 +185,10 @@ def in_step(model):
     if not model.is_sharded:
         yield
         return
-
-    def count_busy(busy):
-        number = torch.tensor(float(busy), device=model.device)
-        dist.all_reduce(number)
-        return number.item()
-
-    hook = model.model.register_forward_pre_hook(lambda *_: count_busy(True) and None)
+    hook = model.model.register_forward_pre_hook(lambda *_: all_gather(True) and None)
     yield
     hook.remove()
-    while count_busy(False):
+    while any(all_gather(False)):
         empty_pass(model)
 
 

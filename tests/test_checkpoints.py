@@ -134,13 +134,11 @@ def test_published_configs_give_the_published_shapes(tmp_path, file, numbers):
 
 
 @pytest.mark.parametrize("family, tied", [("qwen2", True), ("qwen2", False), ("llama", False)])
-@pytest.mark.parametrize("their_size, our_size, files", [("1GB", 10**9, 1), ("100KB", 100_000, 3)])
-def test_checkpoints_in_one_file_and_in_several_go_to_transformers_and_back(
-        tmp_path, family, tied, their_size, our_size, files):
+@pytest.mark.parametrize("their_size, files", [("1GB", 1), ("100KB", 3)])
+def test_checkpoints_in_one_file_and_in_several_go_to_transformers_and_back(tmp_path, family, tied, their_size, files):
     reference = oracle(tmp_path / "theirs", family, their_size, tie_word_embeddings=tied)
-    model.save_model(load(tmp_path / "theirs"), str(tmp_path / "ours"), max_file_bytes=our_size)
-    for directory in ("theirs", "ours"):
-        assert len(list((tmp_path / directory).glob("*.safetensors"))) >= files
+    model.save_model(load(tmp_path / "theirs"), str(tmp_path / "ours"))
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) >= files
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
     ids = torch.randint(0, 160, (2, 30))
     assert torch.equal(again(ids).logits, reference(ids).logits)
@@ -149,9 +147,11 @@ def test_checkpoints_in_one_file_and_in_several_go_to_transformers_and_back(
 
 
 def test_a_directory_that_is_saved_to_again_holds_the_last_weights_alone(tmp_path):
-    for seed, max_file_bytes in enumerate((10**9, 20_000, 60_000, 10**9)):  # in one file, several, fewer, one
+    oracle(tmp_path / "saved", "qwen2", "100KB")  # in several files, with an index
+    (tmp_path / "saved" / "generation_config.json").unlink()
+    for seed in range(2):
         net = load(make_checkpoint(tmp_path / f"base{seed}", seed=seed))
-        model.save_model(net, str(tmp_path / "saved"), max_file_bytes=max_file_bytes)
+        model.save_model(net, str(tmp_path / "saved"))
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
         for loaded in (load(tmp_path / "saved"), theirs):
             assert all(torch.equal(loaded.state_dict()[name], p) for name, p in net.state_dict().items())
@@ -159,16 +159,14 @@ def test_a_directory_that_is_saved_to_again_holds_the_last_weights_alone(tmp_pat
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-def test_a_saved_checkpoint_names_its_dtype_and_size_and_has_its_tokenizer(checkpoint, tmp_path, key):
+def test_a_saved_checkpoint_names_its_dtype_and_has_its_tokenizer(checkpoint, tmp_path, key):
     source = changed(checkpoint, tmp_path / "source", {name: name for name in TOKENIZER_FILES})
     config = json.loads((tmp_path / "source" / "config.json").read_text())
     del config["torch_dtype"]
     (tmp_path / "source" / "config.json").write_text(json.dumps(config | {key: "float32"}))
     net = load(source, "bfloat16")
-    model.save_model(net, str(tmp_path / "saved"), tokenizer_from=source, max_file_bytes=20_000)
+    model.save_model(net, str(tmp_path / "saved"), tokenizer_from=source)
     assert json.loads((tmp_path / "saved" / "config.json").read_text()) == config | {key: "bfloat16"}
-    index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
-    assert index["metadata"] == {"total_size": sum(p.nbytes for p in net.parameters())}
     assert all((tmp_path / "saved" / name).read_text() == name for name in TOKENIZER_FILES)
 
 
@@ -225,9 +223,9 @@ def index(*files):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
         ({"num_key_value_heads": 3}, "num_key_value_heads must divide num_attention_heads"),
         ({"head_dim": 7}, "head_dim must be even"),
-        ({"num_hidden_layers": "2"}, "num_hidden_layers must be a whole number above 0, not '2'"),
-        ({"max_position_embeddings": -1}, "max_position_embeddings must be a whole number above 0, not -1"),
-        ({"rms_norm_eps": 0}, "rms_norm_eps must be a number above 0, not 0.0"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers must be a number above 0, not '2'"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings must be a number above 0, not -1"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a number above 0, not 0"),
     ]],
     ({WEIGHTS: {"model.layers.1.mlp.up_proj.weight": None}}, "1 tensors are missing, the first is model.layers.1.mlp"),
     ({WEIGHTS: {"model.layers.7.mlp.up_proj.weight": torch.zeros(2)}}, "unexpected tensor model.layers.7"),

@@ -167,7 +167,7 @@ class Settings:
 configure(Settings)
 print("\u03c0 \ud800")
 """
-MEMORY = "lower the number of rows or tokens at a time\n"
+MEMORY = "use fewer rows or tokens at a time\n"
 
 
 @pytest.mark.parametrize("line, code, printed", [

@@ -351,21 +351,22 @@ def test_a_step_follows_the_policy_gradient_of_its_samples(runs, net, monkeypatc
 
     def reducing(parameters, grad_clip):
         [v] = parameters
-        seen["gradient"] = v.grad.clone()
+        seen["gradient"], seen["grad_clip"] = v.grad.clone(), grad_clip
         return reduce_gradients(parameters, grad_clip)
 
     monkeypatch.setattr(grpo, "generate", generating)
     monkeypatch.setattr(grpo, "reduce_gradients", reducing)
     runs.train("run", max_steps=1, batch_size=5, lr=0.03, micro_batch_tokens=100, recompute=True, tis_cap=2.0,
-               eval_dataset="")
+               temperature=0.7, grad_clip=0.3, eval_dataset="")
     rewards = torch.tensor([[float(len(c.text) % 2 == 0) for c in group] for group in seen["groups"]])
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
     adapter, loss = tinylora.add_adapter(net, rank=2, u=1, n_tie=1, seed=1337), 0
     for prompt, group, of_group in zip(seen["prompts"], seen["groups"], advantages):
         for completion, advantage in zip(group, of_group):
             rollout = Rollout(prompt, completion.ids)
-            loss = loss - advantage * of_ids(plain_logprobs(net, rollout), rollout).mean() / rewards.numel()
+            loss = loss - advantage * of_ids(plain_logprobs(net, rollout, 0.7), rollout).mean() / rewards.numel()
     loss.backward()
+    assert seen["grad_clip"] == 0.3
     assert (seen["gradient"] - adapter.v.grad).norm() <= 1e-4 * adapter.v.grad.norm() and adapter.v.grad.norm() > 0
     torch.optim.Adam(adapter.parameters(), lr=0.03).step()
     assert torch.allclose(runs.v("run"), adapter.v, atol=1e-5)

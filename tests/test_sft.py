@@ -102,7 +102,7 @@ def plain_loss(net, chats):
 
 @pytest.mark.parametrize("own, rates", [
     ({}, [1, 1, 1]),
-    (dict(lr_schedule="cosine", warmup_steps=2, weight_decay=0.2, beta2=0.9, grad_clip=0.3, recompute=True,
+    (dict(lr_schedule="cosine", warmup_steps=2, weight_decay=0.2, beta2=0.9, grad_clip=0.0, recompute=True,
           dtype="bfloat16"), [0.5, 0.75, 0.25])], ids=["defaults", "own"])
 def test_training_is_that_of_a_plain_loop(checkpoint, tokenizer, tmp_path, monkeypatch, own, rates):
     """Of all weights, with transformers' model and torch's AdamW: every figure of the log, and the model in the end."""
@@ -127,7 +127,7 @@ def test_training_is_that_of_a_plain_loop(checkpoint, tokenizer, tmp_path, monke
         loss, count = plain_loss(net, batch)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), own.get("grad_clip", 1.0)).item()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), own.get("grad_clip", 1.0) or 1e9).item()
         assert steps[step] == pytest.approx({"step": step + 1, "loss": loss.item(), "grad_norm": norm,
                                              "lr": 0.001 * rate, "tokens": count}, rel=1e-4)
         optimizer.param_groups[0]["lr"] = 0.001 * rate
