@@ -546,9 +546,12 @@ def bench_logprobs(cfg):
 # ---------------------------------------------------------------- generation, against transformers
 
 def our_completions(turn, cfg, path, prompts, lengths):
+    def fitting_rows(model, length, rows):
+        return cfg.slots
+
     net = load_model(path, cfg.dtype, "cpu")
     net.compile_decode = cfg.compile
-    with fixed_lengths(lengths, cfg.group), mock.patch.object(sample, "MOST_ROWS", cfg.slots):
+    with fixed_lengths(lengths, cfg.group), mock.patch.object(sample, "fitting_rows", fitting_rows):
         for _ in range(1 + cfg.repeats):
             turn.begin()
             groups = generate(net, NUMBERS, prompts, cfg.group, cfg.limit)
