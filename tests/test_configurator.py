@@ -123,7 +123,7 @@ def reward(problem, completion):
 
 
 def test_a_config_file_may_define_functions_which_are_saved_as_source(tmp_path, capsys):
-    first = config_file(tmp_path / "c.py", f"steps = 3\n{CODE}", "utf-8-sig", "\r\n")  # as Windows writes it
+    first = config_file(tmp_path / "c.py", f"steps = 3\n{CODE}".rstrip(), "utf-8-sig", "\r\n")  # as on Windows
     cfg = configure(Settings, reward, argv=[first, "--lr=7", "--init_from=resume"])
     assert cfg.reward(3, None) == 1.5 and cfg.steps == 3
     assert "reward = a function\n" in capsys.readouterr().out

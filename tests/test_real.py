@@ -32,7 +32,8 @@ def test_three_steps_of_gsm8k_run_in_bounded_memory(qwen_half_billion, tmp_path)
     done = run_script("grpo.py", f"--model={qwen_half_billion}", f"--dataset={gsm8k}/train.jsonl",
                       f"--eval_dataset={gsm8k}/test.jsonl", "--eval_size=2", f"--out_dir={tmp_path}/run", "--rank=2",
                       "--max_steps=3", "--batch_size=2", "--group_size=2", "--max_new_tokens=16",
-                      "--micro_batch_tokens=512", "--kl_coef=0.001", "--device=cpu", OMP_NUM_THREADS="2", TINYLORA_CACHE=f"{tmp_path}/cache")
+                      "--micro_batch_tokens=512", "--kl_coef=0.001", "--device=cpu", OMP_NUM_THREADS="2",
+                      TINYLORA_CACHE=f"{tmp_path}/cache")
     assert done.returncode == 0, done.stderr
     assert f"tinylora trains 13 numbers of {qwen_half_billion} on 7,473 problems" in done.stdout
     steps = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

@@ -134,6 +134,7 @@ def splits(*steps):
     ("tokenizer.json", {"pre_tokenizer": None}, "not sentencepiece"),  # as in Llama 2
     # tiktoken drops what its one pattern leaves over, so that several steps would lose text (DeepSeek has several)
     ("tokenizer.json", splits("[\r\n]", "[A-Za-z]+", BYTES), "behind one split pattern"),
+    ("tokenizer.json", splits("", BYTES), "behind one split pattern"),  # on which tiktoken panics
     ("tokenizer.json", splits("x|.", BYTES | {"add_prefix_space": True}), "behind one split pattern"),
     ("tokenizer.json", splits("x|.", BYTES | {"use_regex": True}), "behind one split pattern"),
     ("tokenizer.json", splits("", BYTES), "behind one split pattern"),
