@@ -141,7 +141,7 @@ def test_the_gradient_is_that_of_the_definition_however_the_batch_is_cut(net, ch
     adapter = tinylora.add_adapter(net, u=3, n_tie=4)
     torch.nn.init.normal_(adapter.v, std=0.2, generator=torch.Generator().manual_seed(0))
     net.double(), adapter.double()
-    for linear in adapter.linears:
+    for linear in adapter.linears.values():
         linear.US, linear.Vt = linear.US.double(), linear.Vt.double()
     adapter.P = adapter.P.double()
     rollouts = random_rollouts(9)
@@ -304,8 +304,8 @@ def test_advice_begins_at_its_bounds_and_names_the_cure():
         (torch.float32, dict(truncated=0.19), ""), (torch.float32, dict(truncated=0.21), "max_new_tokens, which is 64"),
         (torch.float32, dict(equal_groups=0.89), ""), (torch.float32, dict(equal_groups=0.91), "or resample"),
         (torch.float32, dict(entropy=0.006), ""), (torch.float32, dict(entropy=0.004), "lower lr"),
-        (torch.float32, dict(diff=0.9e-3), ""), (torch.float32, dict(diff=1.1e-3), "tis_cap to 2"),
-        (torch.bfloat16, dict(diff=0.049), ""), (torch.bfloat16, dict(diff=0.051), "tis_cap to 2"),
+        (torch.float32, dict(diff=0.9e-3), ""), (torch.float32, dict(diff=1.1e-3), "tis_cap = 2"),
+        (torch.bfloat16, dict(diff=0.049), ""), (torch.bfloat16, dict(diff=0.051), "tis_cap = 2"),
         (torch.float32, dict(reward=0.0, lenient=0.0), ""), (torch.float32, dict(reward=0.0), "in the format 'hash'"),
         (torch.float32, dict(entropy=None, diff=None), ""),  # no group has a gradient
     ]:
@@ -336,7 +336,7 @@ def test_a_run_learns_and_repeats_itself(runs, capsys):
         assert [line["step"] for line in runs.log(name) if "eval" in line] == [0, 2, 3]
         assert all(line["max_diff"] < 1e-4 and 0 <= line["kl"] < 1 for line in steps)  # the sampler is the trainer
     out = capsys.readouterr().out
-    assert "b: greedy accuracy 0.000 -> 0.000 with 14 numbers in " in out and "For example:" in out
+    assert "b: greedy accuracy 0.000 -> 0.000 with 14 numbers in " in out and "Example:" in out
     assert "even: greedy reward 0.800 -> " in out and steps[-1]["kl"] > 0 and runs.v("even").shape == (14, 1)
     assert runs.log("a") == runs.log("b") and torch.equal(runs.v("a"), runs.v("b"))
 
@@ -433,7 +433,7 @@ def test_a_step_that_fails_in_a_later_pass_is_not_saved(runs, monkeypatch):
 
 REFUSED = [
     (dict(model="nowhere"), "no model directory at 'nowhere'"),
-    (dict(dataset=""), "no data set is called ''"),
+    (dict(dataset=""), "'' is neither a file, nor a hub name"),
     (dict(group_size=1), "group_size must be at least 2, got 1"),
     (dict(temperature=0.0), "temperature must be above 0"),
     (dict(objective="ppo"), "objective in command line must be one of grpo, dr_grpo, dapo, gspo, got 'ppo'"),
