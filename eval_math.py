@@ -195,8 +195,9 @@ def score(response, truncated, reference, answer_format):
     (extracted) is right. lenient: what it states in any format is right, or its last number is,
     even if it was cut off."""
     stated = None if truncated else extract_answer(response, answer_format)
-    return {"strict": stated is not None and same_answer(stated, reference),
-            "lenient": lenient_correct(response, reference), "extracted": stated}
+    strict = stated is not None and same_answer(stated, reference)
+    lenient = strict or lenient_correct(response, reference)
+    return {"strict": strict, "lenient": lenient, "extracted": stated}
 
 
 def pass_at_k(n, right, k):

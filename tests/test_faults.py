@@ -1,14 +1,16 @@
 """What a newcomer meets when something is missing, full, locked, old or interrupted: one line that names the cure, an
 exit code, and nothing half-written. More of this stands beside each file's own tests."""
 
+import json
 import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import safetensors
-from conftest import ROOT, assert_refused, refusal
+from conftest import ROOT, assert_refused, changed, refusal
 from forks import start_script
 
 from support import whole_file
@@ -60,6 +62,19 @@ FAULTS = {  # name: (arguments, what happens before, environment, what the line 
     "standard input in another encoding": (["sample.py", "--prompt=-", "--model=MODEL"],
                                            "sys.stdin.reconfigure(encoding='ascii')", dict(stdin="Zoë"),
                                            "the terminal's text is not ascii: set PYTHONUTF8=1"),
+    "a setting as TRL calls it": (["grpo.py", "--learning_rate=1e-4"], "", {}, "did you mean 'lr'?"),
+    "another setting as TRL calls it": (["grpo.py", "--num_generations=8"], "", {}, "did you mean 'group_size'?"),
+    "a classifier": (["sample.py", "--model=classifier"], "", {}, "Qwen2ForSequenceClassification is not a language"),
+    "merges out of order": (["sample.py", "--model=unordered"], "", {}, "unordered/tokenizer.json", "merges"),
+    "a million spaces": (["eval_math.py", "--model=MODEL", "--dataset=gap.jsonl"], "", {}, "900000 white spaces"),
+    "a prompt as messages": (["eval_math.py", "--model=MODEL", "--dataset=messages.jsonl"], "", {},
+                             "messages.jsonl, line 1: needs a question", "which is a text", "'role'"),
+    "a bool as the answer": (["eval_math.py", "--model=MODEL", "--dataset=bool.jsonl"], "", {},
+                             "bool.jsonl, line 1", "a number or a list; it has", "True"),
+    "a compressed file": (["eval_math.py", "--model=MODEL", "--dataset=x.jsonl.gz"], "", {}, "unpack it"),
+    "a LoRA of some layers": ([*EXPORT[:2], "--source=some_layers", "--out_dir=run"], "", {},
+                              "layers_to_transform is not supported"),
+    "a LoRA in a pickle": ([*EXPORT[:2], "--source=pickled", "--out_dir=run"], "", {}, "pickle"),
 }
 
 
@@ -68,6 +83,23 @@ def start(checkpoint, problems, tmp_path):
     """A function that starts a script in a directory of its own, with our model and data for MODEL and DATA."""
     os.symlink(ROOT / "toy", tmp_path / "toy")
     (tmp_path / "old.py").write_text("# the settings.py of an older version\nseed = 3\npacking = True\n")
+    changed(checkpoint, tmp_path / "classifier", {
+        "config.json": {"architectures": ["Qwen2ForSequenceClassification"]}})
+    bpe = json.loads(Path(checkpoint, "tokenizer.json").read_text())["model"]
+    changed(checkpoint, tmp_path / "unordered", {
+        "tokenizer.json": {"model": bpe | {"merges": bpe["merges"][::-1], "ignore_merges": True}}})
+    rows = {"gap": {"question": f"How{' ' * 1_100_000}many?", "answer": "4"}, "bool": {"question": "?", "answer": True},
+            "messages": {"prompt": [{"role": "user", "content": "?"}], "solution": "4"}}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "x.jsonl.gz").write_bytes(b"\x1f\x8b")
+    for name, file in (("some_layers", "adapter_model.safetensors"), ("pickled", "adapter_model.bin")):
+        (tmp_path / name).mkdir()
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
+        if name == "some_layers":
+            config["layers_to_transform"] = [1]
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+        (tmp_path / name / file).write_bytes(b"")
 
     def start(args, **options):
         args = [arg.replace("MODEL", checkpoint).replace("DATA", problems) for arg in args]
