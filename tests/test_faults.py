@@ -237,7 +237,7 @@ def test_windows_files(start, checkpoint, tmp_path):
     (tmp_path / "prompts.txt").write_text("How many?\nZoë?\n", encoding="utf-8")
     (tmp_path / "settings.py").write_text("max_new_tokens = 3\ntemperature = 0.0\nprompt_file = 'prompts.txt'\n")
     shutil.copytree(checkpoint, tmp_path / "copy")
-    for file in [*tmp_path.glob("*.*"), *tmp_path.glob("copy/*.json")]:
+    for file in [tmp_path / "prompts.txt", tmp_path / "settings.py", *tmp_path.glob("copy/*.json")]:
         file.write_text("\ufeff" + file.read_text(encoding="utf-8"), encoding="utf-8", newline="\r\n")
     done = start(["sample.py", "settings.py", "--model=copy"]).wait()
     assert [line for line in done.stdout.splitlines() if "###" in line] == ["### How many?", "### Zoë?"], done.stderr
