@@ -1,8 +1,8 @@
 """A Hugging Face checkpoint directory as plain PyTorch: config.json + *.safetensors -> Transformer.
 
-Qwen2.5 and Llama 2 and 3 are one architecture: RMSNorm, rotary positions, grouped-query attention
-and SwiGLU; Qwen adds biases to q, k and v. Parameters have the names of the checkpoint files, so
-loading is a state dict and there is no table of renamings.
+Qwen2.5, Qwen3, Llama 2 and 3 and SmolLM2 are one architecture: RMSNorm, rotary positions, grouped-
+query attention and SwiGLU. Qwen2.5 adds biases to q, k and v, and Qwen3 norms of q and k. Parameters
+have the names of the checkpoint files, so loading is a state dict without a table of renamings.
 """
 
 import math
@@ -42,6 +42,7 @@ class Config:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    qk_norm: bool = False
 
 
 class Linear(nn.Linear):
@@ -83,6 +84,9 @@ class Attention(nn.Module):
         self.k_proj = Linear(dim, kv_dim, bias=config.qkv_bias)
         self.v_proj = Linear(dim, kv_dim, bias=config.qkv_bias)
         self.o_proj = Linear(q_dim, dim, bias=False)
+        has_norm = config.qk_norm
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
 
     def project(self, x):  # a method of its own, so that a sampler can fuse the three products
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -90,8 +94,8 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache):
         B, T, _ = x.shape
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))
-        q = rotate(q, cos, sin).transpose(1, 2)  # [B, heads, T, hd]
-        k = rotate(k, cos, sin).transpose(1, 2)  # [B, kv_heads, T, hd]
+        q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)  # [B, heads, T, hd]
+        k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)  # [B, kv_heads, T, hd]
         v = v.transpose(1, 2)
         if cache is None:
             y = attention(q, k, v)
@@ -238,6 +242,7 @@ def random_model(path, seed, device="auto", shard=1):
 
 FAMILIES = {  # model_type in config.json: what differs between families
     "qwen2": {"qkv_bias": True, "max_position_embeddings": 32768},
+    "qwen3": {"qkv_bias": False, "qk_norm": True, "head_dim": 128, "max_position_embeddings": 32768},
     "llama": {"qkv_bias": False, "max_position_embeddings": 2048},
 }
 
@@ -254,7 +259,7 @@ def load_config(path):
                 raise UserError(f"{file}: {message}")
         heads = raw["num_attention_heads"]
         derived = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads}
-        values = FAMILIES[raw["model_type"]] | derived | raw | rope
+        values = derived | FAMILIES[raw["model_type"]] | raw | rope
         values |= {"rope_scaling": rope if "low_freq_factor" in rope else None, "raw": raw}
         config = Config(**{f.name: values[f.name] for f in fields(Config) if f.name in values})
         for field in fields(config):
@@ -273,7 +278,7 @@ def config_rules(raw, rope):
     architectures = raw.get("architectures") or ["ForCausalLM"]
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     layer_types = set(raw.get("layer_types", []))
-    yield kind in FAMILIES, (f"model_type {kind!r} is not supported; use a Qwen2.5 or Llama model "
+    yield kind in FAMILIES, (f"model_type {kind!r} is not supported; use a Qwen or Llama model "
                              f"({', '.join(FAMILIES)})")
     yield str(architectures[0]).endswith("ForCausalLM"), (
         f"{architectures[0]} is not a language model; use a checkpoint that ends in ForCausalLM")

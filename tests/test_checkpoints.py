@@ -34,6 +34,8 @@ VARIETIES = {
         "llama", dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, head_dim=16)),
     "llama-3, plain rope": ("llama", dict(rope_parameters=dict(rope_type="default", rope_theta=500000.0))),
     "llama-2, no grouped queries": ("llama", dict(num_key_value_heads=6)),
+    "qwen3, untied": ("qwen3", dict(head_dim=16)),
+    "qwen3, tied, plain attention": ("qwen3", dict(tie_word_embeddings=True, head_dim=8, num_key_value_heads=6)),
     "odd head_dim": ("qwen2", dict(hidden_size=40, num_attention_heads=4, num_key_value_heads=1, head_dim=24)),
 }
 
@@ -42,6 +44,7 @@ def oracle(path, family, max_shard_size="1GB", **changes):
     """A random checkpoint made by transformers, with large biases and norms so that none can be forgotten."""
     config_class, model_class = {
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     }[family]
     torch.manual_seed(0)
@@ -133,7 +136,7 @@ def test_published_configs_give_the_published_shapes(tmp_path, file, numbers):
                        c.rope_scaling and c.rope_scaling["factor"])
 
 
-@pytest.mark.parametrize("family, tied", [("qwen2", True), ("qwen2", False), ("llama", False)])
+@pytest.mark.parametrize("family, tied", [("qwen2", True), ("qwen2", False), ("qwen3", True), ("llama", False)])
 @pytest.mark.parametrize("their_size, files", [("1GB", 1), ("100KB", 3)])
 def test_checkpoints_in_one_file_and_in_several_go_to_transformers_and_back(tmp_path, family, tied, their_size, files):
     reference = oracle(tmp_path / "theirs", family, their_size, tie_word_embeddings=tied)
@@ -208,7 +211,7 @@ def index(*files):
     ({"config.json": "[]"}, "config.json is malformed"),
     ({"config.json": '{"model_type": "llama"}'}, "config.json is malformed (KeyError: 'num_attention_heads')"),
     *[({"config.json": change}, words) for change, words in [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; use a Qwen2.5 or Llama model (qwen2, llama)"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; use a Qwen or Llama model (qwen2, qwen3, llama)"),
         ({"architectures": ["Qwen2ForSequenceClassification"]},
          "Qwen2ForSequenceClassification is not a language model; use a checkpoint that ends in ForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
