@@ -1,16 +1,95 @@
-"""The main job on real input: GSM8K's questions through Qwen2.5's vocabulary and a random model of the 0.5B shape."""
+"""Real models, and a random one of a real shape. TINYLORA_REAL names a folder of checkpoint directories."""
 
 import gzip
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import SHARED, run_script
 from safetensors.torch import load_file
 
-transformers = pytest.importorskip("transformers", reason="transformers makes the checkpoint (requirements-dev.txt)")
+import export
+import model
+import sample
+import tinylora
+from support.packing import Rollout, completion_logprobs
+
+transformers = pytest.importorskip("transformers", reason="transformers is the oracle here (requirements-dev.txt)")
 pytestmark = pytest.mark.slow
+
+REAL = os.environ.get("TINYLORA_REAL", "")
+MESSAGES = [
+    [{"role": "user", "content": "Natalia sold clips to 48 friends in April, and half as many in May. How many in all?"}],
+    [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "¿Cuánto es 3,5 + 2²?\n\n\tSí…"}],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello! 😀"}, {"role": "user", "content": "2+2?"}],
+]
+
+
+@pytest.fixture(scope="module", params=sorted(Path(REAL).glob("*/config.json")) if REAL else [None],
+                ids=lambda file: file.parent.name if file else "none")
+def real(request):
+    """A checkpoint directory, our float32 model and tokenizer of it, and transformers'."""
+    if request.param is None:
+        pytest.skip("TINYLORA_REAL names no folder of real checkpoints")
+    path = str(request.param.parent)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return (path, model.load_model(path, "float32", "cpu"), model.load_tokenizer(path), theirs,
+            transformers.AutoTokenizer.from_pretrained(path))
+
+
+@torch.no_grad()
+def test_ids_logits_and_greedy_tokens_equal_those_of_transformers(real):
+    _, net, tokenizer, theirs, their_tokenizer = real
+    for messages in MESSAGES:
+        prompt = tokenizer.encode_chat(messages)
+        assert prompt == their_tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        ids = torch.tensor([prompt])
+        assert (net(ids) - theirs(ids).logits).abs().max() <= 1e-3
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False,
+                              repetition_penalty=1.0, pad_token_id=tokenizer.pad_id)
+        [[ours]] = sample.generate(net, tokenizer, [prompt], max_new_tokens=64, temperature=0)
+        assert ours.ids == out[0, len(prompt):].tolist()
+        assert ours.text == their_tokenizer.decode(ours.ids, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def test_logprobs_in_bfloat16_are_near_those_in_float32(real):
+    path, net, tokenizer, _, _ = real
+    in_16_bits = model.load_model(path, "bfloat16", "cpu")
+    prompts = [tokenizer.encode_chat(messages) for messages in MESSAGES]
+    groups = sample.generate(in_16_bits, tokenizer, prompts, n=2, max_new_tokens=48)
+    rollouts = [Rollout(prompt, c.ids) for prompt, group in zip(prompts, groups) for c in group]
+    sampled = torch.tensor([logprob for group in groups for c in group for logprob in c.logprobs])
+    exact, again = (completion_logprobs(each, rollouts) for each in (net, in_16_bits))
+    for logprobs, _, loss_mask in (exact, again):
+        assert (logprobs[loss_mask] - sampled).abs().mean() <= 0.03
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_thirteen_trained_numbers_mean_the_same_in_peft_and_merged(real, tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is the oracle here (requirements-dev.txt)")
+    path, _, tokenizer, _, _ = real
+    done = run_script("sft.py", f"--model={path}", f"--out_dir={tmp_path}/run", "--rank=2", "--lr=0.02", "--max_steps=2",
+                      "--batch_size=4", "--eval_dataset=", "--dtype=float32", "--device=cpu", OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    assert load_file(tmp_path / "run" / "adapter.safetensors")["v"].abs().min() > 1e-3
+    net = tinylora.load_adapted(path, f"{tmp_path}/run", "float32", "cpu")
+    export.export_peft(net, tmp_path / "peft", path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    prompt = tokenizer.encode_chat(MESSAGES[0])
+    ids = torch.tensor([prompt])
+    [[ours]] = sample.generate(net, tokenizer, [prompt], max_new_tokens=32, temperature=0)
+    with torch.no_grad():
+        before, after = base(ids).logits, net(ids)
+        in_peft = peft.PeftModel.from_pretrained(base, tmp_path / "peft")
+        assert (in_peft(ids).logits - after).abs().max() <= 1e-3 < (before - after).abs().max()
+        tinylora.merge(net)
+        assert (net(ids) - after).abs().max() <= 1e-3
+    [[merged]] = sample.generate(net, tokenizer, [prompt], max_new_tokens=32, temperature=0)
+    assert merged.ids == ours.ids
 
 
 @pytest.fixture(scope="module")
