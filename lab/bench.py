@@ -13,7 +13,8 @@ a line of JSON. `ratio` is the other side's time divided by ours.
     python -m lab.bench tokenize --model=DIR --dataset=FILE  # against transformers
     python -m lab.bench grade --dataset=FILE                 # the checker, against math-verify
 
-A model of some --shape has random weights, so nothing is downloaded.
+A model of some --shape has random weights, so nothing is downloaded. --model=DIR measures a real
+checkpoint in its place.
 """
 
 import importlib.util
@@ -65,7 +66,8 @@ SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key heads, tied: 
 
 @dataclass
 class Settings:
-    shape: Literal[*SHAPES] = "toy"  # of the model: a name in SHAPES (not tokenize, grade)
+    shape: Literal[*SHAPES] = "toy"  # of a random model: a name in SHAPES
+    model: str = ""  # directory of a checkpoint, instead of a random model
     rows: int = 512  # completions (adapters, compare, compare_grpo, decode, train)
     group: int = 8  # completions to a prompt (compare, compare_grpo, train)
     limit: int = 256  # most tokens of a completion; the mean is a quarter (compare, compare_grpo)
@@ -75,7 +77,6 @@ class Settings:
     tokens: int = 32  # decoded in a row (adapters); decode: twice as many, so this is their mean
     micro_batch_tokens: int = 4096  # in one forward and backward pass (train)
     size: int = 3584  # side of the matrix (svd); tokens (logprobs)
-    model: str = "toy/base"  # directory of a checkpoint (tokenize)
     dataset: str = "toy/train.jsonl"  # problems; grade also takes responses of eval_math.py
     repeats: int = 5  # of a measurement; the median counts
     compile: bool = False  # torch.compile for our decode step (compare, compare_grpo, decode)
@@ -186,8 +187,12 @@ def dtype_for(cfg, device):
     return DTYPES.get(cfg.dtype, auto)
 
 
-def shaped_model(cfg, device=CPU):
-    """A model of cfg.shape with random weights, made on the device."""
+def model_of(cfg, device=CPU):
+    """The model cfg.model, or else one of cfg.shape with random weights, on the device."""
+    if cfg.model:
+        net = load_model(cfg.model, dtype_for(cfg, device), device)
+        net.compile_decode = cfg.compile
+        return net
     vocab, hidden, intermediate, layers, heads, key_heads, tied = SHAPES[cfg.shape]
     raw = {"model_type": "llama" if cfg.shape.startswith("llama") else "qwen2",
            "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": intermediate,
@@ -235,9 +240,8 @@ class NumberTokenizer:
 NUMBERS = NumberTokenizer()
 
 
-def random_prompts(cfg, count):
+def random_prompts(vocab, count):
     """Prompts of 20 to 59 ids, none of them the first or the last of the vocabulary."""
-    vocab = SHAPES[cfg.shape][0]
     random = np.random.default_rng(0)
     return [random.integers(1, vocab - 1, n).tolist() for n in random.integers(20, 60, count)]
 
@@ -266,7 +270,7 @@ def bench_load(cfg):
     """Load a float32 checkpoint, with the check that its numbers are finite. The other side only
     reads the bytes, which are in the page cache."""
     with tempfile.TemporaryDirectory() as path:
-        save_model(shaped_model(cfg).float(), path)
+        save_model(model_of(cfg).float(), path)
         file = os.path.join(path, "model.safetensors")
         buffer = bytearray(2**24)
 
@@ -291,8 +295,9 @@ def bench_tokenize(cfg):
     from transformers import AutoTokenizer
 
     texts = [problem["question"] for problem in load_problems(cfg.dataset)]
-    loading = seconds_of(lambda: load_tokenizer(cfg.model), cfg.repeats)
-    ours, theirs = load_tokenizer(cfg.model), AutoTokenizer.from_pretrained(cfg.model)
+    path = cfg.model or "toy/base"
+    loading = seconds_of(lambda: load_tokenizer(path), cfg.repeats)
+    ours, theirs = load_tokenizer(path), AutoTokenizer.from_pretrained(path)
     ids = theirs(texts, add_special_tokens=False)["input_ids"]
     assert [ours.encode(text) for text in texts] == ids
     seconds = seconds_of(lambda: [ours.encode(text) for text in texts], cfg.repeats)
@@ -360,17 +365,21 @@ def compare_svd(W, repeats):
 
 
 def bench_svd(cfg):
-    """The top 2 singular triplets of one matrix: a trained-like one, whose `ratio` counts, and a
-    Gaussian one, which takes more rounds because its singular values crowd at the edge. Then those
-    of all linears of a trained-like model, computed and read from the cache."""
+    """The top 2 singular triplets of one matrix: of a trained or trained-like one, whose `ratio`
+    counts, and of a Gaussian one, which takes more rounds because its singular values crowd at the
+    edge. Then those of all linears of the model, computed and read from the cache."""
     device = pick_device(cfg.device)
     torch.manual_seed(0)
-    trained = compare_svd(trained_like(cfg.size, cfg.size).to(device), cfg.repeats)
-    gaussian = compare_svd(torch.randn(cfg.size, cfg.size).to(device), cfg.repeats)
-    linears = tinylora.all_linears(shaped_model(cfg, device))
+    linears = tinylora.all_linears(model_of(cfg, device))
     weights = {name: linear.weight for name, linear in linears.items()}
-    for W in weights.values():
-        W.copy_(trained_like(*W.shape))
+    if cfg.model:
+        W = weights[list(weights)[-1]].float()  # the last block's down_proj
+    else:
+        W = trained_like(cfg.size, cfg.size).to(device)
+        for random in weights.values():
+            random.copy_(trained_like(*random.shape))
+    trained = compare_svd(W, cfg.repeats)
+    gaussian = compare_svd(torch.randn(cfg.size, cfg.size).to(device), cfg.repeats)
 
     def factors():
         svd.svd_factors(weights, 2, device)
@@ -379,7 +388,7 @@ def bench_svd(cfg):
             mock.patch.dict(os.environ, TINYLORA_CACHE=cache):
         first = timed(factors, device)
         cached = seconds_of(factors, cfg.repeats, device)
-    return {"trained_like": trained, "gaussian": gaussian, "linears": len(weights),
+    return {"trained": trained, "gaussian": gaussian, "linears": len(weights),
             "first_seconds": first, "cached_seconds": cached, "cache_ratio": first / cached,
             "ratio": trained["ratio"]}
 
@@ -390,8 +399,8 @@ def bench_adapters(cfg):
     """Tokens a second of generate(), with its set-up: without an adapter, with one for all rows,
     and with one for each row. `ratio` is the speed of the last over that of the second."""
     device = pick_device(cfg.device)
-    net = shaped_model(cfg, device)
-    prompts = random_prompts(cfg, cfg.rows)
+    net = model_of(cfg, device)
+    prompts = random_prompts(net.config.vocab_size, cfg.rows)
 
     def speed(adapters=None):
         def once():
@@ -450,7 +459,7 @@ def bench_decode(cfg):
     and with one for each row (never compiled), over that without, and the first token of a row."""
     device = pick_device(cfg.device)
     bandwidth, rate = device_limits(device, dtype_for(cfg, device))
-    net = shaped_model(cfg, device)
+    net = model_of(cfg, device)
     dtype, config = net.dtype, net.config
     numbers = sum(p.numel() for p in net.model.layers.parameters()) + net.head.numel()
     entry = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
@@ -478,7 +487,7 @@ def bench_train(cfg):
     two backward to the activations, as the weights are frozen. Attention is not counted."""
     device = pick_device(cfg.device)
     _, rate = device_limits(device, dtype_for(cfg, device))
-    net = shaped_model(cfg, device)
+    net = model_of(cfg, device)
     adapter = add_random_adapter(net)
     half = max(1, cfg.context // 2)  # of the tokens are the prompt
 
@@ -518,11 +527,9 @@ def bench_logprobs(cfg):
     """Log-probs, entropies and the gradient of the hidden states of cfg.size tokens: in chunks, and
     from all logits at once."""
     device = pick_device(cfg.device)
-    dtype = dtype_for(cfg, device)
-    vocab, width, *_ = SHAPES[cfg.shape]
-    torch.manual_seed(0)
-    hidden = torch.randn(cfg.size, width).to(device, dtype).requires_grad_()
-    head = (torch.randn(vocab, width) * 0.02).to(device, dtype)
+    head = model_of(cfg, device).head
+    vocab, width = head.shape
+    hidden = torch.randn(cfg.size, width).to(head).requires_grad_()
     targets = torch.randint(0, vocab, (cfg.size,)).to(device)
 
     def cost(function):
@@ -538,7 +545,7 @@ def bench_logprobs(cfg):
     seconds, peak, norm = cost(token_logprobs)
     full_seconds, full_peak, full_norm = cost(full_logprobs)
     assert abs(norm - full_norm) <= 1e-2 * full_norm
-    return {"dtype": str(dtype), "device": str(device), "peak_mb": peak / 1e6,
+    return {"dtype": str(head.dtype), "device": str(device), "peak_mb": peak / 1e6,
             "full_peak_mb": full_peak / 1e6, "memory_ratio": full_peak / peak,
             "seconds": seconds, "full_seconds": full_seconds, "ratio": full_seconds / seconds}
 
@@ -589,9 +596,10 @@ def bench_compare(cfg):
     if cfg.rows % cfg.group or cfg.rows % cfg.slots:
         raise UserError(f"rows={cfg.rows} must be whole groups of {cfg.group} and whole batches of "
                         f"slots={cfg.slots}")
-    prompts, lengths = random_prompts(cfg, cfg.rows // cfg.group), random_lengths(cfg)
+    net, lengths = model_of(cfg), random_lengths(cfg)
+    prompts = random_prompts(net.config.vocab_size, cfg.rows // cfg.group)
     with tempfile.TemporaryDirectory() as path:
-        save_model(shaped_model(cfg), path)
+        save_model(net, path)
         ours, theirs = in_turn((our_completions, hf_completions), 1 + cfg.repeats, cfg, path,
                                prompts, lengths)
     return {"mean_length": sum(lengths) / cfg.rows,
@@ -718,9 +726,10 @@ def bench_compare_grpo(cfg):
     if cfg.group < 2 or cfg.rows % cfg.group or cfg.rows % (cfg.their_rows or cfg.rows):
         raise UserError(f"rows={cfg.rows} must be whole groups of at least 2 (group={cfg.group}) "
                         f"and whole micro-batches of their_rows={cfg.their_rows}")
-    prompts, lengths = random_prompts(cfg, cfg.rows // cfg.group), random_lengths(cfg)
+    net, lengths = model_of(cfg).float(), random_lengths(cfg)
+    prompts = random_prompts(net.config.vocab_size, cfg.rows // cfg.group)
     with tempfile.TemporaryDirectory() as path:
-        save_model(shaped_model(cfg).float(), path)
+        save_model(net, path)
         ours, theirs = in_turn((our_grpo_steps, trl_grpo_steps), 1 + cfg.repeats, cfg, path,
                                prompts, lengths)
     return {"mean_length": sum(lengths) / cfg.rows, "ours": ours, "trl": theirs,

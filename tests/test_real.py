@@ -22,9 +22,9 @@ pytestmark = pytest.mark.slow
 
 REAL = os.environ.get("TINYLORA_REAL", "")
 MESSAGES = [
-    [{"role": "user", "content": "Natalia sold clips to 48 friends in April, and half as many in May. How many in all?"}],
-    [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "¿Cuánto es 3,5 + 2²?\n\n\tSí…"}],
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello! 😀"}, {"role": "user", "content": "2+2?"}],
+    [{"role": "user", "content": "Natalia sold 48 clips in April, and half as many in May. How many in all?"}],
+    [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "¿Es 3,5 + 2²?\n\n\tSí…"}],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hey 😀"}, {"role": "user", "content": "2+2"}],
 ]
 
 
@@ -72,8 +72,9 @@ def test_logprobs_in_bfloat16_are_near_those_in_float32(real):
 def test_thirteen_trained_numbers_mean_the_same_in_peft_and_merged(real, tmp_path):
     peft = pytest.importorskip("peft", reason="PEFT is the oracle here (requirements-dev.txt)")
     path, _, tokenizer, _, _ = real
-    done = run_script("sft.py", f"--model={path}", f"--out_dir={tmp_path}/run", "--rank=2", "--lr=0.02", "--max_steps=2",
-                      "--batch_size=4", "--eval_dataset=", "--dtype=float32", "--device=cpu", OMP_NUM_THREADS="2")
+    done = run_script("sft.py", f"--model={path}", f"--out_dir={tmp_path}/run", "--rank=2", "--lr=0.02",
+                      "--max_steps=2", "--batch_size=4", "--eval_dataset=", "--dtype=float32", "--device=cpu",
+                      OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
     assert load_file(tmp_path / "run" / "adapter.safetensors")["v"].abs().min() > 1e-3
     net = tinylora.load_adapted(path, f"{tmp_path}/run", "float32", "cpu")
