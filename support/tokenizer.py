@@ -14,6 +14,10 @@ from support import UserError, foreign_file, read_json
 # How Qwen2 (% "") and Llama 3 (% "{1,3}") split text into words before BPE.
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# SmolLM2 cuts out single digits first, and splits the rest as GPT-2 does.
+DIGITS_THEN_WORDS = (r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
+                     r"|\s+(?![^\s\p{N}])|\s+")
+NO_TOKEN = 2**31  # ids from here on stand for bytes that the vocabulary lacks
 # A code point that Unicode keeps out of text. Put between the characters of a special token that a
 # user typed, it hides the token from the search for special tokens.
 GUARD = "\ufdd0"
@@ -21,7 +25,7 @@ MAX_GAP = 900_000  # tiktoken's regex engine panics near 1,000,000 white spaces 
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint directory (Qwen2.5, Llama 3).
+    """The tokenizer of a checkpoint directory (Qwen2.5, Qwen3, Llama 3, SmolLM2).
 
     stop_ids: where sampling stops. eos_id: the stop id that ends a turn in training. pad_id: never
     a stop id. bos_ids: what raw text begins with, if anything. template: None if there is none.
@@ -29,7 +33,10 @@ class Tokenizer:
 
     def __init__(self, path):
         data, ranks, pattern = _read_tokenizer_json(path)
-        self.bpe = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        missing = [b for b in range(256) if bytes([b]) not in ranks]  # 21 in SmolLM2
+        all_ranks = ranks | {bytes([b]): NO_TOKEN + b for b in missing}
+        self.bpe = tiktoken.Encoding(
+            "", pat_str=pattern, mergeable_ranks=all_ranks, special_tokens={})
         self.nfc = data.get("normalizer") is not None
         tokens = data.get("added_tokens", [])
         self.added = {token["content"]: token["id"] for token in tokens if token["content"]}
@@ -89,7 +96,7 @@ class Tokenizer:
             part = part.replace(guard, "")
             if self.nfc:  # only now, as in the reference: a special token keeps its last character
                 part = unicodedata.normalize("NFC", part)
-            ids += self.bpe.encode_ordinary(part)
+            ids += [i for i in self.bpe.encode_ordinary(part) if i < NO_TOKEN]
         return ids
 
     def decode(self, ids, skip_special=False):
@@ -103,7 +110,8 @@ class Tokenizer:
         jinja2 sandbox. variables: what else the template reads, as Llama 3's reads date_string."""
         if self.template is None:
             raise UserError("this checkpoint has no chat template")
-        variables = {"tools": None, "documents": None} | self.special_texts | variables
+        defaults = {"tools": None, "documents": None, "enable_thinking": False}  # Qwen3 may think
+        variables = defaults | self.special_texts | variables
         with foreign_file("the chat template"):
             rendered = self.template.render(
                 messages=messages, add_generation_prompt=generation_prompt, **variables)
@@ -183,9 +191,14 @@ def _read_tokenizer_json(path):
                   {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"},
                   {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}} if pattern:
             pass  # tiktoken panics if the pattern is empty
+        case {"model": {"type": "BPE", "vocab": vocab, "merges": merges},
+              "pre_tokenizer": {"pretokenizers": [
+                  {"type": "Digits", "individual_digits": True},
+                  {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]}}:
+            pattern = DIGITS_THEN_WORDS
         case _:
             raise UserError(f"{file}: only byte-level BPE behind one split pattern is supported "
-                            "(Qwen2.5, Llama 3), not sentencepiece (Llama 2) or others")
+                            "(Qwen, Llama 3, SmolLM2), not sentencepiece (Llama 2) or others")
     nfc = {"type": "NFC"}
     if data.get("normalizer") not in (None, nfc, {"type": "Sequence", "normalizers": [nfc]}):
         raise UserError(f"{file}: its normalizer is not supported; only NFC is")
@@ -198,8 +211,8 @@ def _read_tokenizer_json(path):
     others = [b for b in range(256) if b not in printable]
     alphabet = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     ranks = {bytes(alphabet[c] for c in token): i for token, i in vocab.items() if i not in added}
-    singles = {ranks[bytes([b])] for b in range(256)}
-    if order != sorted(order) or not len(singles | made) == len(ranks) == 256 + len(made):
+    singles = {i for piece, i in ranks.items() if len(piece) == 1}
+    if order != sorted(order) or len(ranks) != len(singles) + len(made):
         raise UserError(f"{file}: its merges do not make every token in the order of the ids, on "
                         "which tiktoken relies; use the tokenizer.json published with the model")
     return data, ranks, pattern

@@ -211,6 +211,24 @@ def test_added_tokens_may_stand_in_the_vocabulary(tmp_path):
     assert ours.encode(text) == model.load_tokenizer(str(toy)).encode(text)
 
 
+def test_digits_are_cut_out_first_and_bytes_that_the_vocabulary_lacks_are_dropped(tmp_path):
+    """As in SmolLM2, whose vocabulary lacks 21 bytes."""
+    path = changed(ROOT / "toy" / "base", tmp_path / "digits", {"config.json": {"vocab_size": 999}})
+    reference = tokenizers.Tokenizer(tokenizers.models.BPE())
+    steps = tokenizers.pre_tokenizers
+    digits, words = steps.Digits(individual_digits=True), steps.ByteLevel(add_prefix_space=False)
+    reference.pre_tokenizer = steps.Sequence([digits, words])
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=["<|im_end|>"], show_progress=False)
+    reference.train_from_iterator(["it's 12 o'clock,  we'll  have 3½ left!\n\n And  1,000 more é中😀"] * 9, trainer)
+    reference.save(f"{path}/tokenizer.json")
+    ours = model.load_tokenizer(path)
+    texts = ["it's  12,  34 5\n\n 6\t7", "12345", " ½ ² ٣ Ⅳ", "we'll  have\n 1",
+             "a \x04 b", "é中😀 é", "  1", " \n1 \n", "I'LL"]
+    for text in texts:
+        assert ours.encode(text) == reference.encode(text).ids, text
+    assert ours.decode(ours.encode("we'll have 3½")) == "we'll have 3½" and ours.encode("\x04") == []
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(checkpoint, tokenizer, tmp_path):
     last = max(tokenizer.pieces)
     short = changed(checkpoint, tmp_path / "short", {"config.json": {"vocab_size": last}})
@@ -243,6 +261,15 @@ def test_templates_see_what_transformers_gives_them(checkpoint, tmp_path, templa
     reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "other")
     messages = turns("é", "b", "c")
     assert ours.chat(messages) == expected == reference.apply_chat_template(messages, tokenize=False)
+
+
+def test_a_model_that_may_think_is_asked_not_to_unless_the_caller_wants_it(checkpoint, tmp_path):
+    """As Qwen3's template is: thinking is off if, and only if, enable_thinking is given and false."""
+    template = ("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}"
+                "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{% endif %}")
+    ours = with_template(checkpoint, tmp_path / "thinks", template)
+    assert ours.chat(turns("Q")) == "Q<think></think>"
+    assert ours.chat(turns("Q"), enable_thinking=True) == "Q"
 
 
 def test_of_several_chat_templates_the_default_is_taken(checkpoint, tokenizer, tmp_path):
