@@ -32,7 +32,8 @@ TRL_AND_VERL = {"learning_rate": "lr", "num_generations": "group_size", "rollout
                 "save_steps": "save_interval", "model_name_or_path": "model", "lora_rank": "rank",
                 "dataset_name": "dataset", "gradient_checkpointing": "recompute", "r": "rank",
                 "target_modules": "targets", "max_seq_length": "max_length"}
-GONE = {"packing": "rows are always packed", "top_p": "training samples from all tokens",
+GONE = {"packing": "rows are always packed", "tensorboard": "use wandb_log",
+        "top_p": "training samples from all tokens",
         "top_k": "training samples from all tokens"}  # settings of version 1
 
 

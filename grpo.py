@@ -84,7 +84,6 @@ class Settings:
     eval_size: int = 0  # problems in an evaluation; 0: all
     save_interval: int = 20  # steps between checkpoints; 0: only after
     wandb_log: bool = False  # log to Weights & Biases, too, project tinylora
-    tensorboard: bool = False  # log to TensorBoard, too, in out_dir
 
 
 # ---------------------------------------- the task: a config file may define its reward and problems

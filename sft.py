@@ -79,7 +79,6 @@ class Settings:
     max_new_tokens: int = 64  # of an answer in an evaluation
     save_interval: int = 20  # steps between checkpoints; 0: only after
     wandb_log: bool = False  # log to Weights & Biases, too, project tinylora
-    tensorboard: bool = False  # log to TensorBoard, too, in out_dir
 
 
 STREAMED = {"tulu3": "allenai/tulu-3-sft-mixture",

@@ -17,6 +17,7 @@ A model of some --shape has random weights, so nothing is downloaded. --model=DI
 checkpoint in its place.
 """
 
+import ctypes
 import importlib.util
 import json
 import multiprocessing
@@ -47,10 +48,9 @@ from sample import Row, Sampler, generate, row_uniforms, sample_tokens
 from support import UserError, one_line_errors, svd
 from support.answers import is_correct
 from support.checkpoint import DTYPES
-from support.device import LIBC, peak_gb, pick_device
+from support.device import peak_gb, pick_device
 from support.fused import sampling_form
 from support.packing import Packed, Rollout, completion_logprobs, micro_batches, token_logprobs
-from support.run import flatten
 
 SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key heads, tied: as published
     "toy": (512, 128, 384, 3, 4, 2, True),
@@ -84,6 +84,17 @@ class Settings:
     device: str = "auto"  # auto, cpu, cuda ... (adapters, decode, train, logprobs, svd)
 
 
+def flatten(figures, prefix=""):
+    """{name: number} of figures; {outer/name: number} of figures inside them."""
+    numbers = {}
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            numbers |= flatten(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)):
+            numbers[prefix + key] = value
+    return numbers
+
+
 # ----------------------------------------------------------------------------- time, memory, turns
 
 CPU = torch.device("cpu")
@@ -112,8 +123,7 @@ def resident(key):
 
 def reset_peak():
     """Let VmHWM start again. Returns the bytes that are held now."""
-    if LIBC:
-        LIBC.malloc_trim(0)  # memory that glibc kept could be used again without being counted
+    ctypes.CDLL(None).malloc_trim(0)  # memory that glibc kept could be used again without being counted
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")
     return resident("VmRSS")

@@ -1,7 +1,5 @@
 """Which device to compute on, and how much memory it has."""
 
-import ctypes
-import platform
 import resource
 import sys
 
@@ -20,8 +18,6 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
 for function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt):
     function(torch.ones(1))
 
-LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
 
 def pick_device(device="auto"):
     if device == "auto":
@@ -36,11 +32,6 @@ def pick_device(device="auto"):
         # cuDNN's attention, the first choice on Hopper, was seen to be wrong with fewer than 8 key
         # heads and to give NaN with masks (pytorch issues 193893, 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
-    elif LIBC:
-        # By default glibc returns freed memory to the system and fetches it again page by page,
-        # which is a twentieth of the toy's update. Keep blocks of up to 32 MB.
-        LIBC.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        LIBC.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
     return device
 
 
@@ -50,20 +41,11 @@ def free_memory(device):
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
     try:
-        free, total = host_memory()
-        if LIBC and free < total / 2:
-            LIBC.malloc_trim(0)  # return what glibc keeps, which takes time
-            free, total = host_memory()
-        return free
+        with open("/proc/meminfo") as f:
+            sizes = dict(line.split(":") for line in f)
+        return int(sizes["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return 4 * 10**9
-
-
-def host_memory():
-    """Bytes of memory that are available on the host, and all."""
-    with open("/proc/meminfo") as f:
-        sizes = dict(line.split(":") for line in f)
-    return [int(sizes[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal")]
 
 
 def peak_gb(device):

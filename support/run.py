@@ -48,7 +48,7 @@ class Run:
             with open(self.log_path, "a") as f:
                 if f.tell() > self.history["log_bytes"]:
                     f.truncate(self.history["log_bytes"])  # steps that will be repeated
-            self.reports = open_reports(cfg, self.step)
+            self.wandb = open_wandb(cfg) if cfg.wandb_log else None
         self.signal, self.signalled_at = 0, 0.0
         self.old_handlers = {number: signal.signal(number, self.on_signal)
                              for number in (signal.SIGINT, signal.SIGTERM)}
@@ -86,8 +86,8 @@ class Run:
         if is_chief():
             with open(self.log_path, "a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step} | record) + "\n")
-            for report in self.reports:
-                report(step, flatten(record))
+            if self.wandb:
+                self.wandb.log(record, step=step)
 
     def log_evaluation(self, step, figures, score):
         """Log figures of an evaluation. Returns whether training has improved on the best score."""
@@ -201,38 +201,12 @@ def remove_partial_files(out_dir):
                 os.remove(os.path.join(folder, name))
 
 
-def open_reports(cfg, step):
-    """Where else the log goes: functions of (step, {name: number})."""
-    reports = []
-    if cfg.wandb_log:
-        import wandb
+def open_wandb(cfg):
+    """Log to Weights & Biases, too. Returns the run there."""
+    import wandb  # only here: nothing else needs it
 
-        name = os.path.basename(os.path.normpath(cfg.out_dir))
-        run = wandb.init(project="tinylora", name=name, dir=cfg.out_dir, config=asdict(cfg))
-        reports.append(lambda step, numbers: run.log(numbers, step=step))
-    if cfg.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(cfg.out_dir, purge_step=step + 1)  # a resumed run repeats these
-
-        def report(step, numbers):
-            for name, number in numbers.items():
-                writer.add_scalar(name, number, step)
-            writer.flush()
-
-        reports.append(report)
-    return reports
-
-
-def flatten(record, prefix=""):
-    """{name: number} of a record; {outer/name: number} of a record inside it."""
-    numbers = {}
-    for key, value in record.items():
-        if isinstance(value, dict):
-            numbers |= flatten(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)):
-            numbers[prefix + key] = value
-    return numbers
+    name = os.path.basename(os.path.normpath(cfg.out_dir))
+    return wandb.init(project="tinylora", name=name, dir=cfg.out_dir, config=asdict(cfg))
 
 
 def comparable(cfg):

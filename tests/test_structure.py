@@ -73,7 +73,7 @@ def test_the_top_level_holds_the_scripts_and_the_folders_and_nothing_else():
 RARE = {  # packages, and the only places that may import them: {file: beginnings of functions' names}
     "matplotlib": {"lab.plot": ""}, "datasets": {"support.data": "load_hub", "lab.bench": ("bench_", "trl_")},
     "pyarrow": {"support.data": "read_rows"}, "huggingface_hub": {"support.checkpoint": "checkpoint_dir"},
-    "wandb": {"support.run": "open_reports"}, "tensorboard": {"support.run": "open_reports"},
+    "wandb": {"support.run": "open_wandb"},
     "jinja2": {"support.tokenizer": None}, "tiktoken": {"support.tokenizer": None},
     **{oracle: {"lab.bench": ("bench_", "trl_")} for oracle in ("transformers", "math_verify", "peft", "trl")},
     **{never: {} for never in ("vllm", "accelerate", "pickle", "sympy", "pandas")},
