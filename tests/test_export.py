@@ -29,33 +29,17 @@ IN_PARTS = [dict(n_tie=1, targets="mlp/attention"), dict(method="lora_xs", targe
 
 
 @pytest.mark.parametrize("settings", [*METHODS, *IN_PARTS], ids=str)  # groups in parts are not in modules' order
-@pytest.mark.parametrize("kind", ["peft", "peft-tinylora"])
 @pytest.mark.filterwarnings("ignore")  # theirs
-def test_peft_loads_our_export_with_equal_logits(net, checkpoint, tmp_path, settings, kind):
+def test_peft_loads_our_export_with_equal_logits(net, checkpoint, tmp_path, settings):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     filled(tinylora.add_adapter(net, seed=5, **settings))
     path = str(tmp_path / "peft")
-    if settings.get("method") == "lora" and kind == "peft-tinylora":
-        with pytest.raises(UserError, match="a lora adapter is not a TinyLoRA"):
-            export.export_peft(net, path, checkpoint, kind)
-        return
-    export.export_peft(net, path, checkpoint, kind)
+    export.export_peft(net, path, checkpoint)
     base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     with torch.no_grad():
         before = base(IDS).logits
         theirs = peft.PeftModel.from_pretrained(base, path)(IDS).logits
     assert (theirs - logits(net)).abs().max() <= 1e-4 and (theirs - before).abs().max() > 0.1
-    if kind == "peft-tinylora":  # as many trained numbers as ours
-        tensors = load_file(f"{path}/adapter_model.safetensors")
-        assert sum(t.numel() for name, t in tensors.items() if "tinylora_v" in name) == net.adapter.v.numel()
-
-
-def test_a_tying_too_large_to_be_spelled_out_is_refused(net, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "P_LIMIT", 14 * 5 * 60 * 4 - 1)
-    filled(tinylora.add_adapter(net, u=60, n_tie=3))
-    with pytest.raises(UserError, match="PEFT has no tying in 5 groups, and the P of one v of 300 numbers"):
-        export.export_peft(net, str(tmp_path / "peft"), kind="peft-tinylora")
-    assert not (tmp_path / "peft").exists()
 
 
 def test_an_export_touches_no_directory_but_its_own(checkpoint, tmp_path, monkeypatch):
