@@ -33,7 +33,8 @@ TRL_AND_VERL = {"learning_rate": "lr", "num_generations": "group_size", "rollout
                 "dataset_name": "dataset", "gradient_checkpointing": "recompute", "r": "rank",
                 "target_modules": "targets", "max_seq_length": "max_length"}
 GONE = {"packing": "rows are always packed", "top_p": "training samples from all tokens",
-        "top_k": "training samples from all tokens"}  # settings of version 1
+        "top_k": "training samples from all tokens",
+        "shuffle_buffer": "rows are taken by index"}  # settings of earlier versions
 
 
 def configure(Settings, *functions, argv=None):

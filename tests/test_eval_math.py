@@ -172,9 +172,10 @@ def hub_of(monkeypatch, *rows):
     return asked
 
 
-@pytest.mark.parametrize("name", eval_math.DATASETS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_every_data_set_loads_by_name_from_its_published_columns(name, monkeypatch):
     asked = hub_of(monkeypatch, PUBLISHED[name])
+    assert PUBLISHED.keys() | {"tulu3", "openthoughts3"} == eval_math.DATASETS.keys()  # these are in test_sft.py
     [problem] = load_problems(name, "train" if name in ("math", "deepmath") else "test")
     assert problem["question"].replace(" ", "") == "2+2?"
     assert eval_math.is_correct(problem["answer"], "4")
