@@ -22,13 +22,8 @@ def read_file(path, split=""):
     if os.path.isdir(path):
         paths = [os.path.join(path, split + ending) for ending in ENDINGS]
         path = next(filter(os.path.exists, paths), paths[0])
-    try:
-        with open(path, "rb") as f:
-            data = f.read()
-    except OSError as error:
-        raise UserError(f"no data can be read from '{path}': {error}") from None
-    with foreign_file(path):
-        rows = list(read_rows(path, data))
+    with foreign_file(path), open(path, "rb") as f:
+        rows = list(read_rows(path, f.read()))
     for place, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{place}: a row must be a JSON object")

@@ -183,7 +183,7 @@ def test_a_pickle_is_never_read(net, peft_lora, tmp_path):
     shutil.move(f"{path}/adapter_model.safetensors", f"{path}/adapter_model.bin")
     with pytest.raises(UserError, match="adapter_model.safetensors is missing; an adapter_model.bin is a pickle"):
         export.import_peft(net, path)
-    with pytest.raises(UserError, match="adapter_config.json is missing"):
+    with pytest.raises(UserError, match="adapter_config.json cannot be read"):
         export.import_peft(net, str(tmp_path))
 
 
@@ -198,10 +198,10 @@ def test_the_command_line_refuses_in_one_line(checkpoint, tmp_path, monkeypatch)
         ([*base, "--adapter=hex:3c23d70a", "--source=x"], "give --adapter=... to export"),
         ([*base, "--adapter=hex:3c23d70a", "--to=gguf"], "to in command line must be one of peft"),
         ([*base, "--source=somewhere", "--to=hf"], "without --to to import"),
-        ([*base, f"--source={tmp_path}"], "adapter_config.json is missing"),
+        ([*base, f"--source={tmp_path}"], "adapter_config.json cannot be read"),
         ([f"--model={checkpoint}", "--adapter=hex:3c23d70a"], "out_dir must name a new or empty"),
         ([*base, f"--adapter={tmp_path}/full", "--to=hf"], "trained all weights: use --model=.*full/model"),
-        ([*base, "--adapter=nowhere"], "no adapter can be read"),
+        ([*base, "--adapter=nowhere"], "nowhere cannot be read"),
     ]:
         with pytest.raises(UserError, match=words):
             main(monkeypatch, *arguments)

@@ -281,7 +281,8 @@ def test_held_out_rows_are_the_first_of_the_test_split(hub, tmp_path):
 
 def test_two_processes_on_a_hub_data_set_learn_what_one_does(checkpoint, tmp_path):
     file = write(tmp_path / "rows.jsonl", numbered_chats(20))
-    setup = ("import datasets\ndatasets.disable_progress_bars()\nload = datasets.load_dataset  # a file in place of the hub, through the same reader\n"
+    setup = ("import datasets\ndatasets.disable_progress_bars()\n"
+             "load = datasets.load_dataset  # a file in place of the hub, through the same reader\n"
              f"datasets.load_dataset = lambda path, *_, split: load('json', data_files={file!r}, split=split,\n"
              f"    cache_dir={str(tmp_path / 'cache')!r})")
     held_out = write(tmp_path / "held_out.jsonl", ROWS[:3])
