@@ -57,8 +57,7 @@ def whole_file(path):
 
 @contextmanager
 def foreign_file(path):
-    """Files come from strangers: any error that a missing or malformed one leads to becomes a
-    UserError."""
+    """Files come from strangers: whatever a missing or malformed one leads to is a UserError."""
     try:
         yield
     except UserError:
