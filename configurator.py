@@ -22,19 +22,17 @@ from typing import get_args
 from support import UserError, one_line_errors, whole_file
 
 VALUES_BEGIN = "# ---- all settings of the run ----\n"  # in settings.py, below the code of configs
-TRL_AND_VERL = {"learning_rate": "lr", "num_generations": "group_size", "rollout_n": "group_size",
-                "max_completion_length": "max_new_tokens", "max_response_length": "max_new_tokens",
-                "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size",
-                "beta": "kl_coef", "kl_loss_coef": "kl_coef", "num_iterations": "num_passes",
-                "ppo_epochs": "num_passes", "max_grad_norm": "grad_clip", "epsilon": "clip_low",
-                "epsilon_high": "clip_high", "clip_ratio": "clip_low", "loss_type": "objective",
-                "output_dir": "out_dir", "eval_steps": "eval_interval", "lora_alpha": "alpha",
-                "save_steps": "save_interval", "model_name_or_path": "model", "lora_rank": "rank",
-                "dataset_name": "dataset", "gradient_checkpointing": "recompute", "r": "rank",
-                "target_modules": "targets", "max_seq_length": "max_length"}
-GONE = {"packing": "rows are always packed", "tensorboard": "use wandb_log",
-        "top_p": "training samples from all tokens",
-        "top_k": "training samples from all tokens"}  # settings of version 1
+TRL_AND_VERL = {  # what people type who know these
+    "learning_rate": "lr", "num_generations": "group_size", "rollout_n": "group_size",
+    "max_completion_length": "max_new_tokens", "max_response_length": "max_new_tokens",
+    "train_batch_size": "batch_size", "beta": "kl_coef", "num_iterations": "num_passes",
+    "max_grad_norm": "grad_clip", "loss_type": "objective", "output_dir": "out_dir",
+    "lora_rank": "rank", "lora_alpha": "alpha", "model_name_or_path": "model",
+    "gradient_checkpointing": "recompute", "target_modules": "targets"}
+GONE = {  # settings of earlier versions
+    "packing": "rows are always packed", "shuffle_buffer": "rows are taken by index",
+    "tensorboard": "use wandb_log", "top_p": "training samples from all tokens",
+    "top_k": "training samples from all tokens"}
 
 
 def configure(Settings, *functions, argv=None):
@@ -98,12 +96,11 @@ def read_config(path, cfg):
     try:
         defined = runpy.run_path(path, run_name=path)
     except (Exception, SystemExit) as error:
-        message = f"config file '{path}' failed: {type(error).__name__}: {error}"
-        raise UserError(message) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"config file '{path}' failed: {reason}") from None
     defines_function = False
     for name, value in defined.items():
-        is_module = isinstance(value, ModuleType)
-        is_imported = is_module or getattr(value, "__module__", path) != path
+        is_imported = isinstance(value, ModuleType) or getattr(value, "__module__", path) != path
         if name.startswith("_") or is_imported and not hasattr(cfg, name):
             continue
         check_name(cfg, name, path)
@@ -121,9 +118,8 @@ def check_name(cfg, name, where):
         return
     if name in GONE:
         raise UserError(f"'{name}' in {where} is no setting any more: {GONE[name]}; delete it")
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if TRL_AND_VERL.get(name) in known:
-        near = [TRL_AND_VERL[name]]
+    theirs = TRL_AND_VERL.get(name)
+    near = [theirs] if theirs in known else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else "--help lists the settings"
     raise UserError(f"unknown setting '{name}' in {where}; {hint}")
 
@@ -143,12 +139,10 @@ def override(cfg, name, value, where):
     before = getattr(cfg, name)
     if isinstance(before, float) and type(value) is int:
         value = float(value)
-    same_type = callable(value) if callable(before) else type(value) is type(before)
-    if not same_type:
+    fits = callable(value) if callable(before) else type(value) is type(before)
+    if not fits or isinstance(value, (int, float)) and not math.isfinite(value):
         kind = "function" if callable(before) else type(before).__name__
         raise UserError(f"{name} in {where} wants a value of type {kind}, got {value!r}")
-    if isinstance(value, (int, float)) and not math.isfinite(value):
-        raise UserError(f"{name} in {where} wants a finite number, got {value!r}")
     choices = get_args(cfg.__annotations__.get(name))  # those of a Literal
     if choices and value not in choices:
         raise UserError(f"{name} in {where} must be one of {', '.join(choices)}, got '{value}'")

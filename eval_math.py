@@ -66,11 +66,11 @@ PROMPTS = {  # name: (system message, or None for no chat; user message; what st
     # SimpleRL's, for base models that cannot follow an instruction
     "base": (None, "Question:\n{question}\nAnswer:\nLet's think step by step.\n", "any"),
 }
-BOTH, TEST = {"train": "train", "test": "test"}, {"test": "test"}
+BOTH, TEST, TRAIN = {"train": "train", "test": "test"}, {"test": "test"}, {"train": "train"}
 DATASETS = {  # name: (hub path, configuration, prompt, {split: what the hub calls it})
     "gsm8k": ("openai/gsm8k", "main", "gsm8k", BOTH),
     "math": ("DigitalLearningGmbH/MATH-lighteval@3-5", None, "boxed", BOTH),  # the paper's levels
-    "deepmath": ("zwhe99/DeepMath-103K", None, "boxed", {"train": "train"}),
+    "deepmath": ("zwhe99/DeepMath-103K", None, "boxed", TRAIN),
     "math500": ("HuggingFaceH4/MATH-500", None, "boxed", TEST),
     "aime24": ("HuggingFaceH4/aime_2024", None, "boxed", {"test": "train"}),
     "aime25": ("math-ai/aime25", None, "boxed", TEST),
@@ -79,6 +79,8 @@ DATASETS = {  # name: (hub path, configuration, prompt, {split: what the hub cal
     "olympiad": ("math-ai/olympiadbench", None, "boxed", TEST),
     "gaokao2023en": ("MARIO-Math-Reasoning/Gaokao2023-Math-En", None, "boxed", {"test": "train"}),
     "svamp": ("ChilleD/SVAMP", None, "boxed", {"train": "train", "test": "train+test"}),
+    "tulu3": ("allenai/tulu-3-sft-mixture", None, "plain", TRAIN),  # chats, for sft.py alone
+    "openthoughts3": ("open-thoughts/OpenThoughts3-1.2M", None, "plain", TRAIN),  # likewise
 }
 QUESTION_COLUMNS = ("question", "problem", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "solution", "Answer")  # the last is SVAMP's
@@ -87,6 +89,13 @@ ANSWER_COLUMNS = ("answer", "final_answer", "solution", "Answer")  # the last is
 
 def load_problems(name_or_path, split="train", read_row=None):
     """What read_row makes of each (place, row) of the data: by default a problem, see as_problem.
+    The names are those of load_rows."""
+    read_row = read_row or as_problem
+    return [read_row(place, row) for place, row in load_rows(name_or_path, split)]
+
+
+def load_rows(name_or_path, split):
+    """A sequence of (place, row). Rows of the hub stay on the disk until they are asked for.
 
     name_or_path: a file that read_file reads; a directory with one that is named after the split;
         a name in DATASETS; or owner/name on the hub. A suffix @3-5 selects levels 3 to 5.
@@ -100,8 +109,7 @@ def load_problems(name_or_path, split="train", read_row=None):
         levels = levels or usual_levels
         if split not in splits:
             raise UserError(f"data set '{name}' has no split '{split}', only {', '.join(splits)}")
-        data = load_hub(name, path, configuration, splits[split])
-        rows = [(f"{path}, row {number}", row) for number, row in enumerate(data)]
+        rows = load_hub(name, path, configuration, splits[split])
     else:
         raise UserError(f"'{name}' is neither a file, nor a hub name owner/name, nor one of "
                         f"{', '.join(DATASETS)}")
@@ -111,7 +119,7 @@ def load_problems(name_or_path, split="train", read_row=None):
         rows = [(place, row) for place, row in rows if str(row.get("level")) in chosen]
     if not rows:
         raise UserError(f"{name_or_path} holds no problems")
-    return [(read_row or as_problem)(place, row) for place, row in rows]
+    return rows
 
 
 def split_levels(name):

@@ -28,13 +28,12 @@ from support.checkpoint import DTYPES
 class Settings:
     model: str = "toy/base"  # checkpoint directory or hub name: the base model of the adapter
     adapter: str = ""  # to export: adapter file, the out_dir of a run, or text (hex:...)
-    to: Literal["peft", "peft-tinylora", "hf"] = "peft"  # LoRA, PEFT's TinyLoRA, or merged model
+    to: Literal["peft", "hf"] = "peft"  # a LoRA for PEFT and vLLM, or the merged model
     source: str = ""  # to import: directory of a PEFT LoRA
     out_dir: str = ""  # where to write: a new or empty directory
     device: str = "auto"  # computes the SVD: auto, cpu, cuda, cuda:1 ...
 
 
-P_LIMIT = 2**28  # numbers of P in a peft-tinylora file
 PREFIX = "base_model.model."  # PEFT's, before the name of a linear
 PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 UNSUPPORTED = (
@@ -59,7 +58,7 @@ def main():
             if cfg.to == "hf":
                 export_merged(net, aside, cfg.model)
             else:
-                export_peft(net, aside, cfg.model, cfg.to)
+                export_peft(net, aside, cfg.model)
     print(f"written to {cfg.out_dir}")
 
 
@@ -104,50 +103,26 @@ def export_merged(model, path, source):
 
 
 @torch.no_grad()
-def export_peft(model, path, base="", kind="peft"):
-    """Write the model's adapter to a directory that PEFT loads, in float32. base: the base model's
-    name. kind: 'peft' is a LoRA with B = U S R and A = V^T, which vLLM loads, too; 'peft-tinylora'
-    is PEFT's own TinyLoRA with our factors and P."""
-    adapter, rank = model.adapter, model.adapter.meta["rank"]
+def export_peft(model, path, base=""):
+    """Write the model's adapter to a directory that PEFT and vLLM load, in float32: as a LoRA with
+    B = U S R and A = V^T. base: the base model's name."""
+    adapter = model.adapter
     adapter.refresh()
-    targets = {name.rpartition(".")[2] for name in adapter.linears}
-    config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "r": rank, "bias": "none",
-              "target_modules": sorted(targets), "inference_mode": True}
-    if kind == "peft":
-        config |= {"peft_type": "LORA", "lora_alpha": rank, "lora_dropout": 0.0}
-        tensors = {}
-        for name, linear in adapter.linears.items():
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = linear.Vt.float()
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = linear.US.float() @ linear.R
-    else:
-        of_peft, tensors = peft_tinylora(adapter)
-        config |= of_peft
+    tensors = {}
+    for name, linear in adapter.linears.items():
+        A = linear.Vt.float().contiguous().clone()  # it may share its memory with other linears'
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A.cpu()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = (linear.US.float() @ linear.R).cpu()
+    rank = adapter.meta["rank"]
+    targets = sorted({name.rpartition(".")[2] for name in adapter.linears})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+              "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none",
+              "target_modules": targets, "inference_mode": True}
     os.makedirs(path, exist_ok=True)
-    tensors = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
     with whole_file(os.path.join(path, "adapter_model.safetensors")) as file:
         save_file(tensors, file, {"format": "pt"})
     with whole_file(os.path.join(path, "adapter_config.json")) as file, open(file, "w") as f:
         json.dump(config, f, indent=2)
-
-
-def peft_tinylora(adapter):
-    """Settings and tensors of PEFT's TinyLoRA. It has no tying such as ours, so it gets one v with
-    the numbers of all groups, and in every linear P is 0 for those of other groups."""
-    if adapter.meta["method"] == "lora":
-        raise UserError("a lora adapter is not a TinyLoRA; write it with --to=peft")
-    groups, u = adapter.v.shape
-    if groups * adapter.P.numel() > P_LIMIT:
-        raise UserError(f"PEFT has no tying in {groups} groups, and the P of one v of {groups * u} "
-                        "numbers would be too large; write it with --to=peft")
-    tensors = {"base_model.tinylora_v.0": adapter.v.flatten()}
-    for (name, linear), P, group in zip(adapter.linears.items(), adapter.P, adapter.groups):
-        P_of_all = P.new_zeros(groups, *P.shape)
-        P_of_all[group] = P
-        tensors |= {f"{PREFIX}{name}.tinylora_A": linear.Vt.float(),
-                    f"{PREFIX}{name}.tinylora_B": linear.US.float(),
-                    f"{PREFIX}{name}.tinylora_P": P_of_all.flatten(0, 1)}
-    return {"peft_type": "TINYLORA", "u": groups * u, "weight_tying": 1.0, "save_projection": True,
-            "projection_seed": 0, "init_weights": True}, tensors
 
 
 @torch.no_grad()

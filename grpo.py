@@ -321,14 +321,11 @@ def check(cfg):
 
 def prepare(net, tokenizer, rows, cfg):
     """Add to every problem its prompt in token ids, and the limit and format of its answer."""
-    prompts = encode_problems(tokenizer, rows, cfg.system_prompt, cfg.prompt_template)
+    context = net.config.max_position_embeddings
+    prompts = encode_problems(tokenizer, rows, cfg.system_prompt, cfg.prompt_template, context)
     for row, prompt in zip(rows, prompts):
-        room = net.config.max_position_embeddings - len(prompt)
-        if room < 1:
-            raise UserError(f"the prompt of this problem has {len(prompt)} tokens, which fills the "
-                            f"model's context; leave it out: {row['question'][:60]!r}")
         row["prompt_ids"] = prompt
-        row["limit"] = min(cfg.max_new_tokens, room)
+        row["limit"] = min(cfg.max_new_tokens, context - len(prompt))
         row["answer_format"] = cfg.answer_format
 
 

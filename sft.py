@@ -2,31 +2,31 @@
 
     python sft.py                                       # the toy, on worked solutions
     python sft.py config/qwen7b_sft.py                  # GSM8K's solutions: the paper's other arm
-    python sft.py config/tulu3_lora.py                  # a chat data set, streamed from the hub
+    python sft.py config/tulu3_lora.py                  # a chat data set from the hub
     python sft.py --method=full --random_init=True ...  # pre-training, as toy/make.py does it
 
 A row has a question and a solution (or an answer), and may have a system message. Or it is a chat:
 `messages` of role and content, or `conversations` of from and value. The loss is the mean over the
 tokens that the model should say: the solution, or every turn of the assistant, each with the token
-that ends it. Solutions are taken as they are, GSM8K's with their annotations <<3+4=7>>.
+that ends it. Solutions are taken as they are, GSM8K's with their annotations <<3+4=7>>. A data set
+on the hub is downloaded once, and its rows are read from the disk when a step needs them.
 """
 
-import itertools
 import math
-import re
 import time
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
 
 import tinylora
 from configurator import at_least, configure, save_settings
-from eval_math import as_problem, encode_problems, load_problems
+from eval_math import as_problem, encode_problems, load_rows
 from grpo import batch_positions, evaluate, prepare, reward
 from model import load_model, load_tokenizer, random_model
 from support import UserError
-from support.data import is_local, load_hub
+from support.data import is_local
 from support.device import peak_gb
 from support.packing import Rollout, completion_logprobs, micro_batches
 from support.parallel import Ranks, is_chief, keep_pace, print0, reduce_gradients
@@ -37,7 +37,7 @@ from support.run import Run
 class Settings:
     # what to train
     model: str = "toy/base"  # checkpoint directory or hub name
-    dataset: str = "toy/train.jsonl"  # file, folder or name; streamed: tulu3, openthoughts3, hub
+    dataset: str = "toy/train.jsonl"  # a file, a folder with train.jsonl, or a name in eval_math.py
     eval_dataset: str = "toy/test.jsonl"  # held-out rows: their loss, and accuracy on problems
     system_prompt: str = ""  # for rows that bring none; empty: the chat template's own
     prompt_template: str = "{question}"  # the user's message
@@ -65,7 +65,6 @@ class Settings:
     batch_size: int = 64  # rows per step, over all processes
     grad_clip: float = 1.0  # bound on the gradient's norm; 0: none
     max_length: int = 0  # longer rows are cut off after so many tokens; 0: the model's context
-    shuffle_buffer: int = 10000  # the rows of a stream from which the next one is drawn
     # the machine
     micro_batch_tokens: int = 4096  # in one forward and backward pass; changes memory, not results
     shard: int = 1  # processes that hold one copy of the weights between them (support/parallel.py)
@@ -81,8 +80,6 @@ class Settings:
     wandb_log: bool = False  # log to Weights & Biases, too, project tinylora
 
 
-STREAMED = {"tulu3": "allenai/tulu-3-sft-mixture",
-            "openthoughts3": "open-thoughts/OpenThoughts3-1.2M"}
 ROLES = {"human": "user", "gpt": "assistant"}  # names of roles in `conversations` and `messages`
 
 # ----------------------------------------------------------------------------------------- the rows
@@ -103,13 +100,13 @@ def as_example(place, row):
         messages.append({"role": ROLES.get(role, role), "content": content})
     if row.get("system") and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": row["system"]})
-    if not all(isinstance(message["content"], str) for message in messages):
-        raise UserError(f"{place}: the content of every message must be a text")
     roles = [message["role"] for message in messages]
-    known = set(roles) <= {"system", "user", "assistant"}
-    if not known or "user" not in roles or "assistant" not in roles[roles.index("user"):]:
-        raise UserError(f"{place}: in a chat an assistant must answer a user; the roles here are "
-                        f"{', '.join(roles)}")
+    has_texts = all(isinstance(message["content"], str) for message in messages)
+    has_known_roles = set(roles) <= {"system", "user", "assistant"}
+    has_answer = "user" in roles and "assistant" in roles[roles.index("user"):]
+    if not (has_texts and has_known_roles and has_answer):
+        raise UserError(f"{place}: in a chat every content must be a text, and an assistant must "
+                        f"answer a user; the roles here are {', '.join(roles)}")
     return row | {"messages": messages}
 
 
@@ -131,68 +128,22 @@ def encode_example(tokenizer, example, cfg, limit):
         return Rollout(ids[:start], ids[start:limit], loss_mask=loss_mask[start:limit])
 
 
-def is_streamed(name):
-    """Is this a data set on the hub, and none of the small ones that eval_math.py reads whole?"""
-    return name in STREAMED or not is_local(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-
-
-def open_stream(name, split):
-    return load_hub(name, STREAMED.get(name, name), None, split, streaming=True)
-
-
-def read_stream(name, stream, epochs=(0,)):
-    """(place, row) of a data set that is read over the network as it is needed, in each epoch once.
-    """
-    number = 0
-    try:
-        for epoch in epochs:
-            stream.set_epoch(epoch)  # a shuffled one gets another order
-            for row in stream:
-                yield f"{name}, row {number}", row
-                number += 1
-            if number == 0:
-                raise ValueError("it holds no rows")
-    except Exception as error:  # of many kinds: the network, the hub, a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"data set '{name}' broke off after {number} rows: {reason}; go on with "
-                        "--init_from=resume") from None
-
-
-def batches(cfg):
-    """A function of step that returns the examples of that step. A resumed run gets those it would
-    have got uninterrupted: a stream is read again from its start, past the rows it has trained on.
-    """
-    if is_streamed(cfg.dataset):
-        stream = open_stream(cfg.dataset, "train").shuffle(cfg.seed, buffer_size=cfg.shuffle_buffer)
-        rows = read_stream(cfg.dataset, stream, itertools.count())
-        rows_read = 0
-
-        def batch(step):
-            nonlocal rows_read
-            skip = step * cfg.batch_size - rows_read
-            rows_read += skip + cfg.batch_size
-            taken = itertools.islice(rows, skip, skip + cfg.batch_size)
-            return [as_example(place, row) for place, row in taken]
-
-        return batch
-    examples = load_problems(cfg.dataset, "train", as_example)
-
-    def batch(step):
-        positions = batch_positions(step, cfg.batch_size, len(examples), cfg.seed)
-        return [examples[index] for _, index in positions]
-
-    return batch
+def training_rows(cfg):
+    """(place, row) of the data set, by index. The rows of a file are checked now; those of the hub,
+    of which there may be a million, when a step takes them."""
+    rows = load_rows(cfg.dataset, "train")
+    if is_local(cfg.dataset):
+        for place, row in rows:
+            as_example(place, row)
+    return rows
 
 
 def held_out(cfg):
     """The first eval_size examples of eval_dataset."""
-    name, size = cfg.eval_dataset, cfg.eval_size or None
-    if not name:
+    if not cfg.eval_dataset:
         return []
-    if not is_streamed(name):
-        return load_problems(name, "test", as_example)[:size]
-    rows = itertools.islice(read_stream(name, open_stream(name, "test")), size)
-    return [as_example(place, row) for place, row in rows]
+    rows = load_rows(cfg.eval_dataset, "test")
+    return [as_example(place, row) for place, row in islice(rows, cfg.eval_size or None)]
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -200,15 +151,13 @@ def held_out(cfg):
 
 def check(cfg):
     """Refuse settings that cannot work before anything is loaded."""
-    at_least(cfg, 1, "batch_size", "max_new_tokens", "micro_batch_tokens", "shuffle_buffer")
+    at_least(cfg, 1, "batch_size", "max_new_tokens", "micro_batch_tokens")
     at_least(cfg, 0, "max_steps", "lr", "weight_decay", "beta2", "grad_clip", "warmup_steps",
              "max_length", "eval_size", "eval_interval", "save_interval", "seed")
     if cfg.beta2 >= 1:
         raise UserError("beta2 must be below 1")
     if cfg.random_init and cfg.method != "full":
         raise UserError("random_init goes with method = full")
-    if cfg.eval_dataset in STREAMED:
-        raise UserError(f"eval_dataset {cfg.eval_dataset} has no held-out rows; give a .jsonl file")
 
 
 def learning_rate(step, cfg):
@@ -237,7 +186,7 @@ def mean_loss(net, rollouts, cfg, ranks):
 def train(cfg):
     check(cfg)
     ranks = Ranks(cfg.device, cfg.shard)
-    batch_of, test_set = batches(cfg), held_out(cfg)
+    test_set, train_rows = held_out(cfg), training_rows(cfg)
     tokenizer = load_tokenizer(cfg.model)
     if cfg.random_init:
         net = random_model(cfg.model, cfg.seed, ranks.device, cfg.shard)
@@ -291,7 +240,8 @@ def train(cfg):
 
         # The loss is a mean over the trained tokens of the whole batch, of all processes.
         began = time.time()
-        rollouts = encode(batch_of(step))
+        positions = batch_positions(step, cfg.batch_size, len(train_rows), cfg.seed)
+        rollouts = encode([as_example(*train_rows[index]) for _, index in positions])
         tokens = trained_tokens(rollouts, ranks)
         if not tokens:
             raise UserError(f"all rows of step {step + 1} are cut off before the first token to "

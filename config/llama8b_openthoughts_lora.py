@@ -3,7 +3,7 @@
 # python sft.py config/llama8b_openthoughts_lora.py
 # All weights: --method=full
 model = "meta-llama/Llama-3.1-8B-Instruct"  # has a chat template; the authors took the base model
-dataset = "openthoughts3"  # streamed from the hub
+dataset = "openthoughts3"  # downloaded once from the hub
 eval_dataset = ""
 out_dir = "out/llama8b_openthoughts_lora"
 method = "lora"

@@ -4,7 +4,7 @@
 # python sft.py config/tulu3_lora.py
 # torchrun --nproc_per_node=8 sft.py config/tulu3_lora.py
 model = "Qwen/Qwen2.5-7B-Instruct"
-dataset = "tulu3"  # streamed from the hub; or openthoughts3, with max_length = 16384
+dataset = "tulu3"  # downloaded once from the hub; or openthoughts3, with max_length = 16384
 eval_dataset = ""
 out_dir = "out/tulu3_lora"
 method = "lora"

@@ -57,11 +57,13 @@ def whole_file(path):
 
 @contextmanager
 def foreign_file(path):
-    """Files come from strangers: any error that a malformed one leads to becomes a UserError."""
+    """Files come from strangers: whatever a missing or malformed one leads to is a UserError."""
     try:
         yield
-    except (UserError, OSError):
+    except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
     except Exception as error:
         message = f"{path} is malformed ({type(error).__name__}: {error}); download it again"
         raise UserError(message) from None
@@ -69,11 +71,5 @@ def foreign_file(path):
 
 def read_json(path):
     """The content of a JSON file; UserError if it is missing or is no JSON."""
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            return json.load(f)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing, so the checkpoint is not complete; download it "
-                        "again") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); download it again") from None
+    with foreign_file(path), open(path, encoding="utf-8-sig") as f:
+        return json.load(f)

@@ -32,22 +32,18 @@ def read_adapter(where):
         if os.path.isfile(os.path.join(where, "model", "config.json")):
             raise UserError(f"{where} is a run that trained all weights: use --model={where}/model")
         name = os.path.join(where, "adapter.safetensors") if os.path.isdir(where) else where
-        try:
-            with foreign_file(name), safe_open(name, framework="pt") as f:
-                info = f.metadata() or {}
-                form, settings = info.get("format"), json.loads(info.get("settings", "{}"))
-                tensors = {key: f.get_tensor(key).float() for key in f.keys()}
-        except OSError as error:
-            raise UserError(f"no adapter can be read from '{name}': {error}") from None
+        with foreign_file(name), safe_open(name, framework="pt") as f:
+            info = f.metadata() or {}
+            form, settings = info.get("format"), json.loads(info.get("settings", "{}"))
+            tensors = {key: f.get_tensor(key).float() for key in f.keys()}
     if form != FORMAT:
         raise UserError(f"{name} has format {str(form)[:40]!r}, but this version reads {FORMAT!r}")
     with foreign_file(name):
-        wrong = [key for key, kind in KINDS.items() if type(settings.get(key, kind())) is not kind]
-    if wrong:
-        raise UserError(f"{name}: its settings {', '.join(wrong)} have values of another type")
-    numbers = sum(t.numel() for t in tensors.values())
-    if settings.get("u", 0) > numbers:  # before P of that size is made
-        raise UserError(f"{name} holds {numbers} numbers, fewer than its setting u says")
+        for key, value in settings.items():
+            if key in KINDS and type(value) is not KINDS[key]:
+                raise UserError(f"{name}: its setting {key} must be {KINDS[key].__name__}")
+    if settings.get("u", 0) > sum(t.numel() for t in tensors.values()):  # before P is made
+        raise UserError(f"{name} holds fewer numbers than its setting u says")
     return name, settings, tensors
 
 

@@ -38,7 +38,7 @@ def checkpoint_dir(path):
 
 def read_weights(path, model, device, dtype):
     """{name: tensor} of all weight files, each checked against the model's shapes."""
-    shapes = {name: p.shape for name, p in model.state_dict().items()}
+    shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
     embedding = "model.embed_tokens.weight"
     shapes.setdefault("lm_head.weight", shapes[embedding])  # tied files may hold a second copy
     tensors = {}
@@ -50,9 +50,8 @@ def read_weights(path, model, device, dtype):
                         tensor = check_tensor(file, name, f.get_tensor(name), shapes)
                         tensors[name] = tensor.to(device, dtype)
         except (SafetensorError, OSError) as error:
-            hint = "; a 130-byte file is a git-lfs pointer" if os.path.getsize(file) < 1000 else ""
-            raise UserError(f"{file} is damaged or no safetensors file ({error}{hint}); download "
-                            "it again") from None
+            raise UserError(f"{file} is missing, damaged or a git-lfs pointer ({error}); download it "
+                            "again (a .bin file is a pickle and never read)") from None
     if model.config.tie_word_embeddings and "lm_head.weight" in tensors:
         copy = tensors.pop("lm_head.weight")
         if not torch.equal(copy, tensors.get(embedding, copy)):
@@ -66,38 +65,25 @@ def read_weights(path, model, device, dtype):
 
 
 def weight_files(path):
+    """model.safetensors, or the files in the index. They lie in the directory, whatever it says."""
     index = os.path.join(path, INDEX)
-    names = ["model.safetensors"]
+    names = {"model.safetensors"}
     if os.path.exists(index):
         with foreign_file(index):
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            if not names or any(os.path.basename(name) != name for name in names):
-                raise UserError(f"{index}: weight_map is empty, or names a file outside the "
-                                "directory; download it again")
-    for file in [os.path.join(path, name) for name in names]:
-        if not os.path.isfile(file):
-            pickles = [n for n in os.listdir(path) if n.endswith((".bin", ".pt", ".pth"))]
-            cure = "download it again"
-            if pickles:
-                cure = f"{pickles[0]} is a pickle and is never read; convert it to safetensors"
-            raise UserError(f"{file} is missing; {cure}")
-        yield file
+            names = set(map(os.path.basename, read_json(index)["weight_map"].values()))
+    return [os.path.join(path, name) for name in sorted(names)]
 
 
 def check_tensor(file, name, tensor, shapes):
-    cure = "use the config.json that belongs to these weights"
-    if name not in shapes:
-        raise UserError(f"{file}: unexpected tensor {name}; {cure}")
-    if tensor.shape != shapes[name]:
-        raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, config.json says "
-                        f"{list(shapes[name])}; {cure}")
+    wanted = shapes.get(name, "no such tensor")
+    if list(tensor.shape) != wanted:
+        raise UserError(f"{file}: {name} has shape {list(tensor.shape)}, and config.json asks for "
+                        f"{wanted}; use the config.json that belongs to these weights")
     if tensor.dtype not in DTYPES.values():
-        raise UserError(f"{file}: {name} is {tensor.dtype}; use a checkpoint in one of "
-                        f"{', '.join(DTYPES)}")
+        raise UserError(f"{file}: {name} is {tensor.dtype}; only {', '.join(DTYPES)} can be read")
     # The sum is quick and finite if all numbers are; it may also overflow.
     if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-        raise UserError(f"{file}: {name} holds NaN or infinity, so the file is damaged; download "
-                        "it again")
+        raise UserError(f"{file}: {name} holds NaN or infinity; download it again")
     return tensor
 
 

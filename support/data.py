@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+from collections.abc import Sequence
 
 from support import UserError, foreign_file, whole_file
 
@@ -21,13 +22,8 @@ def read_file(path, split=""):
     if os.path.isdir(path):
         paths = [os.path.join(path, split + ending) for ending in ENDINGS]
         path = next(filter(os.path.exists, paths), paths[0])
-    try:
-        with open(path, "rb") as f:
-            data = f.read()
-    except OSError as error:
-        raise UserError(f"no data can be read from '{path}': {error}") from None
-    with foreign_file(path):
-        rows = list(read_rows(path, data))
+    with foreign_file(path), open(path, "rb") as f:
+        rows = list(read_rows(path, f.read()))
     for place, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{place}: a row must be a JSON object")
@@ -60,12 +56,27 @@ def read_rows(path, data):
         yield f"{path}, row {number}", row
 
 
-def load_hub(name, path, configuration, split, **options):
-    """datasets.load_dataset; whatever goes wrong is a UserError. name: as the user wrote it."""
+class HubRows(Sequence):
+    """The (place, row) pairs of a data set on the hub. Each is read from the disk when it is asked
+    for, so that a million rows take no memory."""
+
+    def __init__(self, path, data):
+        self.path, self.data = path, data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return f"{self.path}, row {index}", self.data[index]
+
+
+def load_hub(name, path, configuration, split):
+    """HubRows of a data set, which is downloaded once. Whatever goes wrong is a UserError. name: as
+    the user wrote it."""
     try:
         import datasets  # only here: local files do not need it
 
-        return datasets.load_dataset(path, configuration, split=split, **options)
+        return HubRows(path, datasets.load_dataset(path, configuration, split=split))
     except Exception as error:  # of many kinds: the network, the hub, a damaged file
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"data set '{name}' ({path}, {split}) could not be loaded ({reason}); give "

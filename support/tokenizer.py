@@ -136,13 +136,10 @@ class Tokenizer:
             prompt = self.chat(guarded[:i])
             turn = self.chat(guarded[: i + 1], generation_prompt=False)
             if not (prompt.startswith(done) and turn.startswith(prompt)):
-                before = self.chat(guarded[:i], generation_prompt=False)
-                fault = "changes earlier messages when later ones follow"
-                if before.startswith(done) and turn.startswith(before):
-                    opening = prompt[len(os.path.commonprefix([prompt, turn])) :]
-                    fault = f"ends a prompt with {opening!r} but leaves that out of a written turn"
-                raise UserError(f"the chat template {fault}, so that turns cannot be told apart "
-                                f"(at message {i + 1}); use another checkpoint's template")
+                raise UserError("the chat template changes earlier messages when later ones follow, or "
+                                "ends a prompt with what it leaves out of a written turn, so that "
+                                f"turns cannot be told apart (at message {i + 1}); use another "
+                                "checkpoint's template")
             asked = self.encode(prompt[len(done) :], special=True, guard=GUARD)
             said = self.encode(turn[len(prompt) :], special=True, guard=GUARD)
             if self.eos_id not in said:
@@ -225,10 +222,9 @@ def _check_contents(messages, rendered):
     for number, message in sorted(enumerate(messages, 1), key=lambda m: -len(m[1]["content"])):
         content = "".join(message["content"].split())
         if content not in rest:
-            role, causes = message["role"], {"system": "have no place for system messages"}
-            cause = causes.get(role, "cut off reasoning up to </think>")
-            raise UserError(f"the chat template leaves out message {number} ({role}), or a part of "
-                            f"it: it may {cause}; change the message, or use another template")
+            raise UserError(f"the chat template leaves out message {number} ({message['role']}), or a "
+                            "part of it: it may have no place for system messages, or cut off "
+                            "reasoning up to </think>; change the message, or use another template")
         rest = rest.replace(content, "\0", 1)
 
 

@@ -99,7 +99,7 @@ GOOD = {"question": "x", "answer": "1"}
     ("x.csv", b"question;answer\n1+1?;2\n", "it has {'question;answer': '1+1?;2'}"),
     ("x.csv", b"question,answer\n\xff,2\n", "x.csv is malformed (UnicodeDecodeError"),
     ("x.parquet", b"PAR1", "x.parquet is malformed"),
-    ("nowhere.jsonl", None, "no data can be read from"),
+    ("nowhere.jsonl", None, "nowhere.jsonl cannot be read: "),
     ("directory", None, "directory/train.jsonl"),
     ("gsm9k", None, "nor one of gsm8k, math"),
     ("x.jsonl@hard", b"", "'x.jsonl@hard' is neither a file"),
@@ -172,9 +172,10 @@ def hub_of(monkeypatch, *rows):
     return asked
 
 
-@pytest.mark.parametrize("name", eval_math.DATASETS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_every_data_set_loads_by_name_from_its_published_columns(name, monkeypatch):
     asked = hub_of(monkeypatch, PUBLISHED[name])
+    assert PUBLISHED.keys() | {"tulu3", "openthoughts3"} == eval_math.DATASETS.keys()  # these are in test_sft.py
     [problem] = load_problems(name, "train" if name in ("math", "deepmath") else "test")
     assert problem["question"].replace(" ", "") == "2+2?"
     assert eval_math.is_correct(problem["answer"], "4")
@@ -409,12 +410,12 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_the_answers(evaluation, tmp_path):
     (["--n=0"], "n must be at least 1"),
     (["--temperature=-0.5"], "temperature must be at least 0"),
     (["--answer_format=latex"], "must be one of auto, any, boxed"),
-    (["--dataset=nowhere.jsonl"], "no data can be read from 'nowhere.jsonl'"),
+    (["--dataset=nowhere.jsonl"], "nowhere.jsonl cannot be read: "),
     (["--dataset=DATA", "--prompt_template=" + "{question}" * 40], "fills the model's context"),
     (["--dataset=DATA", "--prompt_template=boxd"], "must contain {question}"),
     (["--out_dir=RUN"], "holds a training run"),
     (["--regrade=RUN/log.jsonl"], "has no responses"),
-    (["--regrade=RUN/nowhere.jsonl"], "no data can be read"),
+    (["--regrade=RUN/nowhere.jsonl"], "nowhere.jsonl cannot be read"),
 ])
 def test_mistakes_get_one_line(checkpoint, problems, tmp_path, arguments, words):
     (tmp_path / "log.jsonl").touch()

@@ -444,7 +444,7 @@ REFUSED = [
     (dict(kl_coef=-0.1), "kl_coef must be at least 0"),
     (dict(method="full", kl_coef=0.1), "kl_coef must be 0 with method = full"),
     (dict(overlong_tokens=8), "overlong_tokens must be below max_new_tokens"),
-    (dict(prompt_template="{question}" * 40), "fills the model's context; leave it out: '"),
+    (dict(prompt_template="{question}" * 40), "fills the model's context of "),
 ]
 
 

@@ -1,6 +1,5 @@
 """sft.py: it trains what the model should say and nothing else, as a plain loop would, and runs resume to the bit."""
 
-import itertools
 import json
 import math
 import os
@@ -223,7 +222,7 @@ def test_rows_of_another_shape_are_refused_by_file_and_line(row, words, tmp_path
     assert f"{data}, line 2: " in str(refused.value) and words in str(refused.value)
 
 
-# --------------------------------------------------------------------------------------------------------- streams
+# -------------------------------------------------------------------------------------------------------- the rows
 
 def numbered_chats(count):
     return [as_messages([("user", f"How many apples has number {i}?"), ("assistant", f"{i} + 1 = {i + 1}")])
@@ -232,55 +231,40 @@ def numbered_chats(count):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Data sets of a hub, {path: rows}. Among the rows may be an error. `read` counts the rows that are read."""
-    hub = SimpleNamespace(rows={}, asked=[], read=0)
+    """Data sets of a hub, {path: rows}."""
+    hub = SimpleNamespace(rows={}, asked=[])
 
-    def load_dataset(path, configuration, split, streaming):
-        def generate():
-            for row in hub.rows[path]:
-                if isinstance(row, Exception):
-                    raise row
-                hub.read += 1
-                yield row
-
-        hub.asked.append((path, configuration, split, streaming))
-        return datasets.IterableDataset.from_generator(generate)
+    def load_dataset(path, configuration, split):
+        hub.asked.append((path, configuration, split))
+        return datasets.Dataset.from_list(hub.rows[path])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return hub
 
 
-def streamed(name, steps=range(6), **changes):
-    """What the assistant says in the rows of steps."""
-    batch = sft.batches(settings(**dict(dataset=name, seed=1, shuffle_buffer=7, batch_size=5) | changes))
-    return [[e["messages"][-1]["content"] for e in batch(step)] for step in steps]
-
-
 @pytest.mark.parametrize("name, path, shape", [("tulu3", "allenai/tulu-3-sft-mixture", as_messages),
                                                ("openthoughts3", "open-thoughts/OpenThoughts3-1.2M", as_conversations),
                                                ("owner/chats", "owner/chats", as_messages)])
-def test_hub_data_sets_are_streamed_in_their_published_columns(hub, name, path, shape):
+def test_hub_data_sets_are_read_in_their_published_columns_when_a_step_needs_them(hub, name, path, shape):
     hub.rows[path] = [shape([("user", "?"), ("assistant", str(i))]) | {"source": "x", "id": str(i)} for i in range(12)]
-    seen = list(itertools.chain(*streamed(name, steps=range(5))))
-    assert hub.asked == [(path, None, "train", True)]
-    assert sorted(seen[:12], key=int) == sorted(seen[12:24], key=int) == [str(i) for i in range(12)]  # two epochs
-    assert seen[:12] != seen[12:24] and seen[:12] != [str(i) for i in range(12)]
+    hub.rows[path].append({"source": "a row that no step takes"})
+    rows = sft.training_rows(settings(dataset=name))
+    assert hub.asked == [(path, None, "train")] and len(rows) == 13
+    assert [sft.as_example(*rows[i])["messages"][-1]["content"] for i in (7, 0)] == ["7", "0"]
+    with pytest.raises(UserError, match=f"{path}, row 12: needs a question"):
+        sft.as_example(*rows[12])
 
 
-def test_a_stream_depends_on_the_seed_alone_and_goes_on_at_any_step(hub):
-    hub.rows["owner/chats"] = numbered_chats(17)
-    whole = streamed("owner/chats")
-    assert streamed("owner/chats") == whole != streamed("owner/chats", seed=2)
-    assert streamed("owner/chats", steps=[4, 5]) == whole[4:]  # in the second epoch
+@pytest.mark.parametrize("name", ["tulu3", "openthoughts3"])
+def test_a_data_set_without_a_test_split_is_not_evaluated(name):
+    with pytest.raises(UserError, match=f"'{name}' has no split 'test', only train"):
+        sft.held_out(settings(eval_dataset=name))
 
 
-@pytest.mark.parametrize("rows, words", [
-    ([*numbered_chats(8), OSError("gone")], "'owner/chats' broke off after . rows: gone; go on with --init_from"),
-    ([], "'owner/chats' .*holds no rows"), ([{"text": "?"}], "owner/chats, row 0: needs a question")])
-def test_a_stream_that_cannot_be_read_on_is_refused(hub, rows, words):
-    hub.rows["owner/chats"] = rows
-    with pytest.raises(UserError, match=words):
-        streamed("owner/chats")
+def test_a_faulty_row_of_a_file_is_refused_before_the_run(tmp_path):
+    data = write(tmp_path / "rows.jsonl", [*ROWS, {"text": "?"}])
+    with pytest.raises(UserError, match="rows.jsonl, line 5: needs a question"):
+        sft.training_rows(settings(dataset=data))
 
 
 def test_held_out_rows_are_the_first_of_the_test_split(hub, tmp_path):
@@ -288,22 +272,22 @@ def test_held_out_rows_are_the_first_of_the_test_split(hub, tmp_path):
     for split in ("train", "test"):
         write(tmp_path / f"{split}.jsonl", [{"question": f"{split} {i}", "answer": "1"} for i in range(9)])
     for size, count in ((3, 3), (0, 9)):
-        hub.read = 0
         examples = sft.held_out(settings(eval_dataset="owner/chats", eval_size=size))
         assert [e["messages"] for e in examples] == [row["messages"] for row in numbered_chats(count)]
-        assert hub.read <= count + 1 and hub.asked[-1] == ("owner/chats", None, "test", True)  # no further than needed
+        assert hub.asked[-1] == ("owner/chats", None, "test")
         examples = sft.held_out(settings(eval_dataset=str(tmp_path), eval_size=size))
         assert [e["question"] for e in examples] == [f"test {i}" for i in range(count)]
 
 
-def test_two_processes_on_a_stream_learn_what_one_does(checkpoint, tmp_path):
+def test_two_processes_on_a_hub_data_set_learn_what_one_does(checkpoint, tmp_path):
     file = write(tmp_path / "rows.jsonl", numbered_chats(20))
-    setup = ("import datasets\nload = datasets.load_dataset  # a file in place of the hub, through the same reader\n"
-             f"datasets.load_dataset = lambda path, *_, **options: load('json', data_files={file!r}, **options)")
+    setup = ("import datasets\ndatasets.disable_progress_bars()\n"
+             "load = datasets.load_dataset  # a file in place of the hub, through the same reader\n"
+             f"datasets.load_dataset = lambda path, *_, split: load('json', data_files={file!r}, split=split,\n"
+             f"    cache_dir={str(tmp_path / 'cache')!r})")
     held_out = write(tmp_path / "held_out.jsonl", ROWS[:3])
     for name, processes in (("one", 1), ("two", 2)):
-        asked = ["sft.py", *args(checkpoint, "owner/chats", tmp_path / name, eval_dataset=held_out, batch_size=5,
-                                 shuffle_buffer=6)]
+        asked = ["sft.py", *args(checkpoint, "owner/chats", tmp_path / name, eval_dataset=held_out, batch_size=5)]
         for done in fork_ranks(processes, *asked, setup=setup):
             assert done.returncode == 0 and not done.stderr, done.stderr
     (one, held_one), (two, held_two) = (log_of(tmp_path / name) for name in ("one", "two"))
@@ -315,12 +299,12 @@ def test_two_processes_on_a_stream_learn_what_one_does(checkpoint, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------ whole runs
 
-@pytest.mark.parametrize("source", ["file", "stream", "pretraining"])
+@pytest.mark.parametrize("source", ["file", "hub", "pretraining"])
 def test_an_interrupted_run_goes_on_to_the_same_numbers(checkpoint, problems, tmp_path, hub, monkeypatch, source):
     """Ctrl-C in the middle of an update neither loses nor repeats it."""
     hub.rows["owner/chats"] = numbered_chats(20)
-    data = "owner/chats" if source == "stream" else problems
-    options = dict(max_steps=5, lr_schedule="cosine", shuffle_buffer=6, save_interval=0, eval_dataset=problems)
+    data = "owner/chats" if source == "hub" else problems
+    options = dict(max_steps=5, lr_schedule="cosine", save_interval=0, eval_dataset=problems)
     if source == "pretraining":
         options |= dict(method="full", random_init=True, lr=5e-3, beta2=0.95)
     calls = []
@@ -374,9 +358,9 @@ def test_the_configs_are_settings_that_hold_together(name):
 
 
 @pytest.mark.parametrize("changes", [dict(beta2=1.0), dict(beta2=-0.1), dict(weight_decay=-1.0), dict(batch_size=0),
-                                     dict(micro_batch_tokens=0), dict(shuffle_buffer=0), dict(max_steps=-1),
+                                     dict(micro_batch_tokens=0), dict(max_steps=-1),
                                      dict(max_length=-1), dict(warmup_steps=-1), dict(grad_clip=-1.0),
-                                     dict(random_init=True), dict(eval_dataset="tulu3")], ids=str)
+                                     dict(random_init=True)], ids=str)
 def test_settings_that_cannot_work_are_refused(changes):
     with pytest.raises(UserError, match="|".join(changes)):
         sft.check(settings(**changes))

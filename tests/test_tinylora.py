@@ -463,8 +463,8 @@ def test_a_malformed_file_is_refused_in_one_line(net, tmp_path, key, value, shap
     ("tinylora-9", {}, torch.ones(1, 13), "format 'tinylora-9', but this version reads"),
     (tinylora.FORMAT, "[" * 100000, torch.ones(1, 13), "is malformed"),
     (tinylora.FORMAT, dict(rank=10**9), torch.ones(1, 13), "rank must be"),
-    (tinylora.FORMAT, dict(rank=2.0), torch.ones(1, 13), "its settings rank have values of another type"),
-    (tinylora.FORMAT, dict(u=10**12), torch.ones(1, 13), "holds 13 numbers, fewer than its setting u"),
+    (tinylora.FORMAT, dict(rank=2.0), torch.ones(1, 13), "its setting rank must be int"),
+    (tinylora.FORMAT, dict(u=10**12), torch.ones(1, 13), "holds fewer numbers than its setting u"),
     (tinylora.FORMAT, dict(u=12), torch.ones(1, 13), r"v has shape \(1, 13\), but .* need \(1, 12\)"),
     (tinylora.FORMAT, {}, torch.full((1, 13), float("nan")), "not finite"),
     (tinylora.FORMAT, dict(base=""), torch.ones(1, 13), "another base model"),
@@ -482,7 +482,7 @@ def test_files_that_do_not_fit_are_refused(net, tmp_path, form, changes, tensor,
 
 def test_no_file_or_a_mistyped_text_is_refused(net, tmp_path):
     (tmp_path / "adapter.safetensors").write_bytes(b"nonsense")
-    for where, words in ((tmp_path, "adapter.safetensors is malformed"), (tmp_path / "nowhere", "no adapter can be")):
+    for where, words in ((tmp_path, "adapter.safetensors is malformed"), (tmp_path / "nowhere", "nowhere cannot be")):
         with pytest.raises(UserError, match=words):
             tinylora.load_adapter(net, str(where))
     text = tinylora.adapter_text(tinylora.add_adapter(net, u=3))

@@ -129,7 +129,7 @@ def splits(*steps):
 @pytest.mark.parametrize("file, change, words", [
     ("tokenizer.json", None, "tokenizer.json is missing: download it, or have transformers write it"),
     ("tokenizer.json", "[]", "only byte-level BPE"),
-    ("tokenizer.json", '{"a":' * 100_000, "cannot be read as JSON"),
+    ("tokenizer.json", '{"a":' * 100_000, "is malformed (RecursionError"),
     ("tokenizer.json", {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "only byte-level BPE"),
     ("tokenizer.json", {"pre_tokenizer": None}, "not sentencepiece"),  # as in Llama 2
     # tiktoken drops what its one pattern leaves over, so that several steps would lose text (DeepSeek has several)
@@ -348,14 +348,14 @@ THOUGHT = "<think>\nThree and four make seven.\n</think>\n\n#### 7"
 
 
 @pytest.mark.parametrize("template, messages, words", [
-    (R1, turns("3+4?", THOUGHT), "message 2 (assistant), or a part of it: it may cut off reasoning up to </think>"),
-    (R1_OPENED, turns("3+4?", THOUGHT), "message 2 (assistant), or a part of it: it may cut off reasoning"),
+    (R1, turns("3+4?", THOUGHT), "message 2 (assistant), or a part of it: it may have no place for"),
+    (R1_OPENED, turns("3+4?", THOUGHT), "message 2 (assistant), or a part of it: it may"),
     (R1, turns("3+4?", THOUGHT, "2+2?", "#### 4"), "message 2 (assistant)"),
     (NO_SYSTEM, turns("3+4?", "#### 7", system="Think step by step."), "message 1 (system)"),
     (NO_SYSTEM, turns("3+4?", "#### 7", system="4"), "message 1 (system), or a part of it: it may have no place for"),
     (LAST_ONLY, turns("3+4?", "#### 7"), "message 1 (user)"),
     (LAST_ONLY, turns("Yes", "Yes"), "leaves out message"),
-    (R1_OPENED, turns("3+4?", "#### 7"), r"ends a prompt with '<think>\n' but leaves that out of a written turn"),
+    (R1_OPENED, turns("3+4?", "#### 7"), "ends a prompt with what it leaves out of a written turn"),
     (CHATML.replace("CONTENT", "m.content ~ (loop.last and '!' or '')"), turns("?", "7"), "changes earlier messages"),
     (CHATML.replace("CONTENT", "m.content ~ (loop.last and m.role == 'assistant' and '!' or '')"),
      turns("?", "7", "?", "8"), "changes earlier messages"),
