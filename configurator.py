@@ -48,6 +48,9 @@ def configure(Settings, *functions, argv=None):
     if "--help" in argv or "-h" in argv:
         show_help(Settings, functions)
         raise SystemExit
+    script = sys.modules[Settings.__module__]
+    name = os.path.splitext(os.path.basename(script.__file__))[0]
+    sys.modules.setdefault(name, script)  # so that `from grpo import reward` is not a second grpo
     cfg = Settings()
     cfg.code = ""  # the source of config files that define functions
     for function in functions:
@@ -94,7 +97,7 @@ def read_config(path, cfg):
         hint = f"; did you mean --{path.lstrip('-')}?" if "=" in path else ""
         raise UserError(f"no config file at '{path}'{hint}")
     try:
-        defined = runpy.run_path(path, run_name=path)
+        defined = runpy.run_path(path, run_name=path)  # run_name: the __module__ of its functions
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"config file '{path}' failed: {reason}") from None

@@ -223,7 +223,7 @@ def replacement_positions(step, attempt, count, cfg):
 def sample_groups(net, tokenizer, asked, cfg):
     """A group of rewarded rollouts for each of the (position, problem) pairs, and counts over all
     of them."""
-    prompts = [problem["prompt_ids"] for _, problem in asked]
+    prompts = [problem["prompt_tokens"] for _, problem in asked]
     groups = generate(net, tokenizer, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature,
                       cfg.seed, prompt_ids=[position for position, _ in asked], progress="sampling")
     pairs = [(problem, completion) for (_, problem), group in zip(asked, groups)
@@ -247,7 +247,8 @@ def sample_groups(net, tokenizer, asked, cfg):
 
 
 def sample_batch(net, tokenizer, train_set, cfg, step, ranks):
-    """This process's rollouts of a step, and counts over all processes.
+    """This process's rollouts of a step, and counts over all processes: of all that was sampled,
+    and as batch_* of the rollouts that are left, by which the loss is divided.
 
     A group in which all completions earned the same has no gradient. Such a group is replaced by
     one of another problem if cfg.resample rounds find one (DAPO, Yu et al. 2025, section 3.2)."""
@@ -275,7 +276,7 @@ def sample_batch(net, tokenizer, train_set, cfg, step, ranks):
 def evaluate(net, tokenizer, test_set, cfg, ranks):
     """Rewards of greedy completions of held-out problems. Prints and returns figures over all."""
     mine = ranks.mine(test_set)
-    prompts = [problem["prompt_ids"] for problem in mine]
+    prompts = [problem["prompt_tokens"] for problem in mine]
     groups = generate(net, tokenizer, prompts, 1, cfg.max_new_tokens, temperature=0,
                       progress="evaluating")
     rows = []
@@ -324,7 +325,10 @@ def prepare(net, tokenizer, rows, cfg):
     context = net.config.max_position_embeddings
     prompts = encode_problems(tokenizer, rows, cfg.system_prompt, cfg.prompt_template, context)
     for row, prompt in zip(rows, prompts):
-        row["prompt_ids"] = prompt
+        if cfg.reward is reward and "answer" not in row:
+            raise UserError("the default reward compares with a problem's \"answer\", and there is "
+                            f"none in {row}; define a reward in the config file, too")
+        row["prompt_tokens"] = prompt
         row["limit"] = min(cfg.max_new_tokens, context - len(prompt))
         row["answer_format"] = cfg.answer_format
 
@@ -447,7 +451,10 @@ def advice_on(record, cfg, dtype):
                "harder or easier problems, a larger group_size, or resample")
     if record["entropy"] is not None and record["entropy"] < 0.005:
         yield "the entropy is nearly 0, so all completions of a group are the same; lower lr"
-    if record["diff"] and record["diff"] > (1e-3 if dtype == torch.float32 else 0.05):
+    if dtype == torch.float32 and record["diff"] and record["diff"] > 1e-3:
+        yield (f"sampler and trainer disagree by {record['diff']:.3f} on average, which is a bug: "
+               "do AdaptedLinear (tinylora.py) and FusedLinear (support/fused.py) still agree?")
+    elif record["diff"] and record["diff"] > 0.05:
         yield (f"sampler and trainer disagree by {record['diff']:.3f} on average; set tis_cap = 2 "
                "or use float32")
 

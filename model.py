@@ -88,7 +88,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
 
-    def project(self, x):  # a method of its own, so that a sampler can fuse the three products
+    def project(self, x):  # in sampling support/fused.py makes the three products one
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x, cos, sin, cache):
@@ -284,7 +284,9 @@ def config_rules(raw, rope):
         f"{architectures[0]} is not a language model; use a checkpoint that ends in ForCausalLM")
     yield raw.get("hidden_act", "silu") == "silu", (
         f"hidden_act {raw.get('hidden_act')!r} is not supported")
-    for key in ("use_sliding_window", "mlp_bias", "quantization_config"):
+    yield not raw.get("use_sliding_window", raw.get("sliding_window")), (
+        "sliding_window is not supported; use a checkpoint without it")
+    for key in ("mlp_bias", "quantization_config"):
         yield not raw.get(key), (
             f"{key} is not supported; use a checkpoint without it, not quantised")
     yield kind == "qwen2" or not raw.get("attention_bias"), (

@@ -86,7 +86,8 @@ class KVCache:
 
     def advance(self, positions, columns):
         """In the next pass rows 0 .. B-1 have a token each, at `positions` [B], and attend to what
-        stands up to there. columns: 0 .. end-1, with an end above all positions."""
+        stands up to there. columns: 0 .. end-1, with an end above all positions; a tensor, because
+        compiled code would be made anew for every number."""
         self.positions, self.end = positions, len(columns)
         self.rows = torch.arange(len(positions), device=positions.device)
         masked = (columns > positions[:, None])[:, None, None]  # [B, 1, 1, end]
@@ -223,7 +224,8 @@ class Sampler:
             for row in islice(waiting, self.slots - len(self.rows)):
                 if row.prompt not in self.prefilled:
                     self.prefill(row.prompt)
-                self.cache.copy_row(len(self.rows), *self.prefilled[row.prompt], len(row.ids) - 1)
+                source, line = self.prefilled[row.prompt]
+                self.cache.copy_row(len(self.rows), source, line, len(row.ids) - 1)
                 self.rows.append(row)
             if not self.rows:
                 return

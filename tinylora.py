@@ -85,7 +85,8 @@ def install(model, adapter):
 
 
 class AdaptedLinear(Linear):
-    """A frozen linear with the update. US [m, r], Vt [r, n] and R [r, r] are plain attributes, so
+    """A frozen linear with the update, in training. While sampling, support/fused.FusedLinear takes
+    its place and must compute the same. US [m, r], Vt [r, n] and R [r, r] are plain attributes, so
     the state dict stays the checkpoint's."""
 
     def forward(self, x):

@@ -1,5 +1,5 @@
 # RL on DeepMath-103K with Qwen2.5-7B (base) and LoRA of rank 1, as in LoRA Without Regret. Its
-# authors took Qwen3-8B-Base, which model.py does not read.
+# authors took Qwen3-8B-Base: --model=Qwen/Qwen3-8B-Base.
 # The base model, too, is asked through Qwen's chat template. Sampling stops where the template ends
 # a turn (<|im_end|>), as well as at <|endoftext|>.
 # python grpo.py config/qwen7b_deepmath_lora.py

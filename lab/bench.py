@@ -183,9 +183,10 @@ def in_turn(sides, rounds, *arguments):
     except (EOFError, OSError):
         raise UserError("a measured process ended early; what it printed above says why") from None
     finally:
-        for process in processes:
+        for pipe, process in zip(pipes, processes):
+            pipe.close()
+            process.join(timeout=20)  # one that still waits for its turn never ends
             process.kill()
-            process.join()
     by_time = [sorted(reported[1:], key=lambda report: report["seconds"]) for reported in reports]
     return [reported[len(reported) // 2] for reported in by_time]
 

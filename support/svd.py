@@ -31,7 +31,7 @@ def top_svd(W, rank, name="a matrix"):
     n = M.shape[1]
     if n <= max(512, 8 * rank):
         V, values = top_eigen(M.T @ M, rank)
-        residuals = 1e-15 * values[:1]
+        residuals = 1e-15 * values[:1]  # float64's rounding
     else:
         V, values, residuals = block_lanczos(M, rank, min(n, 1024 + 8 * rank), name)
     angle = (residuals / gaps(values).clamp(min=1e-300)).max().item()

@@ -245,8 +245,8 @@ def test_groups_are_asked_and_rewarded_as_the_settings_say(monkeypatch, objectiv
     cfg = grpo.Settings(answer_format="hash", overlong_tokens=4, seed=3, max_new_tokens=12, temperature=0.7,
                         objective=objective, group_size=4)
     cfg.reward = grpo.reward
-    asked, rows = [], [{"answer": "7", "prompt_ids": [5, 6], "limit": 12, "answer_format": "hash"},
-                       {"answer": "8", "prompt_ids": [9], "limit": 8, "answer_format": "hash"}]
+    asked, rows = [], [{"answer": "7", "prompt_tokens": [5, 6], "limit": 12, "answer_format": "hash"},
+                       {"answer": "8", "prompt_tokens": [9], "limit": 8, "answer_format": "hash"}]
     groups = [completions("#### 7", r"\boxed{7}", "so #### 7", "#### 7   ", cut=["so #### 7"]),
               completions("1", "2", "3", "12345")]
 
@@ -269,7 +269,7 @@ def test_groups_are_asked_and_rewarded_as_the_settings_say(monkeypatch, objectiv
 
 def test_an_evaluation_by_hand(monkeypatch, capsys):
     texts = ["#### 7", "7", "#### 9", "#### 7"]
-    rows = [{"question": f"{i}?", "answer": "7", "prompt_ids": [i], "answer_format": "hash"} for i in range(4)]
+    rows = [{"question": f"{i}?", "answer": "7", "prompt_tokens": [i], "answer_format": "hash"} for i in range(4)]
     monkeypatch.setattr(grpo, "generate", lambda *_, **__: [completions(text, cut=["#### 9"]) for text in texts])
     cfg = grpo.Settings()
     cfg.reward = grpo.reward
@@ -384,7 +384,7 @@ def problems(cfg, split):
     return [{"question": f"{split} {i}?", "goal": _goal(split)} for i in range(7)]
 
 def reward(problem, completion):
-    assert problem["question"].endswith("?") and problem["answer_format"] == "any" and problem["prompt_ids"]
+    assert problem["question"].endswith("?") and problem["answer_format"] == "any" and problem["prompt_tokens"]
     assert len(completion.ids) == len(completion.logprobs) and completion.truncated in (True, False)
     return problem["goal"] or len(completion.text) % 2
 '''
@@ -410,7 +410,7 @@ def test_an_answer_ends_where_the_context_does(runs, net, tokenizer):
     cfg = runs.cfg("unused", prompt_template="{question} " + "x " * 200, max_new_tokens=context)
     rows = cfg.problems(cfg, "train")[:2]
     grpo.prepare(net, tokenizer, rows, cfg)
-    assert [row["limit"] for row in rows] == [context - len(row["prompt_ids"]) for row in rows]
+    assert [row["limit"] for row in rows] == [context - len(row["prompt_tokens"]) for row in rows]
     [[group, _], _] = grpo.sample_groups(net, tokenizer, list(enumerate(rows)), cfg)
     assert max(len(rollout.ids) for rollout in group) == rows[0]["limit"] < context - 200
 
