@@ -216,7 +216,7 @@ def index(*files):
          "Qwen2ForSequenceClassification is not a language model; use a checkpoint that ends in ForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"use_sliding_window": True}, "sliding_window is not supported"),
-        ({"model_type": "llama", "sliding_window": 4096}, "sliding_window is not supported"),  # as Mistral's first
+        ({"use_sliding_window": None, "sliding_window": 4096}, "sliding_window is not supported"),  # as Mistral's first
         ({"mlp_bias": True}, "mlp_bias is not supported"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config is not supported"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias is not supported for llama"),

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import test_run
 import torch
-from conftest import assert_refused
+from conftest import assert_refused, run_script
 from forks import fork_script
 from test_packing import entropy_of, of_ids, one_thread, plain_logprobs, random_rollouts  # noqa: F401
 
@@ -304,7 +304,7 @@ def test_advice_begins_at_its_bounds_and_names_the_cure():
         (torch.float32, dict(truncated=0.19), ""), (torch.float32, dict(truncated=0.21), "max_new_tokens, which is 64"),
         (torch.float32, dict(equal_groups=0.89), ""), (torch.float32, dict(equal_groups=0.91), "or resample"),
         (torch.float32, dict(entropy=0.006), ""), (torch.float32, dict(entropy=0.004), "lower lr"),
-        (torch.float32, dict(diff=0.9e-3), ""), (torch.float32, dict(diff=1.1e-3), "tis_cap = 2"),
+        (torch.float32, dict(diff=0.9e-3), ""), (torch.float32, dict(diff=1.1e-3), "which is a bug"),
         (torch.bfloat16, dict(diff=0.049), ""), (torch.bfloat16, dict(diff=0.051), "tis_cap = 2"),
         (torch.float32, dict(reward=0.0, lenient=0.0), ""), (torch.float32, dict(reward=0.0), "in the format 'hash'"),
         (torch.float32, dict(entropy=None, diff=None), ""),  # no group has a gradient
@@ -403,6 +403,18 @@ def test_a_config_may_bring_its_own_reward_and_problems(runs, capsys):
     saved = (runs.place / "run" / "settings.py").read_text()
     runs.train("run", code=saved, init_from="resume", eval_interval=2, max_steps=4)
     assert saved.startswith(OWN_TASK) and len(runs.steps("run")) == 4
+
+
+def test_a_config_that_imports_the_reward_gets_the_scripts_own(tmp_path):
+    (tmp_path / "mine.py").write_text("from grpo import reward\nmax_steps = 0\neval_size = 5\n")
+    done = run_script("grpo.py", tmp_path / "mine.py", f"--out_dir={tmp_path}/run")
+    assert done.returncode == 0 and "reward =" not in done.stdout and "run: greedy accuracy" in done.stdout, done.stderr
+
+
+def test_a_task_without_answers_needs_a_reward_of_its_own(runs):
+    code = "def problems(cfg, split):\n    return [{'question': '1?'}]\n"
+    with pytest.raises(UserError, match="""there is none in {'question': '1\\?'}; define a reward"""):
+        runs.train("run", code=code)
 
 
 def test_an_answer_ends_where_the_context_does(runs, net, tokenizer):
