@@ -57,14 +57,10 @@ FAULTS = {  # name: (arguments, what happens before, environment, what the line 
                              "cannot be written", "Not a directory"),
     "old torch": (["sample.py"], "import torch; torch.__version__ = '2.10.0+cpu'; del sys.modules['support.device']",
                   {}, "torch 2.11 or newer is needed, and this is 2.10.0+cpu: pip install -r requirements.txt"),
-    "standard input in another encoding": (["sample.py", "--prompt=-", "--model=MODEL"],
-                                           "sys.stdin.reconfigure(encoding='ascii')", dict(stdin="Zoë"),
-                                           "the terminal's text is not ascii: set PYTHONUTF8=1"),
     "a setting as TRL calls it": (["grpo.py", "--learning_rate=1e-4"], "", {}, "did you mean 'lr'?"),
     "another setting as TRL calls it": (["grpo.py", "--num_generations=8"], "", {}, "did you mean 'group_size'?"),
     "a classifier": (["sample.py", "--model=classifier"], "", {}, "Qwen2ForSequenceClassification is not a language"),
     "merges out of order": (["sample.py", "--model=unordered"], "", {}, "unordered/tokenizer.json", "merges"),
-    "a million spaces": (["eval_math.py", "--model=MODEL", "--dataset=gap.jsonl"], "", {}, "900000 white spaces"),
     "a prompt as messages": (["eval_math.py", "--model=MODEL", "--dataset=messages.jsonl"], "", {},
                              "messages.jsonl, line 1: needs a question", "'role'"),
     "a bool as the answer": (["eval_math.py", "--model=MODEL", "--dataset=bool.jsonl"], "", {},
@@ -85,7 +81,7 @@ def start(checkpoint, problems, tmp_path):
     bpe = json.loads(Path(checkpoint, "tokenizer.json").read_text())["model"]
     changed(checkpoint, tmp_path / "unordered", {
         "tokenizer.json": {"model": bpe | {"merges": bpe["merges"][::-1], "ignore_merges": True}}})
-    rows = {"gap": {"question": f"How{' ' * 1_100_000}many?", "answer": "4"}, "bool": {"question": "?", "answer": True},
+    rows = {"bool": {"question": "?", "answer": True},
             "messages": {"prompt": [{"role": "user", "content": "?"}], "solution": "4"}}
     for name, row in rows.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
@@ -223,9 +219,8 @@ def test_two_runs_in_one_place_and_one_that_was_killed(start, tmp_path):
 # ---------------------------------------------------------------------------------------------- terminals and platforms
 
 
-@pytest.mark.parametrize("stdin", ["", None])
-def test_a_chat_with_nobody_ends(start, stdin):
-    done = start(["sample.py", "--model=MODEL", "--prompt=-"], stdin=stdin).wait()
+def test_a_chat_with_nobody_ends(start):
+    done = start(["sample.py", "--model=MODEL", "--prompt=-"], stdin="").wait()
     assert (done.returncode, done.stderr) == (0, "")
 
 
