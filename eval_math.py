@@ -239,15 +239,11 @@ def summarise(groups):
 
 
 def table(summaries):
-    """Lines of a table of {name: summary}. Below several, the means of strict and lenient."""
+    """Lines of a table of {name: summary}."""
     formats = {"problems": ",", "n": "", "truncated": ".1%", "length": ",.0f"}
-    rows = list(summaries.values())
-    if len(rows) > 1:
-        means = {key: fmean(row[key] for row in rows) for key in ("strict", "lenient")}
-        summaries = summaries | {"mean": means}
-    lines = [["", *rows[0]]]
-    for name, row in summaries.items():
-        cells = (format(row[key], formats.get(key, ".3f")) if key in row else "" for key in rows[0])
+    lines = [["", *next(iter(summaries.values()))]]
+    for name, summary in summaries.items():
+        cells = [format(value, formats.get(key, ".3f")) for key, value in summary.items()]
         lines.append([name, *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return ["  ".join(map(str.rjust, line, widths)) for line in lines]
