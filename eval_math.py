@@ -69,7 +69,7 @@ PROMPTS = {  # name: (system message, or None for no chat; user message; what st
 BOTH, TEST, TRAIN = {"train": "train", "test": "test"}, {"test": "test"}, {"train": "train"}
 DATASETS = {  # name: (hub path, configuration, prompt, {split: what the hub calls it})
     "gsm8k": ("openai/gsm8k", "main", "gsm8k", BOTH),
-    "math": ("DigitalLearningGmbH/MATH-lighteval@3-5", None, "boxed", BOTH),  # the paper's levels
+    "math": ("DigitalLearningGmbH/MATH-lighteval", None, "boxed", BOTH),
     "deepmath": ("zwhe99/DeepMath-103K", None, "boxed", TRAIN),
     "math500": ("HuggingFaceH4/MATH-500", None, "boxed", TEST),
     "aime24": ("HuggingFaceH4/aime_2024", None, "boxed", {"test": "train"}),
@@ -98,15 +98,15 @@ def load_rows(name_or_path, split):
     """A sequence of (place, row). Rows of the hub stay on the disk until they are asked for.
 
     name_or_path: a file that read_file reads; a directory with one that is named after the split;
-        a name in DATASETS; or owner/name on the hub. A suffix @3-5 selects levels 3 to 5.
+        a name in DATASETS; or owner/name on the hub. A suffix @1-2 selects levels 1 and 2.
     """
-    name, levels = split_levels(name_or_path)
+    name, levels = re.fullmatch("(?s)(.*?)(?:@([0-9]+-[0-9]+))?", name_or_path).groups()
     if is_local(name):
         rows = read_file(name, split)
     elif name in DATASETS or "/" in name:
         path, configuration, _, splits = DATASETS.get(name, (name, None, "plain", {split: split}))
-        path, usual_levels = split_levels(path)
-        levels = levels or usual_levels
+        if name == "math":
+            levels = levels or "3-5"  # the paper's
         if split not in splits:
             raise UserError(f"data set '{name}' has no split '{split}', only {', '.join(splits)}")
         rows = load_hub(path, configuration, splits[split])
@@ -120,11 +120,6 @@ def load_rows(name_or_path, split):
     if not rows:
         raise UserError(f"{name_or_path} holds no problems")
     return rows
-
-
-def split_levels(name):
-    """'math@3-5' -> ('math', '3-5'); a name without levels -> (name, None)."""
-    return re.fullmatch("(?s)(.*?)(?:@([0-9]+-[0-9]+))?", name).groups()
 
 
 def as_problem(place, row):

@@ -51,7 +51,8 @@ class Tokenizer:
         if rows is not None and last >= rows:
             raise UserError(f"{path}: the tokenizer has ids up to {last}, but config.json says "
                             f"vocab_size = {rows}; use the tokenizer of this model")
-        bos, eos, pad = (_token_text(names, f"{name}_token") for name in ("bos", "eos", "pad"))
+        named = [names.get(key) or "" for key in ("bos_token", "eos_token", "pad_token")]
+        bos, eos, pad = (t["content"] if isinstance(t, dict) else t for t in named)
         adds_bos = "TemplateProcessing" in json.dumps(data.get("post_processor"))  # as in Llama 3
         self.bos_ids = [self.added[bos]] if adds_bos and bos else []
         self.special_texts = {"bos_token": bos, "eos_token": eos}
@@ -156,11 +157,6 @@ class Tokenizer:
 def _read_optional(path, name):
     file = os.path.join(path, name)
     return read_json(file) if os.path.exists(file) else {}
-
-
-def _token_text(names, key):
-    token = names.get(key) or ""
-    return token["content"] if isinstance(token, dict) else token
 
 
 def _read_tokenizer_json(path):
