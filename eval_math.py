@@ -109,7 +109,7 @@ def load_rows(name_or_path, split):
             levels = levels or "3-5"  # the paper's
         if split not in splits:
             raise UserError(f"data set '{name}' has no split '{split}', only {', '.join(splits)}")
-        rows = load_hub(path, configuration, splits[split])
+        rows = load_hub(name, path, configuration, splits[split])
     else:
         raise UserError(f"'{name}' is neither a file, nor a hub name owner/name, nor one of "
                         f"{', '.join(DATASETS)}")

@@ -433,7 +433,7 @@ def answer(net, tokenizer, cfg, ranks, texts, adapters, options):
                       adapters=[name for _, name in mine] if len(adapters) > 1 else None,
                       progress="sampling", **options)
     groups = ranks.gather(list(zip(mine, groups)))
-    for (i, name), completions in sorted(groups, key=lambda group: group[0][0]):
+    for (i, name), completions in groups:
         print0(f"### {texts[i]}")
         if len(adapters) > 1:
             print0(f"=== {name or 'no adapter'}")

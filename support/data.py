@@ -68,16 +68,16 @@ class HubRows(Sequence):
         return f"{self.path}, row {index}", self.data[index]
 
 
-def load_hub(path, configuration, split):
-    """HubRows of a data set, which is downloaded once. Whatever goes wrong is a UserError."""
+def load_hub(name, path, configuration, split):
+    """HubRows of a data set that the user calls `name`. Whatever goes wrong is a UserError."""
     try:
         import datasets  # only here: local files do not need it
 
         return HubRows(path, datasets.load_dataset(path, configuration, split=split))
     except Exception as error:  # of many kinds: the network, the hub, a damaged file
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"data set '{path}' ({split}) could not be loaded ({reason}); give a "
-                        ".jsonl file or a directory instead") from None
+        raise UserError(f"data set '{name}' ({path}, {split}) could not be loaded ({reason}); give "
+                        "a .jsonl file or a directory instead") from None
 
 
 # -------------------------------------------------------------------------------------- responses

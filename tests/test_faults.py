@@ -32,7 +32,7 @@ FAULTS = {  # name: (arguments, what happens before, environment, what the line 
     "hub unreachable": (["sample.py", "--model=owner/name"], "", NO_HUB,
                         "'owner/name' is no local directory and could not be downloaded", "give its directory"),
     "data set offline": (["eval_math.py", "--dataset=gsm8k"], "", dict(HF_HUB_OFFLINE="1", HF_HOME="hub"),
-                         "data set 'openai/gsm8k' (test) could not be loaded", "give a .jsonl file"),
+                         "data set 'gsm8k' (openai/gsm8k, test) could not be loaded", "give a .jsonl file"),
     "no GPU, said before the download": (["sample.py", "--device=cuda", "--model=owner/name"], "",
                                          NO_HUB | dict(CUDA_VISIBLE_DEVICES=""),
                                          "device 'cuda' is not available here; use --device=auto"),
