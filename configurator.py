@@ -5,8 +5,7 @@ them, from left to right:
 
 A config file is Python and is executed: run only those you have read. It sets fields, and it may
 define functions that the script lets it replace (in grpo.py: reward and problems). Helpers of its
-own begin with an underscore. An unknown name is an error, so no setting is ignored silently. Text
-on the command line is converted to the type of the field and is never executed.
+own begin with an underscore. An unknown name is an error, so no setting is ignored silently.
 """
 
 import difflib
@@ -29,18 +28,11 @@ TRL_AND_VERL = {  # what people type who know these
     "max_grad_norm": "grad_clip", "loss_type": "objective", "output_dir": "out_dir",
     "lora_rank": "rank", "lora_alpha": "alpha", "model_name_or_path": "model",
     "gradient_checkpointing": "recompute", "target_modules": "targets"}
-GONE = {  # settings of earlier versions
-    "packing": "rows are always packed", "shuffle_buffer": "rows are taken by index",
-    "tensorboard": "use wandb_log", "top_p": "training samples from all tokens",
-    "top_k": "training samples from all tokens"}
 
 
 def configure(Settings, *functions, argv=None):
-    """Return an instance of Settings with the changes that the arguments make.
-
-    The functions become attributes: cfg.reward is the `reward` of a config file that defines one,
-    or else the script's. Raises UserError for unknown names, wrong types and unreadable files.
-    """
+    """Return an instance of Settings with the changes that the arguments make. The functions become
+    attributes: cfg.reward is the `reward` of a config file that defines one, or the script's."""
     if argv is None:
         argv = sys.argv[1:]
         one_line_errors()
@@ -119,8 +111,8 @@ def check_name(cfg, name, where):
     known = [known for known in vars(cfg) if known != "code"]
     if name in known:
         return
-    if name in GONE:
-        raise UserError(f"'{name}' in {where} is no setting any more: {GONE[name]}; delete it")
+    if name in ("top_k", "top_p"):
+        raise UserError(f"'{name}' in {where}: training samples from all tokens; delete it")
     theirs = TRL_AND_VERL.get(name)
     near = [theirs] if theirs in known else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else "--help lists the settings"
@@ -128,7 +120,7 @@ def check_name(cfg, name, where):
 
 
 def from_text(text, default):
-    """Text as the type of default. It stays text if it cannot be converted; override refuses that."""
+    """Text as the type of default. What cannot be converted stays text, which override refuses."""
     if isinstance(default, bool):
         return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
     try:
@@ -142,9 +134,11 @@ def override(cfg, name, value, where):
     before = getattr(cfg, name)
     if isinstance(before, float) and type(value) is int:
         value = float(value)
+    kind = "function" if callable(before) else type(before).__name__
     fits = callable(value) if callable(before) else type(value) is type(before)
-    if not fits or isinstance(value, (int, float)) and not math.isfinite(value):
-        kind = "function" if callable(before) else type(before).__name__
+    if kind == "float":
+        kind, fits = "finite float", fits and math.isfinite(value)
+    if not fits:
         raise UserError(f"{name} in {where} wants a value of type {kind}, got {value!r}")
     choices = get_args(cfg.__annotations__.get(name))  # those of a Literal
     if choices and value not in choices:

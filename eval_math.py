@@ -23,7 +23,7 @@ from configurator import at_least, configure, save_settings
 from model import load_tokenizer
 from sample import encode_prompt, generate
 from support import UserError, whole_file
-from support.answers import ANSWER_FORMATS, extract_answer, lenient_correct, same_answer
+from support.answers import extract_answer, lenient_correct, same_answer
 from support.answers import is_correct as is_correct  # for eval_math.is_correct
 from support.data import is_local, load_hub, read_file, read_responses, write_responses, write_rows
 from support.parallel import Ranks, all_gather, is_chief, print0
@@ -69,7 +69,7 @@ PROMPTS = {  # name: (system message, or None for no chat; user message; what st
 BOTH, TEST, TRAIN = {"train": "train", "test": "test"}, {"test": "test"}, {"train": "train"}
 DATASETS = {  # name: (hub path, configuration, prompt, {split: what the hub calls it})
     "gsm8k": ("openai/gsm8k", "main", "gsm8k", BOTH),
-    "math": ("DigitalLearningGmbH/MATH-lighteval@3-5", None, "boxed", BOTH),  # the paper's levels
+    "math": ("DigitalLearningGmbH/MATH-lighteval", None, "boxed", BOTH),
     "deepmath": ("zwhe99/DeepMath-103K", None, "boxed", TRAIN),
     "math500": ("HuggingFaceH4/MATH-500", None, "boxed", TEST),
     "aime24": ("HuggingFaceH4/aime_2024", None, "boxed", {"test": "train"}),
@@ -98,15 +98,15 @@ def load_rows(name_or_path, split):
     """A sequence of (place, row). Rows of the hub stay on the disk until they are asked for.
 
     name_or_path: a file that read_file reads; a directory with one that is named after the split;
-        a name in DATASETS; or owner/name on the hub. A suffix @3-5 selects levels 3 to 5.
+        a name in DATASETS; or owner/name on the hub. A suffix @1-2 selects levels 1 and 2.
     """
-    name, levels = split_levels(name_or_path)
+    name, levels = re.fullmatch("(?s)(.*?)(?:@([0-9]+-[0-9]+))?", name_or_path).groups()
     if is_local(name):
         rows = read_file(name, split)
     elif name in DATASETS or "/" in name:
         path, configuration, _, splits = DATASETS.get(name, (name, None, "plain", {split: split}))
-        path, usual_levels = split_levels(path)
-        levels = levels or usual_levels
+        if name == "math":
+            levels = levels or "3-5"  # the paper's
         if split not in splits:
             raise UserError(f"data set '{name}' has no split '{split}', only {', '.join(splits)}")
         rows = load_hub(name, path, configuration, splits[split])
@@ -122,11 +122,6 @@ def load_rows(name_or_path, split):
     return rows
 
 
-def split_levels(name):
-    """'math@3-5' -> ('math', '3-5'); a name without levels -> (name, None)."""
-    return re.fullmatch("(?s)(.*?)(?:@([0-9]+-[0-9]+))?", name).groups()
-
-
 def as_problem(place, row):
     """The row with three texts: 'question', the final 'answer', and the 'solution', which is the
     worked answer if the data has one."""
@@ -136,11 +131,9 @@ def as_problem(place, row):
     answers = {c: as_text(row[c]) for c in ANSWER_COLUMNS if as_text(row.get(c)).strip()}
     if not questions or not answers:
         found = {key: str(value)[:30] for key, value in row.items()}
-        raise UserError(f"{place}: needs a question ({', '.join(QUESTION_COLUMNS)}), which is a "
-                        f"text, and an answer ({', '.join(ANSWER_COLUMNS)}), which is a text, a "
-                        f"number or a list; it has {found}")
-    if not isinstance(row.get("system") or "", str):
-        raise UserError(f"{place}: system must be a text")
+        raise UserError(f"{place}: needs a question, a text named {', '.join(QUESTION_COLUMNS)}, "
+                        "and an answer, a text, number or list named "
+                        f"{', '.join(ANSWER_COLUMNS)}; it has {found}")
     answer = next(iter(answers.values()))
     return row | {"question": questions[0], "answer": final_answer(answer),
                   "solution": answers.get("solution", answer)}
@@ -191,7 +184,7 @@ def encode_problems(tokenizer, problems, system_prompt, prompt_template, context
         prompt = encode_prompt(tokenizer, text, system, chat=system_prompt is not None)
         if len(prompt) >= context:
             raise UserError(f"a prompt of {len(prompt)} tokens fills the model's context of "
-                            f"{context}; leave out the question '{problem['question'][:50]}...'")
+                            f"{context}; leave out '{problem['question'][:50]}...'")
         prompts.append(prompt)
     return prompts
 
@@ -241,15 +234,11 @@ def summarise(groups):
 
 
 def table(summaries):
-    """Lines of a table of {name: summary}. Below several, the means of strict and lenient."""
+    """Lines of a table of {name: summary}."""
     formats = {"problems": ",", "n": "", "truncated": ".1%", "length": ",.0f"}
-    rows = list(summaries.values())
-    if len(rows) > 1:
-        means = {key: fmean(row[key] for row in rows) for key in ("strict", "lenient")}
-        summaries = summaries | {"mean": means}
-    lines = [["", *rows[0]]]
-    for name, row in summaries.items():
-        cells = (format(row[key], formats.get(key, ".3f")) if key in row else "" for key in rows[0])
+    lines = [["", *next(iter(summaries.values()))]]
+    for name, summary in summaries.items():
+        cells = [format(value, formats.get(key, ".3f")) for key, value in summary.items()]
         lines.append([name, *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return ["  ".join(map(str.rjust, line, widths)) for line in lines]
@@ -258,16 +247,16 @@ def table(summaries):
 def grade_again(path, answer_format):
     """Grade a file of responses by today's rules. The new verdicts go to a file beside it."""
     settings, groups = read_responses(path)
+    if not groups:
+        raise UserError(f"{path} has no responses")
     if answer_format == "auto":
         answer_format = settings.get("answer_format", "any")
-    if answer_format not in ANSWER_FORMATS or not groups:
-        raise UserError(f"{path} has no responses, or its answer_format {answer_format!r} is "
-                        "unknown; give --answer_format=")
     changed = 0
-    for row in (row for rows in groups.values() for row in rows):
-        verdict = score(row["response"], row["truncated"], row["answer"], answer_format)
-        changed += any(row.get(key) != verdict[key] for key in ("strict", "lenient"))
-        row |= verdict
+    for rows in groups.values():
+        for row in rows:
+            verdict = score(row["response"], row["truncated"], row["answer"], answer_format)
+            changed += any(row.get(key) != verdict[key] for key in ("strict", "lenient"))
+            row |= verdict
     new = f"{path.removesuffix('.jsonl')}.regraded.jsonl"
     write_responses(new, settings | {"answer_format": answer_format}, groups.values())
     n = max(map(len, groups.values()))
@@ -279,26 +268,19 @@ def grade_again(path, answer_format):
 
 # -------------------------------------------------------------------------------------- the script
 
-def evaluate(net, tokenizer, problems, cfg, indices, on_rows):
-    """Ask every problem cfg.n times, and call on_rows with the scored answers to a problem as soon
-    as they are complete. A problem's random numbers depend on its number in `indices`."""
-
-    def grade(i, completions):
-        rows, reference = [], problems[i]["answer"]
-        for j, completion in enumerate(completions):
-            text, truncated = completion.text, completion.truncated
-            if cfg.system_prompt is None and "\nQuestion:" in text:
-                # A base model goes on with a question of its own, so its answer has ended there.
-                text, truncated = text.partition("\nQuestion:")[0], False
-            row = {"index": indices[i], "sample": j, "question": problems[i]["question"],
-                   "answer": reference, "tokens": len(completion.ids), "truncated": truncated}
-            verdict = score(text, truncated, reference, cfg.answer_format)
-            rows.append(row | verdict | {"response": text})
-        on_rows(rows)
-
-    prompts = encode_problems(tokenizer, problems, cfg.system_prompt, cfg.prompt_template)
-    generate(net, tokenizer, prompts, cfg.n, cfg.max_new_tokens, cfg.temperature, cfg.seed,
-             prompt_ids=indices, progress="evaluating", on_done=grade)
+def grade(problem, index, completions, cfg):
+    """A row with its verdicts for each of the completions of problem number `index`."""
+    rows = []
+    for j, completion in enumerate(completions):
+        text, truncated = completion.text, completion.truncated
+        if cfg.system_prompt is None and "\nQuestion:" in text:
+            # A base model goes on with a question of its own, so its answer has ended there.
+            text, truncated = text.partition("\nQuestion:")[0], False
+        row = {"index": index, "sample": j, "question": problem["question"],
+               "answer": problem["answer"], "tokens": len(completion.ids), "truncated": truncated}
+        verdict = score(text, truncated, problem["answer"], cfg.answer_format)
+        rows.append(row | verdict | {"response": text})
+    return rows
 
 
 def identity(net, problems, cfg):
@@ -314,9 +296,10 @@ def identity(net, problems, cfg):
     return settings | {"dtype": str(net.dtype), "adapter or problems": digest.hexdigest()}
 
 
-def ask(net, tokenizer, name, problems, cfg, path, ranks):
+def ask(net, tokenizer, problems, prompts, cfg, path, ranks):
     """Ask the problems that `path` does not answer yet, each process its part of them, and append
-    the answers as they come. Returns the figures of all answers."""
+    the answers as they come. Returns the figures of all answers. What is sampled depends on the
+    problem's place in the data, and not on what is asked besides."""
     settings, done, left = identity(net, problems, cfg), {}, None
     asked = list(range(len(problems)))[: cfg.num_problems or None]
     if is_chief():
@@ -329,17 +312,18 @@ def ask(net, tokenizer, name, problems, cfg, path, ranks):
             done = {i: rows for i, rows in done.items() if len(rows) == cfg.n}
         write_responses(path, settings, done.values())
         left = [i for i in asked if i not in done]
-        print(f"{name}: {len(asked)} problems, {len(asked) - len(left)} of them answered already; "
+        print(f"{path}: {len(asked)} problems, {len(asked) - len(left)} of them answered already; "
               f"system {cfg.system_prompt!r}, user {cfg.prompt_template!r}, {cfg.answer_format}")
     mine = ranks.mine(all_gather(left)[0])
-    evaluate(net, tokenizer, [problems[i] for i in mine], cfg, mine,
-             on_rows=lambda rows: write_rows(path, rows))
+
+    def on_done(i, completions):
+        write_rows(path, grade(problems[mine[i]], mine[i], completions, cfg))
+
+    generate(net, tokenizer, [prompts[i] for i in mine], cfg.n, cfg.max_new_tokens, cfg.temperature,
+             cfg.seed, prompt_ids=mine, progress="evaluating", on_done=on_done)
     all_gather(None)  # wait for the answers of the other processes
     groups = read_responses(path)[1]
     summary = summarise([groups[i] for i in asked])
-    example = groups[asked[0]][0]
-    print0(f"for example: {example['question']}\n-> {example['response']}\n"
-           f"({'right' if example['strict'] else 'wrong'}; the answer is {example['answer']})")
     if summary["truncated"] > 0.05:
         print0(f"warning: {summary['truncated']:.0%} of the answers were cut off, and are wrong by "
                f"strict; raise max_new_tokens (now {cfg.max_new_tokens})")
@@ -368,21 +352,18 @@ def main():
     net = load_adapted(cfg.model, cfg.adapter, cfg.dtype, ranks.device, cfg.shard)
     net.compile_decode = cfg.compile
     tokenizer = load_tokenizer(cfg.model)
-    for rows, s in zip(problems, settings):
-        encode_problems(tokenizer, rows, s.system_prompt, s.prompt_template,
-                        net.config.max_position_embeddings)
+    context = net.config.max_position_embeddings
+    prompts = [encode_problems(tokenizer, rows, s.system_prompt, s.prompt_template, context)
+               for rows, s in zip(problems, settings)]
     if is_chief():
         lock = claim(cfg.out_dir, "settings.py", fresh=cfg.init_from == "scratch")
         atexit.register(lock.close)  # until then, no other run writes there
         save_settings(cfg, os.path.join(cfg.out_dir, "settings.py"))
+        print(f"to go on after an interruption: --out_dir={cfg.out_dir} --init_from=resume")
     summaries = {}
-    try:
-        for i, name in enumerate(names):
-            path = os.path.join(cfg.out_dir, stems[i] + ".jsonl")
-            summaries[name] = ask(net, tokenizer, name, problems[i], settings[i], path, ranks)
-    except KeyboardInterrupt:
-        print0(f"\ninterrupted; to go on: --out_dir={cfg.out_dir} --init_from=resume")
-        raise SystemExit(130) from None
+    for i, name in enumerate(names):
+        path = os.path.join(cfg.out_dir, f"{stems[i]}.jsonl")
+        summaries[name] = ask(net, tokenizer, problems[i], prompts[i], settings[i], path, ranks)
     if is_chief():
         path = os.path.join(cfg.out_dir, "results.json")
         with whole_file(path) as aside, open(aside, "w", encoding="utf-8") as f:

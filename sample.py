@@ -10,8 +10,9 @@ Training and evaluation call generate(). KVCache holds keys and values; Sampler.
 
 import functools
 import math
+import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from configurator import configure
 from model import load_tokenizer
-from support import UserError
+from support import UserError, foreign_file
 from support.device import free_memory
 from support.fused import sampling_form
 from support.packing import attention
@@ -42,7 +43,7 @@ class Settings:
     prompt_file: str = ""  # a file with one prompt a line, instead of prompt
     system_prompt: str = ""  # system message; empty: the chat template's own, if it has one
     chat: bool = True  # wrap the prompt in the checkpoint's chat template, if it has one
-    n: int = 1  # completions of every prompt; a single one is printed while it is sampled
+    n: int = 1  # completions of every prompt
     max_new_tokens: int = 1024  # a completion is cut off after this many tokens
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # sample from the k likeliest tokens only; 0: from all
@@ -341,23 +342,19 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
 
 
 def check_sampling(n, max_new_tokens, temperature, top_k, top_p, seed):
-    for is_met, rule in (
-        (n >= 1 and max_new_tokens >= 1, "n and max_new_tokens must be at least 1"),
-        (temperature == 0 or 1e-6 <= temperature < math.inf,  # below, logits overflow
-         "temperature must be 0 (greedy) or at least 1e-6"),
-        (top_k >= 0 and 0 < top_p <= 1, "top_k must not be negative, and top_p be in (0, 1]"),
-        (seed >= 0, "seed must not be negative"),
-    ):
-        if not is_met:
-            raise UserError(rule)
+    if n < 1 or max_new_tokens < 1:
+        raise UserError("n and max_new_tokens must be at least 1")
+    if temperature != 0 and not 1e-6 <= temperature < math.inf:  # below, logits overflow
+        raise UserError("temperature must be 0 (greedy) or at least 1e-6")
+    if top_k < 0 or seed < 0 or not 0 < top_p <= 1:
+        raise UserError("top_k and seed must not be negative, and top_p must be in (0, 1]")
 
 
 @contextmanager
 def own_adapters(model, prompts, adapters):
     """What load_adapters returns, or None without adapters. In the end the model is as before."""
     if adapters and (model.is_sharded or len(adapters) != len(prompts)):
-        raise UserError("adapters must be one per prompt, and need shard = 1; got "
-                        f"{len(adapters)} adapters for {len(prompts)} prompts")
+        raise UserError("adapters must be one per prompt, and need shard = 1")
     had_adapter = model.adapter
     R = load_adapters(model, adapters) if adapters else None
     try:
@@ -393,77 +390,57 @@ def encode_prompt(tokenizer, text, system_prompt="", chat=True):
     return tokenizer.encode_chat([*system, {"role": "user", "content": text}])
 
 
-class Printer:
-    """Prints a completion as it grows. A character of several tokens is printed with the last."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.text = tokenizer, [], ""
-
-    def __call__(self, i, j, token):
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids, skip_special=True).rstrip("\ufffd")
-        print(text[len(self.text) :], end="", flush=True)
-        self.text = max(self.text, text, key=len)
-
-
 def converse(net, tokenizer, system_prompt, options):
-    """A chat in the terminal, until an empty line or the end of the input. Ctrl-C while an answer
-    is sampled ends the answer and not the chat."""
+    """A chat in the terminal, until an empty line or the end of the input."""
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     while True:
-        try:
-            text = input("> ").strip()
-        except (EOFError, RuntimeError):  # RuntimeError: the standard input is closed
-            text = ""
-        except UnicodeDecodeError as e:
-            raise UserError(f"the terminal's text is not {e.encoding}: set PYTHONUTF8=1") from None
+        print("> ", end="", flush=True)
+        text = sys.stdin.readline().strip()  # empty at the end of the input
         if not text:
             return print()
         messages.append({"role": "user", "content": text})
-        printer = Printer(tokenizer)
-        began = time.time()
-        try:
-            generate(net, tokenizer, [tokenizer.encode_chat(messages)], prompt_ids=[len(messages)],
-                     on_token=printer, **options)
-        except KeyboardInterrupt:
-            pass
-        count = len(printer.ids)
-        print(f"\n[{count} tokens, {count / (time.time() - began):.1f} a second]")
-        messages.append({"role": "assistant", "content": printer.text})
+        answer = reply(net, tokenizer, messages, options)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def reply(net, tokenizer, messages, options):
+    """Print the next turn of a chat while it is sampled, and return its text. Ctrl-C ends it."""
+    ids, text = [], ""
+
+    def on_token(i, j, token):
+        nonlocal text
+        ids.append(token)
+        printed = len(text)
+        # A character of several tokens is U+FFFD until the last of them.
+        text = tokenizer.decode(ids, skip_special=True).rstrip("\ufffd")
+        print(text[printed:], end="", flush=True)
+
+    began = time.time()
+    with suppress(KeyboardInterrupt):
+        generate(net, tokenizer, [tokenizer.encode_chat(messages)], prompt_ids=[len(messages)],
+                 on_token=on_token, **options)
+    print(f"\n[{len(ids)} tokens, {len(ids) / (time.time() - began):.1f} a second]")
+    return text
 
 
 def answer(net, tokenizer, cfg, ranks, texts, adapters, options):
     """Print the completions of every text by every adapter."""
     mine = [(i, name) for i in ranks.mine(range(len(texts))) for name in adapters]
     prompts = [encode_prompt(tokenizer, texts[i], cfg.system_prompt, cfg.chat) for i, _ in mine]
-    is_single = len(texts) * len(adapters) * cfg.n == 1
     began = time.time()
     # Every adapter gets the same random numbers for a text, so differences are the adapters'.
     groups = generate(net, tokenizer, prompts, cfg.n, prompt_ids=[i for i, _ in mine],
-                      progress=None if is_single else "sampling",
                       adapters=[name for _, name in mine] if len(adapters) > 1 else None,
-                      on_token=Printer(tokenizer) if is_single else None, **options)
+                      progress="sampling", **options)
     groups = ranks.gather(list(zip(mine, groups)))
-    tokens = sum(len(c.ids) for _, completions in groups for c in completions)
-    for (i, name), completions in sorted(groups, key=lambda group: group[0][0]):
-        if len(texts) > 1 and name == adapters[0]:
-            print0(f"### {texts[i]}")
+    for (i, name), completions in groups:
+        print0(f"### {texts[i]}")
         if len(adapters) > 1:
             print0(f"=== {name or 'no adapter'}")
         for c in completions:
-            print0(f"{'' if is_single else c.text}{' [cut off]' if c.truncated else ''}\n---")
+            print0(f"{c.text}{' [cut off]' if c.truncated else ''}\n---")
+    tokens = sum(len(c.ids) for _, completions in groups for c in completions)
     print0(f"{tokens} tokens, {tokens / (time.time() - began):.1f} a second")
-
-
-def read_prompts(path):
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            texts = [line.strip() for line in f if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt_file cannot be read: {error}") from None
-    if not texts:
-        raise UserError(f"prompt_file {path} holds no prompt")
-    return texts
 
 
 def main():
@@ -472,7 +449,10 @@ def main():
     options = {name: getattr(cfg, name) for name in names}
     check_sampling(cfg.n, **options)
     adapters = [name.strip() for name in cfg.adapter.split(",")]  # "" is the base model
-    texts = read_prompts(cfg.prompt_file) if cfg.prompt_file else [cfg.prompt]
+    texts = [cfg.prompt]
+    if cfg.prompt_file:
+        with foreign_file(cfg.prompt_file), open(cfg.prompt_file, encoding="utf-8-sig") as f:
+            texts = [line.strip() for line in f if line.strip()]
     is_chat = texts == ["-"]
     ranks = Ranks(cfg.device, cfg.shard)
     if is_chat and (len(adapters) > 1 or cfg.n > 1):

@@ -12,27 +12,26 @@ class UserError(Exception):
 
 
 def one_line_errors():
-    """Have the script print a mistake of the user's as one line, and exit with code 2. Every other
-    error shows its traceback."""
+    """Have the script print a mistake of the user's as one line, and exit with code 2."""
     sys.excepthook = print_error
 
 
 def print_error(kind, error, trace):
-    out_of_memory = kind.__name__ in ("OutOfMemoryError", "MemoryError")  # torch's is known by name
+    """What replaces sys.excepthook. An error that is not listed here shows its traceback."""
     if kind is UserError:
-        code, line = 2, f"error: {error}"
-    elif out_of_memory or "can't allocate memory" in str(error):
-        reason = (str(error).splitlines() or ["on the host"])[0]
-        code, line = 2, f"error: out of memory ({reason}); use fewer rows or tokens at a time"
+        line = f"error: {error}"
+    elif "OutOfMemory" in kind.__name__ or "can't allocate memory" in str(error):  # torch's errors
+        reason = str(error).partition("\n")[0]
+        line = f"error: out of memory ({reason}); use fewer rows or tokens at a time"
     elif kind is ModuleNotFoundError:
-        code, line = 2, f"error: {error}: pip install {error.name}"
+        line = f"error: {error}: pip install {error.name}"
     elif kind is KeyboardInterrupt:
-        code, line = 130, "interrupted"
+        line = "interrupted"
     else:
         return sys.__excepthook__(kind, error, trace)
     # Not sys.stderr: in a process group torch catches what is printed there, and would lose it.
     print(line, file=sys.__stderr__)
-    raise SystemExit(code)
+    raise SystemExit(130 if kind is KeyboardInterrupt else 2)
 
 
 @contextmanager
@@ -45,14 +44,15 @@ def whole_file(path):
         with open(aside, "r+b") as f:
             os.fsync(f.fileno())
         os.replace(aside, path)
-    except BaseException as error:
-        with suppress(OSError):
-            os.remove(aside)
+    except Exception as error:
         # safetensors raises an error of its own, recognised by name: no package is imported here.
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            message = f"{path} cannot be written: {error}; make room, or choose another place"
-            raise UserError(message) from None
-        raise
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        message = f"{path} cannot be written: {error}; make room, or choose another place"
+        raise UserError(message) from None
+    finally:
+        with suppress(OSError):  # it is still there only if the writing failed
+            os.remove(aside)
 
 
 @contextmanager
@@ -65,8 +65,8 @@ def foreign_file(path):
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except Exception as error:
-        message = f"{path} is malformed ({type(error).__name__}: {error}); download it again"
-        raise UserError(message) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is malformed ({reason}); download it again") from None
 
 
 def read_json(path):

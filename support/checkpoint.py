@@ -31,7 +31,7 @@ def checkpoint_dir(path):
         return huggingface_hub.snapshot_download(
             path, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
     except Exception as error:  # the hub client raises many kinds, and all mean the same here
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"'{path}' is no local directory and could not be downloaded ({reason}); "
                         "copy the checkpoint here and give its directory") from None
 
@@ -50,8 +50,8 @@ def read_weights(path, model, device, dtype):
                         tensor = check_tensor(file, name, f.get_tensor(name), shapes)
                         tensors[name] = tensor.to(device, dtype)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is missing, damaged or a git-lfs pointer ({error}); download it "
-                            "again (a .bin file is a pickle and never read)") from None
+            raise UserError(f"{file} is missing, damaged or a git-lfs pointer ({error}); download "
+                            "it again (a .bin file is a pickle and never read)") from None
     if model.config.tie_word_embeddings and "lm_head.weight" in tensors:
         copy = tensors.pop("lm_head.weight")
         if not torch.equal(copy, tensors.get(embedding, copy)):

@@ -22,43 +22,41 @@ def read_file(path, split=""):
     if os.path.isdir(path):
         paths = [os.path.join(path, split + ending) for ending in ENDINGS]
         path = next(filter(os.path.exists, paths), paths[0])
+    if not path.endswith(ENDINGS):
+        raise UserError(f"'{path}' does not end in {', '.join(ENDINGS)}: convert or unpack it")
     with foreign_file(path), open(path, "rb") as f:
         rows = list(read_rows(path, f.read()))
     for place, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: a row must be a JSON object")
-        if None in row:  # where DictReader puts the fields for which the header has no name
-            raise UserError(f"{place} has too many fields: put quotes around a text with commas")
+        # DictReader puts the fields for which the header has no name under None.
+        if not isinstance(row, dict) or None in row:
+            raise UserError(f"{place} is no JSON object, or has more fields than the header: put "
+                            "quotes around a text with commas")
     return rows
 
 
 def read_rows(path, data):
     """Yield (place, row) from the bytes of a file. JSON is one array, or an object a line."""
-    is_json = path.endswith((".jsonl", ".json"))
-    if is_json and not data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        for number, line in enumerate(data.split(b"\n"), 1):
-            place = f"{path}, line {number}"
-            if line.strip():
-                with foreign_file(place):
-                    yield place, json.loads(line)
-        return
-    if is_json:
-        rows = json.loads(data)
-    elif path.endswith(".csv"):  # pandas would turn the answer 007 into 7, and NA into nothing
-        rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
-    elif path.endswith(".parquet"):
+    if path.endswith(".parquet"):
         import pyarrow.parquet  # only here; the datasets library brings it
 
         rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+    elif path.endswith(".csv"):  # pandas would turn the answer 007 into 7, and NA into nothing
+        rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
+    elif data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        rows = json.loads(data)
     else:
-        raise UserError(f"'{path}' does not end in {', '.join(ENDINGS)}: convert or unpack it")
+        rows = []
+        for number, line in enumerate(data.split(b"\n"), 1):
+            if line.strip():
+                with foreign_file(f"{path}, line {number}"):
+                    yield f"{path}, line {number}", json.loads(line)
     for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", row
 
 
 class HubRows(Sequence):
-    """The (place, row) pairs of a data set on the hub. Each is read from the disk when it is asked
-    for, so that a million rows take no memory."""
+    """(place, row) of a data set on the hub. Each row is read from the disk when it is asked for,
+    so that a million of them take no memory."""
 
     def __init__(self, path, data):
         self.path, self.data = path, data
@@ -71,8 +69,7 @@ class HubRows(Sequence):
 
 
 def load_hub(name, path, configuration, split):
-    """HubRows of a data set, which is downloaded once. Whatever goes wrong is a UserError. name: as
-    the user wrote it."""
+    """HubRows of a data set that the user calls `name`. Whatever goes wrong is a UserError."""
     try:
         import datasets  # only here: local files do not need it
 
@@ -88,16 +85,14 @@ def load_hub(name, path, configuration, split):
 def read_responses(path):
     """(settings, {index: rows}) of a file that write_responses began, or of any .jsonl file with
     responses and answers."""
-    types = {"response": str, "answer": str, "tokens": int, "truncated": bool, "index": int}
     settings, groups = {}, {}
     for place, row in read_file(path):
-        if isinstance(row.get("settings"), dict):
+        if "settings" in row:
             settings = row["settings"]
             continue
+        if not isinstance(row.get("response"), str) or not isinstance(row.get("answer"), str):
+            raise UserError(f"{place}: needs a response and an answer, which are texts")
         row = {"tokens": 0, "truncated": False, "index": len(groups)} | row
-        for key, kind in types.items():
-            if type(row.get(key)) is not kind:
-                raise UserError(f"{place}: '{key}' must be {kind.__name__}, not {row.get(key)!r}")
         groups.setdefault(row["index"], []).append(row)
     return settings, groups
 

@@ -21,7 +21,6 @@ NO_TOKEN = 2**31  # ids from here on stand for bytes that the vocabulary lacks
 # A code point that Unicode keeps out of text. Put between the characters of a special token that a
 # user typed, it hides the token from the search for special tokens.
 GUARD = "\ufdd0"
-MAX_GAP = 900_000  # tiktoken's regex engine panics near 1,000,000 white spaces in a row
 
 
 class Tokenizer:
@@ -46,13 +45,14 @@ class Tokenizer:
         longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
         self.cut = re.compile("(" + ("|".join(longest_first) or "(?!)") + ")")
 
-        config, generation, names = (read_optional(os.path.join(path, name)) for name in (
+        config, generation, names = (_read_optional(path, name) for name in (
             "config.json", "generation_config.json", "tokenizer_config.json"))
         rows, last = config.get("vocab_size"), max(self.pieces)
         if rows is not None and last >= rows:
             raise UserError(f"{path}: the tokenizer has ids up to {last}, but config.json says "
                             f"vocab_size = {rows}; use the tokenizer of this model")
-        bos, eos, pad = (_token_text(names, f"{name}_token") for name in ("bos", "eos", "pad"))
+        named = [names.get(key) or "" for key in ("bos_token", "eos_token", "pad_token")]
+        bos, eos, pad = (t["content"] if isinstance(t, dict) else t for t in named)
         adds_bos = "TemplateProcessing" in json.dumps(data.get("post_processor"))  # as in Llama 3
         self.bos_ids = [self.added[bos]] if adds_bos and bos else []
         self.special_texts = {"bos_token": bos, "eos_token": eos}
@@ -91,8 +91,6 @@ class Tokenizer:
             if special and part in self.added:
                 ids.append(self.added[part])
                 continue
-            if len(part) > MAX_GAP and max(map(len, re.findall(r"\s+", part)), default=0) > MAX_GAP:
-                raise UserError(f"a text has over {MAX_GAP} white spaces in a row; cut some")
             part = part.replace(guard, "")
             if self.nfc:  # only now, as in the reference: a special token keeps its last character
                 part = unicodedata.normalize("NFC", part)
@@ -136,15 +134,14 @@ class Tokenizer:
             prompt = self.chat(guarded[:i])
             turn = self.chat(guarded[: i + 1], generation_prompt=False)
             if not (prompt.startswith(done) and turn.startswith(prompt)):
-                raise UserError("the chat template changes earlier messages when later ones follow, or "
-                                "ends a prompt with what it leaves out of a written turn, so that "
-                                f"turns cannot be told apart (at message {i + 1}); use another "
-                                "checkpoint's template")
+                raise UserError("the chat template changes earlier messages, or ends a prompt with "
+                                f"what it leaves out of a written turn (message {i + 1}), so that "
+                                "turns cannot be told apart; use another checkpoint's template")
             asked = self.encode(prompt[len(done) :], special=True, guard=GUARD)
             said = self.encode(turn[len(prompt) :], special=True, guard=GUARD)
             if self.eos_id not in said:
-                raise UserError("the chat template ends a turn without a special token, so that "
-                                "nothing teaches the model to stop; use another checkpoint's template")
+                raise UserError("the chat template ends a turn without a special token, so nothing "
+                                "teaches the model to stop; use another checkpoint's template")
             end = said.index(self.eos_id) + 1
             ids += asked + said
             trained += [False] * len(asked) + [True] * end + [False] * (len(said) - end)
@@ -157,17 +154,9 @@ class Tokenizer:
                 for m in messages]
 
 
-def read_optional(file):
-    """The object in a JSON file; {} where there is no such file."""
-    data = read_json(file) if os.path.exists(file) else {}
-    if not isinstance(data, dict):
-        raise UserError(f"{file} is not a JSON object")
-    return data
-
-
-def _token_text(names, key):
-    token = names.get(key) or ""
-    return token["content"] if isinstance(token, dict) else token
+def _read_optional(path, name):
+    file = os.path.join(path, name)
+    return read_json(file) if os.path.exists(file) else {}
 
 
 def _read_tokenizer_json(path):
@@ -179,7 +168,7 @@ def _read_tokenizer_json(path):
     """
     file = os.path.join(path, "tokenizer.json")
     if not os.path.exists(file):
-        raise UserError(f"{file} is missing: download it, or have transformers write it, with "
+        raise UserError(f"{file} is missing; have transformers write it: "
                         f"AutoTokenizer.from_pretrained({path!r}).save_pretrained({path!r})")
     data = read_json(file)
     match data:
@@ -222,17 +211,14 @@ def _check_contents(messages, rendered):
     for number, message in sorted(enumerate(messages, 1), key=lambda m: -len(m[1]["content"])):
         content = "".join(message["content"].split())
         if content not in rest:
-            raise UserError(f"the chat template leaves out message {number} ({message['role']}), or a "
-                            "part of it: it may have no place for system messages, or cut off "
-                            "reasoning up to </think>; change the message, or use another template")
+            raise UserError(f"the chat template leaves out message {number} ({message['role']}) or "
+                            "a part of it, as reasoning up to </think>; change it, or the template")
         rest = rest.replace(content, "\0", 1)
 
 
 def _chat_template(path, names):
     """The template of chat_template.jinja, else of tokenizer_config.json, compiled; else None."""
     text = names.get("chat_template")
-    if isinstance(text, list):  # several, by name
-        text = {entry["name"]: entry["template"] for entry in text}.get("default")
     file = os.path.join(path, "chat_template.jinja")
     if os.path.exists(file):
         with open(file, encoding="utf-8") as f:

@@ -81,21 +81,20 @@ GOOD = {"question": "x", "answer": "1"}
 @pytest.mark.parametrize("name, content, words", [
     ("x.jsonl", [], "holds no problems"),
     ("x.jsonl", ["{}\n"], "line 1: needs a question"),
-    ("x.jsonl", ["1\n"], "a row must be a JSON object"),
+    ("x.jsonl", ["1\n"], "line 1 is no JSON object"),
     ("x.jsonl", ["\n", GOOD, {"question": "y", "reply": "1"}], "line 3: needs a question"),
     ("x.jsonl", [GOOD, "{nonsense\n"], "line 2 is malformed (JSONDecodeError"),
     ("x.jsonl", ["[" * 100_000], "is malformed (RecursionError"),
     ("x.jsonl", [GOOD | {"answer": "  "}], "it has {'question': 'x', 'answer': '  '}"),
     ("x.jsonl", [GOOD | {"question": " "}], "line 1: needs a question"),
-    ("x.jsonl", [GOOD | {"answer": True}], "a number or a list; it has {'question': 'x', 'answer': 'True'}"),
+    ("x.jsonl", [GOOD | {"answer": True}], "it has {'question': 'x', 'answer': 'True'}"),
     ("x.jsonl", [GOOD | {"answer": math.nan}], "'answer': 'nan'"),
-    ("x.jsonl", [{"prompt": [{"role": "user", "content": "?"}], "solution": "7"}], "), which is a text, and"),
-    ("x.jsonl", [GOOD | {"system": 7}], "line 1: system must be a text"),
+    ("x.jsonl", [{"prompt": [{"role": "user", "content": "?"}], "solution": "7"}], "needs a question, a text named"),
     ("x.jsonl.gz", gzip.compress(b"{}", mtime=0), "convert or unpack it"),
     ("x.txt", b"1+1=2", "does not end in .jsonl, .json, .csv, .parquet"),
     ("x.json", b'[{"question": "x", "answer": "1"},', "x.json is malformed (JSONDecodeError"),
-    ("x.json", b"[1]", "row 1: a row must be a JSON object"),
-    ("x.csv", b"question,answer\nHow many, then?,3\n", "row 1 has too many fields: put quotes around"),
+    ("x.json", b"[1]", "row 1 is no JSON object"),
+    ("x.csv", b"question,answer\nHow many, then?,3\n", "or has more fields than the header: put quotes"),
     ("x.csv", b"question;answer\n1+1?;2\n", "it has {'question;answer': '1+1?;2'}"),
     ("x.csv", b"question,answer\n\xff,2\n", "x.csv is malformed (UnicodeDecodeError"),
     ("x.parquet", b"PAR1", "x.parquet is malformed"),
@@ -299,44 +298,19 @@ def test_the_table_by_hand():
     assert [line.split() for line in eval_math.table({"one": one, "two": two})] == [
         ["problems", "n", "strict", "stderr", "lenient", "truncated", "length"],
         ["one", "3", "1", "0.333", "0.333", "1.000", "33.3%", "10"],
-        ["two", "1", "1", "0.000", "0.000", "0.000", "0.0%", "30"],
-        ["mean", "0.167", "0.500"]]
-
-
-def evaluate(monkeypatch, tokenizer, problems, indices, completions, **settings):
-    """(what generate is asked, the rows that come of completions[problem])."""
-    asked, told = [], []
-
-    def generate(net, tokenizer, prompts, *arguments, prompt_ids, progress, on_done):
-        asked.append((*arguments, prompt_ids))
-        for i in reversed(range(len(prompts))):
-            on_done(i, completions[i])
-
-    monkeypatch.setattr(eval_math, "generate", generate)
-    cfg = Settings(prompt_template="{question}", answer_format="hash", **settings)
-    eval_math.evaluate(None, tokenizer, problems, cfg, indices, told.append)
-    return asked, told
-
-
-def test_problems_keep_their_numbers_and_the_random_numbers_that_go_with_them(tokenizer, monkeypatch):
-    """A part of the problems, with the numbers 7 and 3."""
-    completions = [[Completion([5, 6], [0.0, 0.0], f"#### {i + j}", False) for j in range(2)] for i in range(2)]
-    problems = [{"question": "a", "answer": "0"}, {"question": "b", "answer": "2"}]
-    asked, told = evaluate(monkeypatch, tokenizer, problems, [7, 3], completions, system_prompt="", n=2,
-                           max_new_tokens=9, temperature=0.7, seed=11)
-    assert asked == [(2, 9, 0.7, 11, [7, 3])]
-    keys = ("index", "sample", "question", "extracted", "strict", "tokens")
-    assert [[tuple(row[key] for key in keys) for row in rows] for rows in told] == [
-        [(3, 0, "b", "1", False, 2), (3, 1, "b", "2", True, 2)],
-        [(7, 0, "a", "0", True, 2), (7, 1, "a", "1", False, 2)]]
+        ["two", "1", "1", "0.000", "0.000", "0.000", "0.0%", "30"]]
 
 
 @pytest.mark.parametrize("system, strict", [(None, True), ("", False)])
-def test_a_base_model_that_runs_on_is_judged_by_its_own_problem(tokenizer, monkeypatch, system, strict):
+def test_a_base_model_that_runs_on_is_judged_by_its_own_problem(system, strict):
     run_on = "It is 4.\n#### 4\n\nQuestion:\nAnd 3+3?\nAnswer:\n#### 6"
-    _, [[row]] = evaluate(monkeypatch, tokenizer, [{"question": "2+2?", "answer": "4"}], [0],
-                          [[Completion([5], [0.0], run_on, True)]], system_prompt=system)
-    assert row["strict"] == strict and row["truncated"] == (not strict) and ("3+3" in row["response"]) != strict
+    cfg = Settings(answer_format="hash", system_prompt=system)
+    completions = [Completion([5, 6], [0.0, 0.0], text, True) for text in ("#### 5", run_on)]
+    first, second = eval_math.grade({"question": "2+2?", "answer": "4"}, 7, completions, cfg)
+    keys = ("index", "sample", "question", "answer", "tokens", "truncated", "extracted", "strict", "response")
+    assert tuple(first[key] for key in keys) == (7, 0, "2+2?", "4", 2, True, None, False, "#### 5")
+    assert (second["sample"], second["strict"], second["truncated"]) == (1, strict, not strict)
+    assert ("3+3" in second["response"]) != strict
 
 
 # -------------------------------------------------------------------------------------------- the script
@@ -367,7 +341,6 @@ def test_a_run_that_is_stopped_or_killed_goes_on_to_the_same_answers(evaluation,
     out = tmp_path / "out"
     done = fork_script(*arguments, f"--out_dir={out}")
     assert re.search(r"strict +stderr +lenient +pass@2 +pass@4 +maj@4 +truncated", done.stdout), done.stderr
-    assert re.search(r"^ +mean ", done.stdout, re.M)
     results = json.loads((out / "results.json").read_text())
     assert results[str(copy)]["problems"] == 6 and results[str(copy)]["n"] == 4
     first, second = sorted(out.glob("*.jsonl"))
@@ -464,12 +437,9 @@ def test_regrading_counts_changed_verdicts_and_leaves_out_what_is_not_complete(t
 
 
 @pytest.mark.parametrize("line, words", [
-    ('{"reply": "4"}', "line 1: 'response' must be str, not None"),
-    ('{"response": "4", "answer": "4", "truncated": "False"}', "line 1: 'truncated' must be bool"),
-    ('{"response": "4", "answer": "4", "index": [1]}', "line 1: 'index' must be int"),
-    ('{"response": "4", "answer": "4", "tokens": null}', "line 1: 'tokens' must be int"),
+    ('{"reply": "4"}', "line 1: needs a response and an answer, which are texts"),
+    ('{"response": "4", "answer": 4}', "line 1: needs a response and an answer"),
     ('{"response": "4", "ans', "line 1 is malformed"),
-    ('{"settings": {"answer_format": "xyz"}}\n{"response": "4", "answer": "4"}', "'xyz' is unknown"),
 ])
 def test_responses_that_cannot_be_read_are_named_by_file_and_line(tmp_path, line, words):
     with pytest.raises(UserError, match=re.escape(words)):

@@ -57,20 +57,14 @@ FAULTS = {  # name: (arguments, what happens before, environment, what the line 
                              "cannot be written", "Not a directory"),
     "old torch": (["sample.py"], "import torch; torch.__version__ = '2.10.0+cpu'; del sys.modules['support.device']",
                   {}, "torch 2.11 or newer is needed, and this is 2.10.0+cpu: pip install -r requirements.txt"),
-    "settings of version 1": (["grpo.py", "old.py"], "", {},
-                              "'packing' in old.py is no setting any more: rows are always packed; delete it"),
-    "standard input in another encoding": (["sample.py", "--prompt=-", "--model=MODEL"],
-                                           "sys.stdin.reconfigure(encoding='ascii')", dict(stdin="Zoë"),
-                                           "the terminal's text is not ascii: set PYTHONUTF8=1"),
     "a setting as TRL calls it": (["grpo.py", "--learning_rate=1e-4"], "", {}, "did you mean 'lr'?"),
     "another setting as TRL calls it": (["grpo.py", "--num_generations=8"], "", {}, "did you mean 'group_size'?"),
     "a classifier": (["sample.py", "--model=classifier"], "", {}, "Qwen2ForSequenceClassification is not a language"),
     "merges out of order": (["sample.py", "--model=unordered"], "", {}, "unordered/tokenizer.json", "merges"),
-    "a million spaces": (["eval_math.py", "--model=MODEL", "--dataset=gap.jsonl"], "", {}, "900000 white spaces"),
     "a prompt as messages": (["eval_math.py", "--model=MODEL", "--dataset=messages.jsonl"], "", {},
-                             "messages.jsonl, line 1: needs a question", "which is a text", "'role'"),
+                             "messages.jsonl, line 1: needs a question", "'role'"),
     "a bool as the answer": (["eval_math.py", "--model=MODEL", "--dataset=bool.jsonl"], "", {},
-                             "bool.jsonl, line 1", "a number or a list; it has", "True"),
+                             "bool.jsonl, line 1", "number or list named", "True"),
     "a compressed file": (["eval_math.py", "--model=MODEL", "--dataset=x.jsonl.gz"], "", {}, "unpack it"),
     "a LoRA of some layers": ([*EXPORT[:2], "--source=some_layers", "--out_dir=run"], "", {},
                               "layers_to_transform is not supported"),
@@ -82,13 +76,12 @@ FAULTS = {  # name: (arguments, what happens before, environment, what the line 
 def start(checkpoint, problems, tmp_path):
     """A function that starts a script in a directory of its own, with our model and data for MODEL and DATA."""
     os.symlink(ROOT / "toy", tmp_path / "toy")
-    (tmp_path / "old.py").write_text("# the settings.py of an older version\nseed = 3\npacking = True\n")
     changed(checkpoint, tmp_path / "classifier", {
         "config.json": {"architectures": ["Qwen2ForSequenceClassification"]}})
     bpe = json.loads(Path(checkpoint, "tokenizer.json").read_text())["model"]
     changed(checkpoint, tmp_path / "unordered", {
         "tokenizer.json": {"model": bpe | {"merges": bpe["merges"][::-1], "ignore_merges": True}}})
-    rows = {"gap": {"question": f"How{' ' * 1_100_000}many?", "answer": "4"}, "bool": {"question": "?", "answer": True},
+    rows = {"bool": {"question": "?", "answer": True},
             "messages": {"prompt": [{"role": "user", "content": "?"}], "solution": "4"}}
     for name, row in rows.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
@@ -226,9 +219,8 @@ def test_two_runs_in_one_place_and_one_that_was_killed(start, tmp_path):
 # ---------------------------------------------------------------------------------------------- terminals and platforms
 
 
-@pytest.mark.parametrize("stdin", ["", None])
-def test_a_chat_with_nobody_ends(start, stdin):
-    done = start(["sample.py", "--model=MODEL", "--prompt=-"], stdin=stdin).wait()
+def test_a_chat_with_nobody_ends(start):
+    done = start(["sample.py", "--model=MODEL", "--prompt=-"], stdin="").wait()
     assert (done.returncode, done.stderr) == (0, "")
 
 

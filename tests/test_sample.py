@@ -1,5 +1,6 @@
 """sample.py: what is sampled does not depend on how it is batched, and its log-probs are the model's."""
 
+import io
 import json
 import re
 import shutil
@@ -442,12 +443,12 @@ def test_the_script_prints_completions(run, tmp_path):
     asked = "--prompt=Who?", "--n=2", "--max_new_tokens=5"
     out = run("--adapter=,hex:3c23d70a", *asked)
     assert re.findall("=== (.*)\n", out) == ["no adapter", "hex:3c23d70a"]
-    alone = run(*asked).split("command line)\n")[-1].rpartition("---")[0]
+    alone = run(*asked).partition("### Who?\n")[2].rpartition("---")[0]
     assert f"=== no adapter\n{alone}" in out
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--prompt_file=nowhere"], "prompt_file cannot be read"), (["--prompt_file=EMPTY"], "holds no prompt"),
+    (["--prompt_file=nowhere"], "nowhere cannot be read"),
     (["--prompt=-", "--n=2"], "a chat"), (["--prompt=-", "--adapter=,a"], "a chat"),
     (["--prompt=-", "--chat=False"], "chat template"), (["--system_prompt=Hi", "--chat=False"], "chat template"),
     (["--prompt=-", "--model=PLAIN"], "chat template"), (["--system_prompt=Hi", "--model=PLAIN"], "chat template"),
@@ -455,12 +456,11 @@ def test_the_script_prints_completions(run, tmp_path):
     (["--adapter=hex:00"], "mistyped or cut off"),
 ])
 def test_settings_that_the_script_refuses(run, checkpoint, tmp_path, args, words):
-    (tmp_path / "EMPTY").write_text("\n")
     plain = tmp_path / "PLAIN"  # without a chat template
     shutil.copytree(checkpoint, plain)
     file = plain / "tokenizer_config.json"
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "chat_template"}))
-    args = [arg.replace("EMPTY", f"{tmp_path}/EMPTY").replace("PLAIN", str(plain)) for arg in args]
+    args = [arg.replace("PLAIN", str(plain)) for arg in args]
     with pytest.raises(UserError, match=words):
         run(*args)
 
@@ -476,20 +476,21 @@ def test_an_error_is_one_line(tmp_path):
     assert_refused(run_script(ROOT / "sample.py", "--model=nowhere", cwd=tmp_path), "no model directory at 'nowhere'")
 
 
-@pytest.mark.parametrize("text", ["Zo\u00eb \u65e5\u672c \U0001f642!", None])
-def test_a_single_completion_is_printed_as_it_grows(net, tokenizer, capsys, text):
+def test_a_reply_is_printed_as_it_grows(net, tokenizer, monkeypatch, capsys):
     """A character of several tokens appears when it is complete."""
-    printer = sample.Printer(tokenizer)
-    if text:
-        ids = tokenizer.encode(text)
-        assert len(ids) > len(text)
+    text = "Zo\u00eb \u65e5\u672c \U0001f642!"
+    ids = tokenizer.encode(text)
+    assert len(ids) > len(text)
+    shown = []
+
+    def generate(*_, on_token, **__):
         for token in ids:
-            printer(0, 0, token)
-    else:
-        [[c]] = sample.generate(net, tokenizer, ["Zo\u00eb"], max_new_tokens=60, seed=3, on_token=printer)
-        text = c.text
-    shown = capsys.readouterr().out
-    assert text.startswith(shown) and text[len(shown) :].strip("\ufffd") == "" and len(shown) > 5
+            on_token(0, 0, token)
+            shown.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(sample, "generate", generate)
+    assert sample.reply(net, tokenizer, [{"role": "user", "content": "?"}], {}) == text
+    assert "".join(shown) == text and len([part for part in shown if part]) > 5
 
 
 @pytest.fixture(scope="module")
@@ -500,7 +501,7 @@ def toy():
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_chat_remembers_what_was_said(toy, monkeypatch, capsys, interrupted):
     """Ctrl-C ends an answer and not the chat: what was sampled so far is remembered, too."""
-    lines, asked = iter(["Tom has 3 apples. Tom finds 4 more. How many apples are there now?", "Why?", ""]), []
+    lines, asked = "Tom has 3 apples. Tom finds 4 more. How many apples are there now?\nWhy?\n\n", []
     generate, answers = sample.generate, []
 
     def asking(net, tokenizer, prompts, prompt_ids, on_token, **options):
@@ -514,7 +515,7 @@ def test_a_chat_remembers_what_was_said(toy, monkeypatch, capsys, interrupted):
         asked.append((tokenizer.decode(prompts[0]), prompt_ids))
         return generate(net, tokenizer, prompts, prompt_ids=prompt_ids, on_token=counting, **options)
 
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     monkeypatch.setattr(sample, "generate", asking)
     sample.converse(*toy, "Answer at once.", dict(max_new_tokens=20, temperature=0.0, seed=3, top_k=9, top_p=0.9))
     [(first, a), (second, b)] = asked

@@ -105,15 +105,6 @@ def test_text_begins_with_a_bos_where_the_files_ask_for_it(checkpoint, tmp_path)
     assert asked.bos_ids == [asked.added[begin]]
 
 
-def test_a_gap_that_tiktoken_cannot_read_is_refused(tokenizer):
-    """Its regex engine panics near a million white spaces in a row, with an exception that is no Exception."""
-    for gap in (" " * 1_100_000, "\n" + "\t\u00a0" * 500_000):
-        message = refusal(tokenizer.encode_chat, turns(f"How many apples?{gap}ok"))
-        assert "over 900000 white spaces in a row" in message
-    for text in ("ok" + " " * 900_000 + "ok", "no gap " * 200_000):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
 # ------------------------------------------------------------------------------------------- what is refused, and how
 
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
@@ -127,7 +118,7 @@ def splits(*steps):
 
 
 @pytest.mark.parametrize("file, change, words", [
-    ("tokenizer.json", None, "tokenizer.json is missing: download it, or have transformers write it"),
+    ("tokenizer.json", None, "tokenizer.json is missing; have transformers write it"),
     ("tokenizer.json", "[]", "only byte-level BPE"),
     ("tokenizer.json", '{"a":' * 100_000, "is malformed (RecursionError"),
     ("tokenizer.json", {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "only byte-level BPE"),
@@ -143,8 +134,8 @@ def splits(*steps):
     ("tokenizer.json", {"normalizer": {"type": "Sequence", "normalizers": [NFC, {"type": "Lowercase"}]}}, "normalizer"),
     ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}, "is malformed (KeyError"),
     ("tokenizer.json", {"added_tokens": [{"content": "<a>", "id": -1}]}, "ids must be whole numbers"),
-    ("tokenizer_config.json", "[]", "is not a JSON object"),
-    ("generation_config.json", "[]", "is not a JSON object"),
+    ("tokenizer_config.json", "[]", "is malformed (AttributeError"),
+    ("generation_config.json", "[]", "is malformed (AttributeError"),
     ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id (config.json or generation_config.json) must be"),
     ("chat_template.jinja", "{% if %}", "the chat template is malformed (TemplateSyntaxError"),
 ])
@@ -272,14 +263,6 @@ def test_a_model_that_may_think_is_asked_not_to_unless_the_caller_wants_it(check
     assert ours.chat(turns("Q"), enable_thinking=True) == "Q"
 
 
-def test_of_several_chat_templates_the_default_is_taken(checkpoint, tokenizer, tmp_path):
-    with open(f"{checkpoint}/tokenizer_config.json", encoding="utf-8") as f:
-        template = json.load(f)["chat_template"]
-    named = [{"name": name, "template": template if name == "default" else "x"} for name in ("rag", "default", "tools")]
-    path = changed(checkpoint, tmp_path / "named", {"tokenizer_config.json": {"chat_template": named}})
-    assert model.load_tokenizer(path).encode_chat(turns("1+1?")) == tokenizer.encode_chat(turns("1+1?"))
-
-
 def test_a_model_without_a_template_gets_the_plain_prompt(checkpoint, tmp_path):
     path = changed(checkpoint, tmp_path / "plain", {"tokenizer_config.json": {"chat_template": None}})
     plain = model.load_tokenizer(path)
@@ -348,11 +331,11 @@ THOUGHT = "<think>\nThree and four make seven.\n</think>\n\n#### 7"
 
 
 @pytest.mark.parametrize("template, messages, words", [
-    (R1, turns("3+4?", THOUGHT), "message 2 (assistant), or a part of it: it may have no place for"),
-    (R1_OPENED, turns("3+4?", THOUGHT), "message 2 (assistant), or a part of it: it may"),
+    (R1, turns("3+4?", THOUGHT), "message 2 (assistant) or a part of it, as reasoning"),
+    (R1_OPENED, turns("3+4?", THOUGHT), "message 2 (assistant) or a part of it"),
     (R1, turns("3+4?", THOUGHT, "2+2?", "#### 4"), "message 2 (assistant)"),
     (NO_SYSTEM, turns("3+4?", "#### 7", system="Think step by step."), "message 1 (system)"),
-    (NO_SYSTEM, turns("3+4?", "#### 7", system="4"), "message 1 (system), or a part of it: it may have no place for"),
+    (NO_SYSTEM, turns("3+4?", "#### 7", system="4"), "message 1 (system) or a part of it"),
     (LAST_ONLY, turns("3+4?", "#### 7"), "message 1 (user)"),
     (LAST_ONLY, turns("Yes", "Yes"), "leaves out message"),
     (R1_OPENED, turns("3+4?", "#### 7"), "ends a prompt with what it leaves out of a written turn"),
