@@ -133,6 +133,5 @@ def cache_path(weights, rank):
         bits = W.detach().flatten()[: W.numel() // 4 * 4].view(torch.int64)
         total = (bits * torch.arange(1, len(bits) + 1, device=W.device)).sum().item()  # mod 2^64
         key.update(f"{name} {W.dtype} {list(W.shape)} {total}".encode())
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = os.environ.get("TINYLORA_CACHE") or os.path.join(caches, "tinylora")
+    folder = os.environ.get("TINYLORA_CACHE") or os.path.expanduser("~/.cache/tinylora")
     return os.path.join(folder, key.hexdigest()[:40] + ".safetensors")
