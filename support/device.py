@@ -12,8 +12,8 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
     raise UserError(f"torch 2.11 or newer is needed, and this is {torch.__version__}: "
                     "pip install -r requirements.txt")
 
-# MKL chooses the code of these functions in their first call. If two threads make it at once, one of
-# them may get code that is accurate to 4 digits only (pytorch issue 188792). So it is made here.
+# MKL chooses the code of these functions in their first call. If two threads make it at once, one
+# may get code that is accurate to 4 digits only (pytorch issue 188792). So it is made here.
 for function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt):
     function(torch.ones(1))
 

@@ -63,12 +63,12 @@ def thin_product(x, V):
 def few_rows_linear(x, W, bias=None):
     """F.linear. On a CPU in float32 the product of 8 to 32 rows with a large W is up to a third
     faster as (W x^T)^T."""
-    if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu":
-        return F.linear(x, W, bias)  # compiled code must not look at the number of rows
-    flat = x.flatten(0, -2)
-    if not 8 <= len(flat) <= 32 or W.numel() <= LARGE_WEIGHT:
+    rows = x.flatten(0, -2)
+    if (torch.compiler.is_compiling()  # compiled code must not look at the number of rows
+            or x.device.type != "cpu" or x.dtype != torch.float32
+            or not 8 <= len(rows) <= 32 or W.numel() <= LARGE_WEIGHT):
         return F.linear(x, W, bias)
-    y = (W @ flat.T).T.reshape(*x.shape[:-1], len(W))
+    y = (W @ rows.T).T.reshape(*x.shape[:-1], len(W))
     return y if bias is None else y + bias
 
 
@@ -87,15 +87,15 @@ class FusedLinear:
         weight = linears[0].weight
         if len(linears) > 1:
             weight = torch.cat([linear.weight for linear in linears])
-        has_bias = linears[0].bias is not None
-        self.bias = torch.cat([linear.bias for linear in linears]) if has_bias else None
+        self.bias = None
+        if linears[0].bias is not None:
+            self.bias = torch.cat([linear.bias for linear in linears])
         self.sizes = [linear.out_features for linear in linears]
         self.adapter = adapter if per_row else None
         self.down = None
         adapted = [linear for linear in linears if hasattr(linear, "US")]
         if adapted:
-            indices = [linear.index for linear in adapted]
-            self.index = torch.tensor(indices, device=weight.device)
+            self.index = torch.tensor([linear.index for linear in adapted], device=weight.device)
             self.down = torch.cat([linear.Vt for linear in adapted]).to(weight.dtype)
             ups = []
             for linear in linears:

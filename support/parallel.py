@@ -5,7 +5,7 @@ Every process works on its own rows; gradients and figures are summed. With shar
 neighbouring processes hold one copy of the blocks between them, by torch's fully_shard (FSDP2): a
 block's weights are gathered just before it runs, in every decode step too, so a model that fits on
 one GPU should use shard = 1. All else is whole on every process. Since gathering is collective, all
-must run the blocks equally often: who has run out of work makes empty passes (in_step, keep_pace).
+must run the blocks equally often: a process without work makes empty passes (in_step, keep_pace).
 
 Qwen2.5-72B in bfloat16 on 8 GPUs, by arithmetic alone, in GB on each: blocks 70.2e9 * 2 bytes / 8 =
 17.6; a gathered block and the next one 3.5; embedding and lm_head 5.0; keys and values 80 layers *
@@ -33,17 +33,15 @@ from support.packing import Rollout
 PATIENCE = timedelta(hours=2)  # how long a process waits for the slowest one
 
 
-def rank_of():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+def rank_and_size():
+    """Which process this is, and of how many."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def is_chief():
     """Is this the one process that writes files and prints?"""
-    return rank_of() == 0
+    rank, _ = rank_and_size()
+    return rank == 0
 
 
 def print0(text):
@@ -69,7 +67,7 @@ class Ranks:
         if launched:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=PATIENCE)
-        self.dp_rank, self.dp_size = rank_of(), world_size()
+        self.dp_rank, self.dp_size = rank_and_size()
 
     def mine(self, rows):
         return rows[self.dp_rank :: self.dp_size]
@@ -100,7 +98,7 @@ def all_gather(thing):
     """A list of what every process has, in their order."""
     if not dist.is_initialized():
         return [thing]
-    things = [None] * world_size()
+    things = [None] * dist.get_world_size()
     dist.all_gather_object(things, thing)
     return things
 
@@ -152,7 +150,7 @@ def shard_model(model, shard):
     """Spread the blocks, which load_model has left on the host, over `shard` neighbouring
     processes. Rows of processes with the same part are independent replicas."""
     device, dtype = model.device, model.dtype
-    ranks = torch.arange(world_size()).view(-1, shard)
+    ranks = torch.arange(dist.get_world_size()).view(-1, shard)
     groups = [dist.new_subgroups_by_enumeration(table.tolist(), timeout=PATIENCE)[0]
               for table in (ranks.T, ranks)]
     mesh = DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))

@@ -106,7 +106,7 @@ class Run:
         self.history |= {"first": self.history["first"] or figures, "last": figures,
                          "evaluated": step}
         best = self.history["best"]
-        self.history["best"] = score if best is None else max(score, best)
+        self.history["best"] = score if best is None else max(best, score)
         return best is not None and score > best
 
     def save(self, step):
@@ -137,8 +137,8 @@ class Run:
                 info = {key: json.loads(value) for key, value in f.metadata().items()}
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot resume from {self.checkpoint}: {error}; leave out init_from to "
-                            "start anew") from None
+            raise UserError(f"cannot resume from {self.checkpoint}: {error}; leave out init_from "
+                            "to start anew") from None
         if different := changes(info["identity"], self.identity):
             raise UserError(f"cannot resume: {self.checkpoint} was made with another {different}; "
                             f"repeat its settings with {self.cfg.out_dir}/settings.py, or start "
@@ -184,7 +184,10 @@ def claim(out_dir, evidence, fresh):
         os.makedirs(out_dir, exist_ok=True)
         lock = open(os.path.join(out_dir, ".lock"), "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        remove_partial_files(out_dir)
+        # A killed run may leave what it was writing: whole_file's *.tmp and safetensors' .tmp*.
+        for pattern in ("*.tmp", ".tmp*", "model/*.tmp", "model/.tmp*", "best/*.tmp", "best/.tmp*"):
+            for name in glob(pattern, root_dir=out_dir):
+                os.remove(os.path.join(out_dir, name))
         if not fresh or not os.path.exists(os.path.join(out_dir, evidence)):
             return lock
         names = (f"{os.path.normpath(out_dir)}.{i}" for i in count(1))
@@ -199,13 +202,6 @@ def claim(out_dir, evidence, fresh):
     print(f"moved the earlier run in {out_dir} to {aside}")
     with lock:
         return claim(out_dir, evidence, fresh)
-
-
-def remove_partial_files(out_dir):
-    """A killed run may leave what it was writing: whole_file's *.tmp and safetensors' .tmp*."""
-    for pattern in ("*.tmp", ".tmp*", "model/*.tmp", "model/.tmp*", "best/*.tmp", "best/.tmp*"):
-        for name in glob(pattern, root_dir=out_dir):
-            os.remove(os.path.join(out_dir, name))
 
 
 def changes(before, now):

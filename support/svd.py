@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from support import UserError, whole_file
-from support.parallel import all_gather, is_chief, rank_of, world_size
+from support.parallel import all_gather, is_chief, rank_and_size
 
 TOLERANCE = 1e-5  # angle in radians by which a singular vector may be off
 GRAM_COLUMNS = 2048  # up to this many, W^T W costs less than the thin products it replaces
@@ -109,7 +109,8 @@ def svd_factors(weights, rank, device):
         with suppress(OSError, SafetensorError):  # missing or damaged: the SVD is made again
             tensors = load_file(path)
     if not all(all_gather(tensors is not None)):  # another run may be writing the file just now
-        mine = list(weights)[rank_of() :: world_size()]
+        process, count = rank_and_size()
+        mine = list(weights)[process::count]
         tensors = {}
         for name in tqdm(mine, desc="SVD", leave=False, disable=None if is_chief() else True):
             U, S, Vt = top_svd(weights[name].to(device), rank, name)

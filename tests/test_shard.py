@@ -113,7 +113,7 @@ def main(folder, mesh):
     for name in RUNS:
         with pytest.MonkeyPatch.context() as patch:
             seen[name] = run(folder, name, folder / mesh / name, patch, **changes)
-    torch.save(seen, folder / mesh / f"rank{parallel.rank_of()}.pt")
+    torch.save(seen, folder / mesh / f"rank{parallel.rank_and_size()[0]}.pt")
 
 
 def start(folder, mesh):
