@@ -147,7 +147,8 @@ def clipped_surrogate(log_ratio, advantages, loss_mask, cfg):
     matters."""
     low, high = CLIP[cfg.objective]
     if cfg.objective == "gspo":  # Zheng et al. 2025: one ratio per sequence, the geometric mean
-        log_ratio = (log_ratio.sum(1) / loss_mask.sum(1))[:, None].expand_as(log_ratio)
+        lengths = loss_mask.sum(1).clamp(min=1)
+        log_ratio = (log_ratio.sum(1) / lengths)[:, None].expand_as(log_ratio)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - (cfg.clip_low or low), 1 + (cfg.clip_high or high))
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
@@ -260,7 +261,7 @@ def sample_batch(net, tokenizer, train_set, cfg, step, ranks):
     groups, counts = sample(ranks.mine(batch_positions(step, cfg.batch_size, count, cfg.seed)))
     for attempt in range(1, cfg.resample + 1):
         equal = [i for i, group in enumerate(groups) if not any(r.advantage for r in group)]
-        if not ranks.any(equal):
+        if ranks.max(len(equal)) == 0:
             break
         positions = ranks.mine(replacement_positions(step, attempt, count, cfg))
         others, more = sample(positions[: len(equal)])
@@ -381,7 +382,7 @@ def train(cfg):
             sums = Counter()
             optimizer.zero_grad()
             batches = micro_batches(rollouts, cfg.micro_batch_tokens)
-            for batch in keep_pace(net, batches, forwards=2 if cfg.kl_coef else 1):
+            for batch in keep_pace(net, batches):
                 loss, figures, diff = batch_loss(net, batch, totals, cfg)
                 loss.backward()
                 sums.update(figures)

@@ -12,9 +12,8 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
     raise UserError(f"torch 2.11 or newer is needed, and this is {torch.__version__}: "
                     "pip install -r requirements.txt")
 
-# MKL chooses the code of these functions in their first call. If two threads make that call at the
-# same time, one of them may get code that is accurate to 4 digits only (pytorch issue 188792), and
-# the first step of a run is not reproducible. So the first calls are made here, on one thread.
+# MKL chooses the code of these functions in their first call. If two threads make it at once, one
+# may get code that is accurate to 4 digits only (pytorch issue 188792). So it is made here.
 for function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt):
     function(torch.ones(1))
 
@@ -23,10 +22,10 @@ def pick_device(device="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(1, device=device).device  # with its number: "cuda" becomes "cuda:0"
+        device = torch.empty(1, device=device).device  # "cuda" becomes "cuda:0"
     except (RuntimeError, AssertionError):
-        raise UserError(f"device '{device}' is not available here; use --device=auto, cpu or "
-                        "cuda") from None
+        message = f"device '{device}' is not available here; use --device=auto, cpu or cuda"
+        raise UserError(message) from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # cuDNN's attention, the first choice on Hopper, was seen to be wrong with fewer than 8 key

@@ -2,7 +2,6 @@
 several linears fused into one for sampling."""
 
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
@@ -64,12 +63,12 @@ def thin_product(x, V):
 def few_rows_linear(x, W, bias=None):
     """F.linear. On a CPU in float32 the product of 8 to 32 rows with a large W is up to a third
     faster as (W x^T)^T."""
-    if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu":
-        return F.linear(x, W, bias)  # compiled code must not look at the number of rows
-    flat = x.flatten(0, -2)
-    if not 8 <= len(flat) <= 32 or W.numel() <= LARGE_WEIGHT:
+    rows = x.flatten(0, -2)
+    if (torch.compiler.is_compiling()  # compiled code must not look at the number of rows
+            or x.device.type != "cpu" or x.dtype != torch.float32
+            or not 8 <= len(rows) <= 32 or W.numel() <= LARGE_WEIGHT):
         return F.linear(x, W, bias)
-    y = (W @ flat.T).T.reshape(*x.shape[:-1], len(W))
+    y = (W @ rows.T).T.reshape(*x.shape[:-1], len(W))
     return y if bias is None else y + bias
 
 
@@ -85,17 +84,18 @@ class FusedLinear:
     """
 
     def fill(self, linears, adapter, per_row, joined):
-        weights = [linear.weight for linear in linears]
-        weight = torch.cat(weights) if len(linears) > 1 else weights[0]
-        biases = [linear.bias for linear in linears]
-        self.bias = None if biases[0] is None else torch.cat(biases)
-        self.sizes = [len(W) for W in weights]
+        weight = linears[0].weight
+        if len(linears) > 1:
+            weight = torch.cat([linear.weight for linear in linears])
+        self.bias = None
+        if linears[0].bias is not None:
+            self.bias = torch.cat([linear.bias for linear in linears])
+        self.sizes = [linear.out_features for linear in linears]
         self.adapter = adapter if per_row else None
         self.down = None
         adapted = [linear for linear in linears if hasattr(linear, "US")]
         if adapted:
-            indices = [linear.index for linear in adapted]
-            self.index = torch.tensor(indices, device=weight.device)
+            self.index = torch.tensor([linear.index for linear in adapted], device=weight.device)
             self.down = torch.cat([linear.Vt for linear in adapted]).to(weight.dtype)
             ups = []
             for linear in linears:
@@ -103,12 +103,10 @@ class FusedLinear:
                 ups.append(US @ linear.R if linear in adapted and not per_row else US)
             self.up = torch.block_diag(*ups).to(weight.dtype)
         if joined and not per_row and weight.dtype == torch.float32:
-            # The weight is a copy anyway, so the update is added to it. Its layout, [n, m], makes
-            # products with few rows up to 1.7 times as fast.
             if adapted:
-                weight = weight + self.up @ self.down
+                weight = weight + self.up @ self.down  # it is a copy anyway
                 self.down = None
-            weight = weight.T.contiguous().T
+            weight = weight.T.contiguous().T  # few rows are up to 1.7 times as fast in this layout
         self.weight = weight
 
     def __call__(self, x):
@@ -125,10 +123,6 @@ class FusedLinear:
         return y.split(self.sizes, dim=-1) if len(self.sizes) > 1 else y
 
 
-# Each FusedLinear is kept, though empty, after use: torch.compile guards on its identity.
-FUSED = WeakKeyDictionary()
-
-
 @contextmanager
 def sampling_form(model, per_row=False, join_below=50_000_000):
     """While this is open, weights and adapter must stand still, and FusedLinears do the products.
@@ -137,25 +131,24 @@ def sampling_form(model, per_row=False, join_below=50_000_000):
     spends its time in calls, and a second copy of the weights is small. per_row: every row of a
     batch has an R of its own, which adapter.rows holds in each forward pass.
     """
-    if model.is_sharded:
-        yield
-        return
     adapter = model.adapter
     joined = sum(p.numel() for p in model.model.layers.parameters()) < join_below
     places = list(fusable(model, joined))
+    for owner, _, _ in places:
+        if not hasattr(owner, "fused"):  # kept, though empty: torch.compile guards on its identity
+            owner.fused = FusedLinear()
     try:
         if adapter:
             adapter.refresh()
             adapter.frozen = not per_row
         for owner, method, linears in places:
-            fused = FUSED.setdefault(owner, FusedLinear())
-            fused.fill(linears, adapter, per_row, joined)
-            setattr(owner, method, fused)  # hides the method of the class
+            owner.fused.fill(linears, adapter, per_row, joined)
+            setattr(owner, method, owner.fused)  # hides the method of the class
         yield
     finally:
         for owner, method, _ in places:
             vars(owner).pop(method, None)
-            vars(FUSED.setdefault(owner, FusedLinear())).clear()
+            vars(owner.fused).clear()
         if adapter:
             adapter.frozen, adapter.rows = False, None
 

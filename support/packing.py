@@ -47,8 +47,8 @@ def micro_batches(rollouts, max_tokens):
 
 
 def completion_logprobs(net, batch, temperature=1.0):
-    """Log-probs and entropies of the trained tokens of a batch of Rollouts, and the loss mask:
-    three tensors [B, T], where T is the longest completion. They are 0 where the mask is False."""
+    """Log-probs and entropies of a batch of Rollouts, 0 where a token is not trained, and the loss
+    mask: three tensors [B, T], where T is the longest completion."""
     packed = Packed(batch, net.device)
     hidden = net.model(packed.ids, packed.positions, packed)[0]  # [total, D]
     masks = [torch.tensor(rollout.loss_mask) for rollout in batch]
@@ -84,53 +84,53 @@ class Packed:
     nothing follows it. Passed to the model in the place of a cache.
 
     ids, positions [1, total]: the row. before: for every token of every completion, the place in
-    the row of the token it follows.
+    the row of the token it follows. calls: what one call of attention() covers, a prompt or some
+    completions to it, as a list of spans: the places of a prompt and of what follows it. The first
+    of them are empty for the prompt itself.
     """
 
     def __init__(self, batch, device):
         ids, positions = [], []
         self.before = []
-        self.groups = []  # (length of a prompt, [[length of a completion, ...] for each call])
+        self.calls = []
         for prompt, group in groupby(batch, key=lambda rollout: rollout.prompt):
-            calls = []
+            of_prompt = range(len(ids), len(ids) + len(prompt))
             ids += prompt
             positions += range(len(prompt))
-            last_of_prompt = len(ids) - 1
+            self.calls += [[(range(0), of_prompt)], []]
+            tokens = 0
             for rollout in group:
-                length = len(rollout.ids) - 1
-                self.before += [last_of_prompt, *range(len(ids), len(ids) + length)]
+                own = range(len(ids), len(ids) + len(rollout.ids) - 1)
+                self.before += [of_prompt[-1], *own]
                 ids += rollout.ids[:-1]
-                positions += range(len(prompt), len(prompt) + length)
-                if not calls or sum(calls[-1]) + length > TOKENS_A_CALL:
-                    calls.append([])
-                calls[-1].append(length)
-            self.groups.append((len(prompt), calls))
+                positions += range(len(prompt), len(prompt) + len(own))
+                tokens += len(own)
+                if tokens > TOKENS_A_CALL and self.calls[-1]:
+                    self.calls.append([])
+                    tokens = len(own)
+                self.calls[-1].append((of_prompt, own))
         self.ids = torch.tensor([ids], device=device)
         self.positions = torch.tensor([positions], device=device)
-        self.masks = None  # made by the first layer for all layers, as are the spans
-        self.spans = None
+        self.masks = None  # made by the first layer for all layers, as are the kernel's arguments
+        self.kernel_arguments = None
 
     def attend(self, layer, q, k, v):
         """q [1, heads, total, hd], k and v [1, kv_heads, total, hd] -> [1, heads, total, hd]."""
         if q.is_cuda and q.dtype.itemsize == 2 and torch.cuda.get_device_capability() >= (8, 0):
             return self.attend_in_one_call(q, k, v)
         if self.masks is None:
-            self.masks = [[completion_mask(q, prompt, lengths) for lengths in calls]
-                          for prompt, calls in self.groups]
-        sizes = []
-        for prompt, calls in self.groups:
-            sizes += [prompt, *map(sum, calls)]
+            self.masks = [mask_of(spans, q) for spans in self.calls]
+        sizes = [sum(len(own) for _, own in spans) for spans in self.calls]
         # split() and not slices: the backward pass of every slice would zero-fill the whole row.
         pieces = zip(*(x.split(sizes, dim=2) for x in (q, k, v)))
         out = []
-        for masks in self.masks:
-            queries, prompt_keys, prompt_values = next(pieces)
-            out.append(attention(queries, prompt_keys, prompt_values))
-            for mask in masks:
-                queries, keys, values = next(pieces)
+        for mask, (queries, keys, values) in zip(self.masks, pieces):
+            if mask is None:  # a prompt; completions to it follow
+                prompt_keys, prompt_values = keys, values
+            else:
                 keys = torch.cat((prompt_keys, keys), dim=2)
                 values = torch.cat((prompt_values, values), dim=2)
-                out.append(attention(queries, keys, values, mask))
+            out.append(attention(queries, keys, values, mask))
         return torch.cat(out, dim=2)
 
     def attend_in_one_call(self, q, k, v):
@@ -138,46 +138,34 @@ class Packed:
         its prompt's included, one after another."""
         from torch.nn.attention.varlen import varlen_attn
 
-        if self.spans is None:
-            self.spans = self.find_spans(q.device)
-        key_places, *spans = self.spans
-        k = k[0].transpose(0, 1).index_select(0, key_places)  # [keys, kv_heads, hd]
-        v = v[0].transpose(0, 1).index_select(0, key_places)
+        if self.kernel_arguments is None:
+            spans = [span for spans in self.calls for span in spans]
+            places = torch.tensor([i for prompt, own in spans for i in (*prompt, *own)])
+            queries = torch.tensor([0] + [len(own) for _, own in spans])
+            keys = torch.tensor([0] + [len(prompt) + len(own) for prompt, own in spans])
+            ends = [n.cumsum(0, dtype=torch.int32).to(q.device) for n in (queries, keys)]
+            longest = queries.max().item(), keys.max().item()
+            self.kernel_arguments = places.to(q.device), *ends, *longest
+        places, *arguments = self.kernel_arguments
+        k = k[0].transpose(0, 1).index_select(0, places)  # [keys, kv_heads, hd]
+        v = v[0].transpose(0, 1).index_select(0, places)
         options = {"window_size": (-1, 0)}  # causal
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 always groups
             options["enable_gqa"] = True
-        return varlen_attn(q[0].transpose(0, 1), k, v, *spans, **options).transpose(0, 1)[None]
-
-    def find_spans(self, device):
-        """The places of all keys, where each span's queries and keys end, and their largest number
-        in a span. A span is a prompt, or a completion."""
-        key_places, queries, keys = [], [], []
-        start = 0
-        for prompt, calls in self.groups:
-            of_prompt = range(start, start + prompt)
-            start += prompt
-            key_places += of_prompt
-            queries.append(prompt)
-            keys.append(prompt)
-            for lengths in calls:
-                for length in lengths:
-                    key_places += [*of_prompt, *range(start, start + length)]
-                    start += length
-                    queries.append(length)
-                    keys.append(prompt + length)
-        query_ends = torch.tensor([0, *queries]).cumsum(0, dtype=torch.int32).to(device)
-        key_ends = torch.tensor([0, *keys]).cumsum(0, dtype=torch.int32).to(device)
-        key_places = torch.tensor(key_places, device=device)
-        return key_places, query_ends, key_ends, max(queries), max(keys)
+        return varlen_attn(q[0].transpose(0, 1), k, v, *arguments, **options).transpose(0, 1)[None]
 
 
-def completion_mask(like, prompt, lengths):
-    """What is added to the scores [T, P + T] of completions with these lengths: 0 for the prompt
-    and for a token's own completion up to itself, else -inf."""
-    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(like.device)
+def mask_of(spans, like):
+    """What is added to the scores [T, P + T] of completions to one prompt: 0 for the prompt and for
+    a token's own completion up to itself, else -inf. None for a prompt, which is plainly causal."""
+    P = len(spans[0][0])
+    if P == 0:
+        return None
+    lengths = torch.tensor([len(own) for _, own in spans])
+    owner = torch.arange(len(spans)).repeat_interleave(lengths).to(like.device)  # [T]
     visible = (owner[:, None] == owner).tril()
-    mask = like.new_zeros(len(owner), prompt + len(owner))
-    mask[:, prompt:].masked_fill_(~visible, -math.inf)
+    mask = like.new_zeros(len(owner), P + len(owner))
+    mask[:, P:].masked_fill_(~visible, -math.inf)
     return mask
 
 
@@ -191,11 +179,10 @@ def token_logprobs(hidden, head, targets, temperature, chunk=0):
     if not head.requires_grad:
         return FrozenHead.apply(hidden, head, targets, temperature, chunk)
 
-    def without_p(*args):  # so that the probabilities of no other chunk stay in memory
-        return chunk_logprobs(*args)[:2]
+    def recomputed(h, t):  # in the backward pass; returns no probabilities, which would be kept
+        return chunk_logprobs(h, head, t, temperature)[:2]
 
-    parts = [checkpoint(without_p, h, head, t, temperature, use_reentrant=False,
-                        preserve_rng_state=False)  # nothing here is random
+    parts = [checkpoint(recomputed, h, t, use_reentrant=False)
              for h, t in zip(hidden.split(chunk), targets.split(chunk))]
     logprobs, entropies = zip(*parts)
     return torch.cat(logprobs), torch.cat(entropies)
@@ -208,10 +195,7 @@ def chunk_logprobs(hidden, head, targets, temperature):
     logprobs = all_logprobs.gather(1, targets[:, None]).squeeze(1)
     with torch.no_grad():
         p = torch.exp(all_logprobs, out=logits)  # reuses the memory of the logits
-        if logprobs.requires_grad:
-            entropy = -(p * all_logprobs).sum(-1)
-        else:
-            entropy = -all_logprobs.mul_(p).sum(-1)  # in place: one copy less
+        entropy = -(p * all_logprobs).sum(-1)
     return logprobs, entropy, p
 
 

@@ -3,19 +3,14 @@ over several GPUs. Without torchrun there is one process, and nothing here does 
 
 Every process works on its own rows; gradients and figures are summed. With shard > 1, `shard`
 neighbouring processes hold one copy of the blocks between them, by torch's fully_shard (FSDP2): a
-block's weights are gathered just before it runs and freed after it. Embedding, final norm, lm_head
-and adapters are whole on every process. Since gathering is collective, all processes must run the
-blocks equally often: one that has run out of work makes empty passes (in_step, keep_pace).
+block's weights are gathered just before it runs, in every decode step too, so a model that fits on
+one GPU should use shard = 1. All else is whole on every process. Since gathering is collective, all
+must run the blocks equally often: a process without work makes empty passes (in_step, keep_pace).
 
-What this costs: an all-gather of every block in every forward pass, so a decode step moves all
-weights between the GPUs. It pays with many rows; a model that fits on one GPU should use shard = 1.
-
-Qwen2.5-72B in bfloat16 on 8 GPUs, by arithmetic alone (this was not run), in GB on each GPU: the
-80 blocks 70.2e9 * 2 bytes / 8 = 17.6; a gathered block and the next one 2 * 1.8 = 3.5; embedding
-and lm_head 2 * 152,064 * 8,192 * 2 bytes = 5.0; keys and values 80 layers * 2 * 1,024 * 2 bytes =
-0.33 MB a token, so 1.4 GB for a row of 4,300 tokens. In training, activations take 80 * 8,192 * 2
-bytes = 1.3 MB a token with recompute = True. Training all weights takes 16 bytes a parameter for
-weight, gradient and Adam's moments in float32: 140 GB for the blocks alone, which does not fit.
+Qwen2.5-72B in bfloat16 on 8 GPUs, by arithmetic alone, in GB on each: blocks 70.2e9 * 2 bytes / 8 =
+17.6; a gathered block and the next one 3.5; embedding and lm_head 5.0; keys and values 80 layers *
+2 * 1,024 * 2 bytes = 0.33 MB a token; training with recompute 80 * 8,192 * 2 bytes = 1.3 MB a
+token. Training all weights takes 16 bytes a number, so 140 GB for the blocks: it does not fit.
 """
 
 import math
@@ -33,21 +28,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support import UserError
 from support.device import pick_device
+from support.packing import Rollout
 
-PATIENCE = timedelta(hours=2)  # how long a process waits for the slowest, in evaluations too
-
-
-def rank_of():
-    return dist.get_rank() if dist.is_initialized() else 0
+PATIENCE = timedelta(hours=2)  # how long a process waits for the slowest one
 
 
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+def rank_and_size():
+    """Which process this is, and of how many."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def is_chief():
     """Is this the one process that writes files and prints?"""
-    return rank_of() == 0
+    rank, _ = rank_and_size()
+    return rank == 0
 
 
 def print0(text):
@@ -62,21 +56,18 @@ class Ranks:
     """This process is dp_rank of dp_size: it works on every dp_size-th row."""
 
     def __init__(self, device="auto", shard=1):
-        self.device, self.dp_rank, self.dp_size = device, 0, 1
         launched = dist.is_torchelastic_launched()
         world = int(os.environ["WORLD_SIZE"]) if launched else 1
         if shard < 1 or world % shard:
             raise UserError(f"shard = {shard} must divide the number of processes, {world}; start "
                             f"with torchrun --nproc_per_node={max(1, shard)}")
-        if not launched:
-            self.device = pick_device(device)  # refuses a wrong one before anything is downloaded
-            return
-        on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
-        if on_gpu:
-            self.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(self.device)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
-        self.dp_rank, self.dp_size = rank_of(), world
+        if launched and device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        self.device = pick_device(device)  # refuses a wrong one before anything is downloaded
+        if launched:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=PATIENCE)
+        self.dp_rank, self.dp_size = rank_and_size()
 
     def mine(self, rows):
         return rows[self.dp_rank :: self.dp_size]
@@ -94,9 +85,6 @@ class Ranks:
             total.update(part)  # not `+`, which drops numbers below 0
         return total
 
-    def any(self, flag):
-        return any(all_gather(bool(flag)))
-
     def max(self, number):
         return max(all_gather(number))
 
@@ -110,7 +98,7 @@ def all_gather(thing):
     """A list of what every process has, in their order."""
     if not dist.is_initialized():
         return [thing]
-    things = [None] * world_size()
+    things = [None] * dist.get_world_size()
     dist.all_gather_object(things, thing)
     return things
 
@@ -162,11 +150,10 @@ def shard_model(model, shard):
     """Spread the blocks, which load_model has left on the host, over `shard` neighbouring
     processes. Rows of processes with the same part are independent replicas."""
     device, dtype = model.device, model.dtype
-    table = torch.arange(world_size()).view(-1, shard)
-    shards, _ = dist.new_subgroups_by_enumeration(table.tolist(), timeout=PATIENCE)
-    replicas, _ = dist.new_subgroups_by_enumeration(table.T.tolist(), timeout=PATIENCE)
-    mesh = DeviceMesh.from_group([replicas, shards], device.type, mesh=table,
-                                 mesh_dim_names=("replicate", "shard"))
+    ranks = torch.arange(dist.get_world_size()).view(-1, shard)
+    groups = [dist.new_subgroups_by_enumeration(table.tolist(), timeout=PATIENCE)[0]
+              for table in (ranks.T, ranks)]
+    mesh = DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
     for block in model.model.layers:
         fully_shard(block.to(dtype), mesh=mesh)
         # Sum the gradients, since the loss is already divided by the rollouts of all processes.
@@ -180,8 +167,8 @@ def shard_model(model, shard):
 
 @contextmanager
 def in_step(model):
-    """While this is open, forward passes may differ in number between processes: at its end, those
-    that have made fewer make empty passes until all are done."""
+    """While this is open, processes may make different numbers of forward passes. At its end, those
+    that have made fewer make empty ones until all are done."""
     if not model.is_sharded:
         yield
         return
@@ -189,24 +176,12 @@ def in_step(model):
     yield
     hook.remove()
     while any(all_gather(False)):
-        empty_pass(model)
+        model.model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
 
 
-def keep_pace(model, batches, forwards=1):
-    """Yield the batches. Then make empty passes, as many as the busiest process has batches more.
-    forwards: forward passes for each batch (2 with a reference policy); the last one has a backward
-    pass, unless gradients are off."""
+def keep_pace(model, batches):
+    """The batches, and as many without a trained token as the busiest process has batches more."""
     batches = list(batches)
     missing = max(all_gather(len(batches))) - len(batches) if model.is_sharded else 0
-    yield from batches
-    for _ in range(missing):
-        with torch.no_grad():
-            for _ in range(forwards - 1):
-                empty_pass(model)
-        hidden = empty_pass(model)
-        if torch.is_grad_enabled():
-            (0 * hidden.sum()).backward()
-
-
-def empty_pass(model):
-    return model.model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    empty = Rollout(prompt=[0], ids=[0], logprobs=[0.0], loss_mask=[False])
+    return batches + [[empty]] * missing

@@ -33,6 +33,10 @@ class Run:
         self.cfg, self.ranks = cfg, ranks
         self.parameters, self.optimizer = parameters, optimizer
         self.identity = identity | {"code of the config": cfg.code}
+        self.settings = asdict(cfg)  # that a resumed run is expected to share
+        for key in ("init_from", "max_steps", "out_dir"):
+            del self.settings[key]
+        self.name = os.path.basename(os.path.normpath(cfg.out_dir))
         self.log_path = os.path.join(cfg.out_dir, "log.jsonl")
         self.checkpoint = os.path.join(cfg.out_dir, "checkpoint.safetensors")
         self.step = 0  # where the run begins
@@ -48,10 +52,16 @@ class Run:
             with open(self.log_path, "a") as f:
                 if f.tell() > self.history["log_bytes"]:
                     f.truncate(self.history["log_bytes"])  # steps that will be repeated
-            self.wandb = open_wandb(cfg) if cfg.wandb_log else None
+            self.wandb = self.open_wandb() if cfg.wandb_log else None
         self.signal, self.signalled_at = 0, 0.0
         self.old_handlers = {number: signal.signal(number, self.on_signal)
                              for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def open_wandb(self):
+        import wandb  # only here: nothing else needs it
+
+        return wandb.init(project="tinylora", name=self.name, dir=self.cfg.out_dir,
+                          config=asdict(self.cfg))
 
     # --- when to evaluate, to save and to stop
 
@@ -75,7 +85,7 @@ class Run:
 
     def stop_asked(self):
         """Has any process had a signal? All of them get the same answer and stop together."""
-        stop = self.ranks.any(self.signal > 0)  # a signal during this call counts in the next one
+        stop = self.ranks.max(self.signal > 0)  # a signal during this call counts in the next one
         if stop:
             self.signal = self.signal or signal.SIGINT
         return stop
@@ -92,17 +102,15 @@ class Run:
     def log_evaluation(self, step, figures, score):
         """Log figures of an evaluation. Returns whether training has improved on the best score."""
         self.log(step, {"eval": figures})
-        best = self.history["best"]
-        if best is None or score > best:
-            self.history["best"] = score
-        self.history["first"] = self.history["first"] or figures
-        self.history |= {"last": figures, "evaluated": step}
         self.saved_step = None  # a checkpoint of this step, from before a resume, lacks these
+        self.history |= {"first": self.history["first"] or figures, "last": figures,
+                         "evaluated": step}
+        best = self.history["best"]
+        self.history["best"] = score if best is None else max(best, score)
         return best is not None and score > best
 
     def save(self, step):
-        """Write the checkpoint. All processes call this, since they may hold parts of the
-        parameters; one of them writes."""
+        """Write the checkpoint. All processes call this, since each may hold a part."""
         tensors = {}
         for name, p in self.parameters.items():
             tensors[f"weights/{name}"] = full_tensor(p)
@@ -116,7 +124,7 @@ class Run:
             self.history["log_bytes"] = f.tell()
         self.history["seconds"] = time.time() - self.began
         info = {"step": step, "history": self.history, "identity": self.identity,
-                "settings": comparable(self.cfg)}
+                "settings": self.settings}
         with whole_file(self.checkpoint) as aside:
             save_file(tensors, aside, {key: json.dumps(value) for key, value in info.items()})
 
@@ -129,18 +137,19 @@ class Run:
                 info = {key: json.loads(value) for key, value in f.metadata().items()}
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot resume from {self.checkpoint}: {error}; leave out init_from to "
-                            "start anew") from None
-        if different := changes(info.get("identity", {}), self.identity):
-            raise UserError(f"cannot resume: {self.checkpoint} was made with another {different}; repeat "
-                            f"its settings with {self.cfg.out_dir}/settings.py, or start anew")
-        if different := changes(info["settings"], comparable(self.cfg)):
+            raise UserError(f"cannot resume from {self.checkpoint}: {error}; leave out init_from "
+                            "to start anew") from None
+        if different := changes(info["identity"], self.identity):
+            raise UserError(f"cannot resume: {self.checkpoint} was made with another {different}; "
+                            f"repeat its settings with {self.cfg.out_dir}/settings.py, or start "
+                            "anew")
+        if different := changes(info["settings"], self.settings):
             print0(f"note: the run goes on with another {different}")
         self.step = self.saved_step = info["step"]
-        if info["history"]["test set"] != self.history["test set"]:  # what it measured cannot be compared
-            kept = {key: info["history"][key] for key in ("seconds", "log_bytes")}
-            info["history"] = self.history | kept
-        self.history = info["history"]
+        saved = info["history"]
+        if saved["test set"] == self.history["test set"]:  # else scores cannot be compared
+            self.history = saved
+        self.history |= {"seconds": saved["seconds"], "log_bytes": saved["log_bytes"]}
         for key, t in tensors.items():
             kind, _, name = key.partition("/")
             p = self.parameters[name]
@@ -153,13 +162,12 @@ class Run:
         """Print the last line. A run that was stopped exits with the code of its signal."""
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
-        seconds = time.time() - self.began
-        name = os.path.basename(os.path.normpath(self.cfg.out_dir))
         first, last = self.history["first"], self.history["last"]
-        key = "reward" if "reward" in last else "loss"
         if last:
+            seconds = time.time() - self.began
+            key = "reward" if "reward" in last else "loss"
             before = "" if first is last else f"{first[key]:.3f} -> "
-            print0(f"{name}: {label} {before}{last[key]:.3f} with {what} in {seconds:.0f} s")
+            print0(f"{self.name}: {label} {before}{last[key]:.3f} with {what} in {seconds:.0f} s")
         if self.signal:
             print0(f"stopped: go on with --out_dir={self.cfg.out_dir} --init_from=resume")
         if is_chief():
@@ -176,7 +184,10 @@ def claim(out_dir, evidence, fresh):
         os.makedirs(out_dir, exist_ok=True)
         lock = open(os.path.join(out_dir, ".lock"), "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        remove_partial_files(out_dir)
+        # A killed run may leave what it was writing: whole_file's *.tmp and safetensors' .tmp*.
+        for pattern in ("*.tmp", ".tmp*", "model/*.tmp", "model/.tmp*", "best/*.tmp", "best/.tmp*"):
+            for name in glob(pattern, root_dir=out_dir):
+                os.remove(os.path.join(out_dir, name))
         if not fresh or not os.path.exists(os.path.join(out_dir, evidence)):
             return lock
         names = (f"{os.path.normpath(out_dir)}.{i}" for i in count(1))
@@ -191,30 +202,6 @@ def claim(out_dir, evidence, fresh):
     print(f"moved the earlier run in {out_dir} to {aside}")
     with lock:
         return claim(out_dir, evidence, fresh)
-
-
-def remove_partial_files(out_dir):
-    """A killed run may leave what it was writing: whole_file's *.tmp and safetensors' .tmp*."""
-    for folder in (out_dir, os.path.join(out_dir, "model"), os.path.join(out_dir, "best")):
-        for pattern in ("*.tmp", ".tmp*"):
-            for name in glob(pattern, root_dir=folder):
-                os.remove(os.path.join(folder, name))
-
-
-def open_wandb(cfg):
-    """Log to Weights & Biases, too. Returns the run there."""
-    import wandb  # only here: nothing else needs it
-
-    name = os.path.basename(os.path.normpath(cfg.out_dir))
-    return wandb.init(project="tinylora", name=name, dir=cfg.out_dir, config=asdict(cfg))
-
-
-def comparable(cfg):
-    """The settings that a resumed run is expected to share."""
-    values = asdict(cfg)
-    for key in ("init_from", "max_steps", "out_dir"):
-        del values[key]
-    return values
 
 
 def changes(before, now):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from support import UserError, whole_file
-from support.parallel import all_gather, is_chief, rank_of, world_size
+from support.parallel import all_gather, is_chief, rank_and_size
 
 TOLERANCE = 1e-5  # angle in radians by which a singular vector may be off
 GRAM_COLUMNS = 2048  # up to this many, W^T W costs less than the thin products it replaces
@@ -109,7 +109,8 @@ def svd_factors(weights, rank, device):
         with suppress(OSError, SafetensorError):  # missing or damaged: the SVD is made again
             tensors = load_file(path)
     if not all(all_gather(tensors is not None)):  # another run may be writing the file just now
-        mine = list(weights)[rank_of() :: world_size()]
+        process, count = rank_and_size()
+        mine = list(weights)[process::count]
         tensors = {}
         for name in tqdm(mine, desc="SVD", leave=False, disable=None if is_chief() else True):
             U, S, Vt = top_svd(weights[name].to(device), rank, name)
@@ -133,6 +134,5 @@ def cache_path(weights, rank):
         bits = W.detach().flatten()[: W.numel() // 4 * 4].view(torch.int64)
         total = (bits * torch.arange(1, len(bits) + 1, device=W.device)).sum().item()  # mod 2^64
         key.update(f"{name} {W.dtype} {list(W.shape)} {total}".encode())
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = os.environ.get("TINYLORA_CACHE") or os.path.join(caches, "tinylora")
+    folder = os.environ.get("TINYLORA_CACHE") or os.path.expanduser("~/.cache/tinylora")
     return os.path.join(folder, key.hexdigest()[:40] + ".safetensors")

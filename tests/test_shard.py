@@ -75,12 +75,12 @@ def run(folder, name, out_dir, patch, **changes):
         seen["matrices"].append((name, tuple(W.shape)))
         return real(W, rank, name)
 
-    def passing(net, real=parallel.empty_pass):
-        seen["empty"] += 1
-        return real(net)
+    def passing(trunk, arguments):
+        seen["empty"] += arguments[0].tolist() == [[0]]
 
     def sharding(net, shard, real=tinylora.shard_model):
         seen["net"] = net
+        net.model.register_forward_pre_hook(passing)
         real(net, shard)
 
     def leaving(real=parallel.dist.destroy_process_group):
@@ -88,7 +88,6 @@ def run(folder, name, out_dir, patch, **changes):
 
     patch.setattr(script, "reduce_gradients", reducing)
     patch.setattr(svd, "top_svd", decomposing)
-    patch.setattr(parallel, "empty_pass", passing)
     patch.setattr(tinylora, "shard_model", sharding)
     patch.setattr(parallel.dist, "destroy_process_group", leaving)
     functions = [getattr(script, key) for key in ("reward", "problems") if hasattr(script, key)]
@@ -114,7 +113,7 @@ def main(folder, mesh):
     for name in RUNS:
         with pytest.MonkeyPatch.context() as patch:
             seen[name] = run(folder, name, folder / mesh / name, patch, **changes)
-    torch.save(seen, folder / mesh / f"rank{parallel.rank_of()}.pt")
+    torch.save(seen, folder / mesh / f"rank{parallel.rank_and_size()[0]}.pt")
 
 
 def start(folder, mesh):

@@ -160,11 +160,8 @@ def test_the_cache_of_a_large_matrix_sees_a_fine_tuning_of_every_part(cache_dir)
 
 def test_the_cache_is_where_the_environment_says(monkeypatch):
     monkeypatch.delenv("TINYLORA_CACHE")
-    for name, value, folder in (("HOME", "/h", "/h/.cache/tinylora/"), ("XDG_CACHE_HOME", "/x", "/x/tinylora/"),
-                                ("TINYLORA_CACHE", "/t", "/t/")):
+    for name, value, folder in (("HOME", "/h", "/h/.cache/tinylora/"), ("TINYLORA_CACHE", "/t", "/t/")):
         monkeypatch.setenv(name, value)
-        if name == "HOME":
-            monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         path = svd.cache_path(WEIGHTS, 1)
         assert path.startswith(folder) and "/" not in path[len(folder):]
 

@@ -160,15 +160,6 @@ def test_few_rows_go_the_other_way_round_to_the_same_result(monkeypatch):
     assert len(others) == 5 + 3
 
 
-def test_the_sampling_form_takes_no_weights_that_are_spread_over_processes(net):
-    tinylora.add_adapter(net)
-    for sharded in (False, True):
-        net.is_sharded = sharded
-        with fused.sampling_form(net):
-            assert any("forward" in vars(module) for module in net.modules()) != sharded
-            assert net.adapter.frozen != sharded
-
-
 def test_a_lora_starts_as_the_model_with_a_uniform_seeded_a(net):
     before = logits(net)
     adapter = tinylora.add_adapter(net, "lora", rank=8, seed=3)
