@@ -1,10 +1,9 @@
 r"""The answer checker: which answer does a completion state, and does it equal the reference?
 
-The rules follow the conventions behind published numbers: the last \boxed{} of hendrycks/math, the
-"####" of GSM8K, the "final answer is" of lm-eval's minerva_math, the <answer> tags of R1-style
-prompts. The comparison is stricter than most: numbers are exact, nothing in an answer is ever
-executed, and what cannot be decided within fixed bounds of time and size counts as wrong. Only the
-standard library is imported. support/notation.py brings both sides into one spelling.
+The rules follow published conventions: the last \boxed{} of hendrycks/math, the "####" of GSM8K, the
+"final answer is" of lm-eval's minerva_math, the <answer> tags of R1-style prompts. The comparison is
+stricter than most: numbers are exact, nothing in an answer is executed, and what cannot be decided
+within fixed bounds of time and size is wrong. support/notation.py makes the spelling the same.
 """
 
 import cmath
@@ -51,16 +50,13 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-
 def extract_answer(response: str, fmt: str = "any") -> str | None:
     r"""The final answer that a completion states, or None. Nothing outside a statement is read.
 
-    A statement is the content of the last `\boxed{...}` or `\fbox{...}`; the rest of the line after
-    the last `####`; the rest of the sentence after the last "answer is" or "answer:", or the line
-    below a heading "Final Answer"; or the content of the last `<answer>...</answer>`. The one that
-    ends latest wins, so "the answer is \boxed{5}" is the box. `fmt`, one of ANSWER_FORMATS, can
-    admit one kind only. A last box that is empty or cut off is no answer, and nothing earlier
-    replaces it. "The answer is correct" and headings such as "#### Conclusion" are read only where
-    nothing else is stated. Text after the first end marker and a think block are ignored. Of a
-    statement in words that holds one value only the value is returned (see _value_alone).
-
-    Pass the completion alone: a prompt may contain `\boxed{}` itself.
+    A statement is the last `\boxed{...}` or `\fbox{...}`; the rest of the line after the last `####`;
+    the rest of the sentence after the last "answer is" or "answer:", or the line below a heading
+    "Final Answer"; or the last `<answer>...</answer>`. The one that ends latest wins; `fmt`, one of
+    ANSWER_FORMATS, can admit one kind only. A last box that is empty or cut off is no answer, and
+    nothing earlier replaces it. Text after an end marker and a think block are ignored. Of a
+    statement in words that holds one value only the value is returned. Pass the completion alone:
+    a prompt may contain `\boxed{}` itself.
     """
     return _last_statement(_completion(response), fmt)[1]
 
@@ -69,11 +65,6 @@ def last_number(response: str) -> str | None:
     """The last number of the text, the lenient reading of VERL and lm-eval. Not for rewards."""
     numbers = NUMBER.findall(_completion(response))
     return numbers[-1].replace(",", "") if numbers else None
-
-
-def extract_lenient(response: str) -> str | None:
-    """The stated answer, else the last number."""
-    return extract_answer(response) or last_number(response)
 
 
 def lenient_correct(response: str, reference: str) -> bool:
@@ -118,9 +109,9 @@ def _box(text: str, start: int) -> tuple[int, str]:
     if not text.startswith("{", start):  # \boxed 7 is TeX for \boxed{7}
         token = re.compile(r"[\w.,-]{0,50}").match(text, start)
         return token.end(), token[0]
-    depth, braces = 0, re.compile(r"\\.|[{}]", re.S)  # \{ is no brace
-    for brace in braces.finditer(text, start, start + 10 * MAX_ANSWER):
-        depth += (brace[0] == "{") - (brace[0] == "}")
+    depth = 0
+    for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, start, start + 10 * MAX_ANSWER):
+        depth += (brace[0] == "{") - (brace[0] == "}")  # \{ is no brace
         if depth == 0 and brace[0] == "}":
             return brace.end(), text[start + 1:brace.start()]
     return len(text), ""
@@ -306,9 +297,8 @@ def is_correct(response: str, reference: str) -> bool:
     `response` is a completion, read with extract_answer. One that states nothing is compared as a
     bare answer, as a whole: a number somewhere in a long text is never picked out.
 
-    Integers and decimals are exact at any size; a/b, mixed numbers, 4.5e33 and 4.5 \times 10^{33}
-    go by value. A unit, percent or degree sign that only one side has is ignored, different units
-    differ, and nothing is scaled by 100. `x = 5`, `|z| = 5` and `\frac{AM}{MB} = 5` are 5, and
+    Rational numbers go by value, exactly. A unit, percent or degree sign that only one side has is
+    ignored, different units differ, and nothing is scaled by 100. `x = 5` and `|z| = 5` are 5, and
     `2x \text{ for all real } x` is 2x. Bare lists and sets are multisets ("5 or 7" is two answers),
     tuples are ordered, intervals need their brackets, and `x \ge 2` is [2, \infty). Matrices go
     entry by entry, equations up to a factor. Expressions are equal if they agree at two fixed
@@ -741,14 +731,12 @@ class _Expression:
         return self.primary()
 
     def number(self, token: re.Match) -> Number:
-        mantissa, _, exponent = token["number"].lower().partition("e")
-        integer, _, decimals = mantissa.partition(".")
-        if len(exponent) > 5 or abs(int(exponent or 0)) > 2000:
+        exponent = token["number"].lower().partition("e")[2]
+        if abs(int(exponent or 0)) > 2000:
             raise ValueError("too large")
         if (token["base"] or "").strip("_{}") not in ("", "10"):
             return self.name(re.sub("^0+|[{}]", "", token[0]))  # 204_5: bases are not converted
-        scale = Fraction(10) ** int(exponent or 0)
-        return Fraction(int(integer + decimals), 10 ** len(decimals)) * scale
+        return Fraction(token["number"])
 
     def name(self, name: str) -> Fraction:
         """A fixed value for a name, another one at the other point."""
