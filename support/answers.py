@@ -13,7 +13,7 @@ import zlib
 from collections import deque
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate, takewhile
+from itertools import takewhile
 
 from support import notation
 from support.notation import NOT_UNITS, normalise
@@ -121,9 +121,9 @@ def _sentence(line: str) -> str:
     """The line up to the first dot before white space that is outside braces and $...$."""
     for dot in re.finditer(r"(?<!\bM[rs])(?<!\bDr)(?<!\bsq)(?<!\b[ie]\.[eg])\.(?=\s|$)", line):
         before, after = line[:dot.start()], line[dot.end():]
-        in_math = before.count("$") % 2 != before.count(r"\$") % 2 and "$" in after
-        if re.match(r"\s+[A-Z][a-z]", after):  # "$18. She has $5 left" is no formula
-            in_math = False
+        dollars = before.count("$") - before.count(r"\$")
+        prose = re.match(r"\s+[A-Z][a-z]", after)  # "$18. She has $5 left" is no formula
+        in_math = dollars % 2 and "$" in after and not prose
         if before.count("{") == before.count("}") and not in_math:
             return before
     return line
@@ -140,10 +140,10 @@ def _bare(answer: str) -> str:
 
 # --- statements in words: "Tom has 7 apples, because 3 + 4 = 7" states 7 ------------------------
 
-DENIED = "not no none nobody never neither nor cannot whether doubt false"
+DENIED = ("not no none nobody never neither nor cannot whether doubt false"
+          " twice half double triple thrice plus minus negative")
 DOUBTED = ("wrong incorrect if unless either actually wait maybe perhaps possibly probably but"
            " however otherwise correction mistake sorry ignore")
-MULTIPLE = "twice half double triple thrice plus minus negative"
 ALTERED = (  # what makes another number of a number: "7 less than 20"
     "or and else between except without less fewer greater under over above below beyond least most"
     " than times dozen hundred thousand million billion trillion lakh crore squared cubed factorial"
@@ -162,8 +162,8 @@ def _any_of(words: str, after: str = r"\b|n['’]t\b|\?") -> re.Pattern:
 
 
 DOUBT = _any_of(f"{DOUBTED} could might may", r"\b|\?")
-NO_NAME = _any_of(f"{DENIED} {DOUBTED} {MULTIPLE}")
-VETO = _any_of(f"{DENIED} {DOUBTED} {MULTIPLE} {ALTERED}")
+NO_NAME = _any_of(f"{DENIED} {DOUBTED}")
+VETO = _any_of(f"{DENIED} {DOUBTED} {ALTERED}")
 LABEL = _any_of(RELATED, " *$")
 TEXT = re.compile(r"\\(?:text[a-z]*|[mh]box|math(?:rm|bf|it))\*? ?\{([^{}]*)\}")
 EMPHASIS = re.compile(
@@ -202,10 +202,9 @@ FINITE = re.compile(r"(?i)(?:(?:is|are|was|were)(?! (?:the|what|left)\b)|does|di
 def _value_alone(content: str) -> str:
     r"""The value of a statement that holds more, else the statement as it is.
 
-    Read are a statement in the statement ("Answer: 18", \boxed{\text{The answer is } 18}), what
-    stands before a remark ("7, because 3+4=7", "18 (9 * 2)"), and the only value in a sentence
-    ("The volume of the box is 120"). Where more than one number could be meant, or the words deny
-    it or make another number of it ("7 or 8", "not 7", "7 less than 20"), nothing is taken out.
+    Read are a statement in the statement ("Answer: 18"), what stands before a remark ("7, because
+    3+4=7"), and the only value in a sentence ("The volume is 120"). Where another number could be
+    meant ("7 or 8", "not 7", "7 less than 20"), nothing is taken out.
     """
     if len(content) > MAX_ANSWER:
         return content
@@ -229,8 +228,7 @@ def _unwrapped(text: str) -> str:
 
 
 def _read(sentence: str, remark: str) -> str | None:
-    """The only value that a sentence states, or None where that is not certain. `remark` follows
-    the sentence."""
+    """The only value that a sentence states before `remark`, or None where that is not certain."""
     opened = OPENING.sub("", sentence)
     main, reason = ASIDE.sub("", opened), None
     depths = notation.depths(main)
@@ -319,15 +317,12 @@ def same_answer(answer: str, reference: str) -> bool:
         return True
     main_a, condition_a = notation.split_condition(a)
     main_b, condition_b = notation.split_condition(b)
-    if (main_a, main_b) == (a, b):
-        return False
     agree = not condition_a or not condition_b or _equal(condition_a, condition_b)
     return agree and _equal(main_a, main_b)
 
 
 # --- structure: lists, relations, unions, tuples, matrices --------------------------------------
 
-TURNED = str.maketrans(">≥", "<≤")
 CHOICE = re.compile(r'"?(?:(?:[Oo]ption|[Cc]hoice)(?: |(?=\()))?["(]*([A-Za-z])[")]*')
 LABELLED_CHOICE = re.compile(r'"?(?:(?:[Oo]ption|[Cc]hoice) )?["(]*([A-J])'
                              r'(?:"?[.:]|"?\) |\)"(?=[0-9\\ ]))(?!.*\([A-J]\))')
@@ -425,10 +420,10 @@ def _conditions_to_union(text: str) -> str:
 def _relation(text: str) -> tuple[list[str], str]:
     """The sides and the signs between them. A chain of > and ≥ is turned round."""
     sides = notation.split(text, notation.RELATIONS)
-    ends = accumulate(len(side) + 1 for side in sides[:-1])
-    signs = "".join(text[end - 1] for end in ends)
+    depths = notation.depths(text)
+    signs = "".join(c for c, depth in zip(text, depths) if c in notation.RELATIONS and depth == 0)
     if signs and set(signs) <= set(">≥"):
-        return sides[::-1], signs[::-1].translate(TURNED)
+        return sides[::-1], signs[::-1].replace(">", "<").replace("≥", "≤")
     return sides, signs
 
 
@@ -439,6 +434,7 @@ NAMES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r'"[^"]*" ?', "Q"),
     (r"\\frac\{[^{}0-9^]+\}\{[^{}0-9^]+\}", "R"),  # \frac{AM}{MB}
     (r"\|[^|0-9=<>^]+\|", "A"),  # |z|
+    (r"^([QfghABCM])\^\{?-1\}?(?=\(|$)", r"\1"),  # f^{-1}(x), A^{-1}
 )]
 NO_NAME_SIGNS = re.compile(
     r"^[0-9.]|\\(?:frac|sqrt|binom|\$)|[-+*/^|!%=<>≤≥∪π]|(?<![\\A-Za-z])[A-Za-z]{2,} ")
@@ -457,8 +453,6 @@ def _is_name(text: str, compound: bool = False) -> bool:
         text = pattern.sub(replacement, text)
     if compound:
         text = re.sub(r"(?<=[A-Za-z)\]}])[-+*](?=[A-Za-z\\\[])", "", text)
-    if text[:1] in "QfghABCM":
-        text = re.sub(r"\^\{?-1\}?(?=\(|$)", "", text)  # f^{-1}(x), A^{-1}
     return not NO_NAME_SIGNS.search(text)
 
 
@@ -504,14 +498,14 @@ def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b
 
 def _matrix(text: str) -> list[str]:
     r"""The rows of a matrix (not of a determinant) as tuples, each entry times a factor before."""
-    matrix = re.fullmatch(r"(.*?)\[?\\begin\{([pbB]?matrix|array)\}(.*)\\end\{\2\}[])]?", text)
-    if not matrix or r"\begin" in matrix[3]:
+    kind = r"\{(?:[pbB]?matrix\}|array\}(?:\{[^{}]*\})?)"  # array{cc}
+    matrix = re.fullmatch(rf"(.*?)\[?\\begin{kind}(.*)\\end{kind}[])]?", text)
+    if not matrix or r"\begin" in matrix[2]:
         return []
     factor = matrix[1].rstrip("[(*")
     factor = {"": "1", "-": "-1"}.get(factor, factor)
-    body = re.sub(r"^\{[^{}]*\}", "", matrix[3]) if matrix[2] == "array" else matrix[3]
     rows = []
-    for row in re.split(r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", body):
+    for row in re.split(r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", matrix[2]):
         if row.strip():
             cells = [f"({factor})*({cell})" for cell in row.strip().split("&")]
             rows.append(f"({','.join(cells)})")
@@ -611,8 +605,7 @@ def _power(base: Number, exponent: Number) -> Number:
 
 
 class _Expression:
-    """A reader by precedence climbing whose methods return values. Names stand for fixed rational
-    numbers."""
+    """A reader by precedence climbing whose methods return values."""
 
     def __init__(self, text: str, point: str):
         self.tokens, self.at = list(TOKEN.finditer(text)), 0
