@@ -6,7 +6,6 @@ stricter than most: numbers are exact, nothing in an answer is executed, and wha
 within fixed bounds of time and size is wrong. support/notation.py makes the spelling the same.
 """
 
-import cmath
 import math
 import re
 import zlib
@@ -16,7 +15,7 @@ from functools import lru_cache
 from itertools import takewhile
 
 from support import notation
-from support.notation import NOT_UNITS, normalise
+from support.notation import FUNCTIONS, NOT_UNITS, normalise
 
 # --- extraction: which part of a completion is the answer? --------------------------------------
 
@@ -144,12 +143,10 @@ DENIED = ("not no none nobody never neither nor cannot whether doubt false"
           " twice half double triple thrice plus minus negative")
 DOUBTED = ("wrong incorrect if unless either actually wait maybe perhaps possibly probably but"
            " however otherwise correction mistake sorry ignore")
-ALTERED = (  # what makes another number of a number: "7 less than 20"
-    "or and else between except without less fewer greater under over above below beyond least most"
-    " than times dozen hundred thousand million billion trillion lakh crore squared cubed factorial"
-    " mod divided third quarter root power remainder modulo base about around roughly almost nearly"
-    " thirds halves tenths hundredths thousandths best worst bound up too works impossible"
-    " undefined could might may")
+ALTERED = (  # what makes another number of a number
+    f"{notation.ALTERING} or and else between greater beyond divided third quarter root power"
+    " remainder modulo base about around roughly almost nearly thirds halves tenths hundredths"
+    " thousandths up works impossible undefined could might may")
 RELATED = (  # words before a number that is not the value: "the number after 7", "step 7"
     "and of after before by to at on from past until near against step part case section question"
     " problem exercise example method solution figure table equation page day option line number"
@@ -443,9 +440,8 @@ NO_NAME_SIGNS = re.compile(
 def _is_name(text: str, compound: bool = False) -> bool:
     r"""Can this stand before "=" as what was asked for? x, f(3), (x,y), \angle ABC, "Total cost",
     \frac{AM}{MB}, |z|, not 2x. With `compound` also m+n, AB*BC and \int f, not x+1."""
-    if len(text) > 80 or not re.search('[A-Za-z"]', text) or text.strip(' "') in NOT_UNITS:
-        return False
-    if NO_NAME.search(text):
+    denied = NO_NAME.search(text) or text.strip(' "') in NOT_UNITS
+    if denied or len(text) > 80 or not re.search('[A-Za-z"]', text):
         return False
     if compound and text.startswith((r"\lim", r"\int", r"\sum")):
         return True
@@ -541,17 +537,12 @@ def _words(text: str) -> str:
 MAX_BITS = 16_384  # of one exact number: 2^{5000} and 10^{3000} are in reach
 MAX_WORK = 300_000  # bits of all the numbers of one expression
 MAX_NESTING = 30
-FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in
-             "sin cos tan arcsin arccos arctan sinh cosh tanh exp".split()}
-FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "lg": cmath.log10,
-              "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
-              "cot": lambda x: 1 / cmath.tan(x)}
 CONSTANTS = {"e": complex(math.e), "i": 1j, "π": complex(math.pi)}
 KNOWN = "|".join(sorted([*FUNCTIONS, "sqrt", "floor", "ceil"], reverse=True))
 TOKEN = re.compile(
     r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)(?P<base>_(?:\{[^{}]*\}|[0-9]+))?"
     rf'|(?P<word>\\[A-Za-z]+|{KNOWN}|"[^"]*"|(?![ei])[A-Za-z]\([0-9]+\)|[^\W0-9_]|∞)'
-    r"(?P<index>(?:'|_(?:\{[^{}]*\}|\w))*)|[^ ]")
+    r"(?P<index>(?:'|_(?:\{[^{}]*\}|\w))*)|[^ ]|\Z")  # the last token is empty
 PROSE = re.compile(rf"(?<![\\A-Za-z])(?!(?:{KNOWN}|pi)\b)"
                    r"(?:(?:[A-Za-z]{3,}|no) |not|(?<= )[A-Za-z]{3,})")
 LEVEL = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5, "°": 5, "%": 5}  # 2x: level 2 too
@@ -563,10 +554,7 @@ Number = Fraction | complex
 def _same_number(x: Number, y: Number) -> bool:
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x == y
-    try:
-        return abs(complex(x) - complex(y)) <= 1e-12 * abs(complex(x))
-    except OverflowError:
-        return False
+    return max(abs(x), abs(y)) < 1e200 and abs(complex(x) - complex(y)) <= 1e-12 * abs(x)
 
 
 @lru_cache(maxsize=1024)
@@ -620,7 +608,7 @@ class _Expression:
         return value
 
     def next(self) -> str:
-        return self.tokens[self.at][0] if self.at < len(self.tokens) else ""
+        return self.tokens[self.at][0]
 
     def take(self, expected: str = "") -> re.Match:
         if not self.next() or expected and self.next() != expected:
@@ -663,9 +651,9 @@ class _Expression:
         """Does a factor without a sign follow? A number must be a power: 2^6 3^5, not 1 2 or x2."""
         if not self.next() or not self.at:
             return False
-        token, after = self.tokens[self.at], self.tokens[self.at + 1:self.at + 2]
+        token = self.tokens[self.at]
         if token["number"]:
-            return bool(after) and after[0][0] == "^"
+            return self.tokens[self.at + 1][0] == "^"
         return bool(token["word"] or token[0] in "([{" or token[0] == "|" and not self.bars)
 
     def marked(self, value: Number, mark: str) -> Number:

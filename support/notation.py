@@ -1,13 +1,16 @@
 r"""The notation in which support/answers.py compares answers: one spelling for what LaTeX, unicode
-and prose spell in several ways, and the parts of such a text: brackets, a condition, a unit. Only
-the standard library is imported."""
+and prose spell in several ways, and the parts of such a text: brackets, a condition, a unit."""
 
+import cmath
 import re
 from itertools import accumulate
 
 RELATIONS = "=<>≤≥≠∈"
-FUNCTION_NAMES = set(
-    "sin cos tan arcsin arccos arctan sinh cosh tanh exp ln log lg sec csc cot".split())
+FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in
+             "sin cos tan arcsin arccos arctan sinh cosh tanh exp".split()}
+FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "lg": cmath.log10,
+              "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
+              "cot": lambda x: 1 / cmath.tan(x)}
 
 # What LaTeX and unicode spell in several ways; after normalise() one symbol has one meaning.
 COMMANDS = {" ": " "} | {name: symbol for symbol, names in {
@@ -57,7 +60,7 @@ def normalise(text: str) -> str:
 def _quoted(macro: re.Match) -> str:
     """The content of a text macro: words in quotes, but not the number in 4:30 pm."""
     content = macro[1].replace('"', "").strip(" \\~")
-    if content in FUNCTION_NAMES - {"sec"}:  # 5\text{ sec} is a time
+    if content in FUNCTIONS and content != "sec":  # 5\text{ sec} is a time
         return f"\\{content} "
     is_formula = "=" in content or not re.search("[A-Za-z]", content)
     is_constant = macro[0] in (r"\mathrm{e}", r"\mathrm{i}")
@@ -176,11 +179,12 @@ UNITS = {name: names.split()[0] for names in (
     "min minute", "h hour hr", "am", "pm", "g gram gm", "kg kilogram", "mg milligram",
     "lb pound", "oz ounce", "l liter litre", "ml milliliter millilitre", "day", "week",
     "month", "year", "2 square sq", "3 cubic cu") for name in names.split()}
-NOT_UNITS = FUNCTION_NAMES | set(
-    "is are was be not no if but so because since then the this it either neither sqrt pi mod"
-    " squared cubed factorial half times more less fewer than below above under over least most"
-    " best worst bound except without too which wrong incorrect third halve tenth hundredth"
-    " thousandth dozen hundred thousand million billion trillion lakh crore".split())
+ALTERING = (  # what makes another number of a number: 5 million, 7 less than 20
+    "less fewer than below above under over least most best worst bound except without too times"
+    " squared cubed factorial mod dozen hundred thousand million billion trillion lakh crore")
+NOT_UNITS = set(FUNCTIONS) | set(
+    "is are was be not no if but so because since then the this it either neither sqrt pi half more"
+    f" which wrong incorrect third halve tenth hundredth thousandth {ALTERING}".split())
 QUOTED_UNIT = re.compile(
     r'(?:"(?:\^\{-?[0-9]\}|[^"0-9]|(?<=[a-z])[0-9])*"(?:\^\{?-?[0-9]\}?)?[ /*]?)+')
 

@@ -199,7 +199,8 @@ EQUAL = [  # answer, reference
     (r"\$18 \text{ per day}", "18 dollars per day"),
     (r"\$3.25\text{ dollars}", r"3.25\text{ dollars}"), ("3!=6", "6"), ("option (B)", "B"), (r"\text{Option (B)}", "B"),
     ("2⅓", "7/3"), (r"5^\circ C", r"5^\circ\text{C}"), (r"2\text{ mL}", "2 milliliters"),
-    (r"\(18\) cm", "18"), (r"\(3\) and \(5\)", "3,5"), ("2**10", "1024"), ("a_1!=0", r"a_1 \ne 0"), (r"\text{Option B: } 12", "B"),
+    (r"\(18\) cm", "18"), (r"\(3\) and \(5\)", "3,5"), ("2**10", "1024"), ("a_1!=0", r"a_1 \ne 0"),
+    (r"\text{Option B: } 12", "B"),
     ("$48$,$384$", "48, 384"), (r"111, \! 111, \! 111", "111111111"),
 ]
 DIFFERENT = [
