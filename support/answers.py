@@ -258,15 +258,14 @@ def _only_value(sentence: str, changed: bool) -> str | None:
     numeric = [i for i in gaps if NUMERIC.search(parts[i])]
     named = [i for i in gaps
              if parts[i].lstrip()[0] in "=:" or COPULA.search("".join(parts[:i]))]
-    if named and set(parts[named[0] + 1::2]) <= {"and", "or"}:  # "the roots are 2 and 3"
-        i = named[0]
-        before, value, after = "".join(parts[:i]), "".join(parts[i:]), ""
-    elif len({parts[i].strip(" =:") for i in named or numeric}) == 1 and len(parts) < 120:
-        i = (named or numeric)[-1]
-        before, value, after = "".join(parts[:i]), parts[i], "".join(parts[i + 1:])
-        if numeric and numeric[-1] > i or VETO.search(after) or FINITE.match(after):
-            return None
-    else:
+    listed = named and set(parts[named[0] + 1::2]) <= {"and", "or"}  # "the roots are 2 and 3"
+    values = {parts[i].strip(" =:") for i in named or numeric}
+    if not listed and len(values) != 1 or len(parts) > 120:
+        return None
+    i = named[0] if listed else (named or numeric)[-1]
+    end = len(parts) if listed else i + 1
+    before, value, after = "".join(parts[:i]), "".join(parts[i:end]), "".join(parts[end:])
+    if NUMERIC.search(after) or VETO.search(after) or FINITE.match(after):
         return None
     if named:
         compared = " than " in before and NUMERIC.search(before)
@@ -536,7 +535,6 @@ def _words(text: str) -> str:
 
 MAX_BITS = 16_384  # of one exact number: 2^{5000} and 10^{3000} are in reach
 MAX_WORK = 300_000  # bits of all the numbers of one expression
-MAX_NESTING = 30
 CONSTANTS = {"e": complex(math.e), "i": 1j, "π": complex(math.pi)}
 KNOWN = "|".join(sorted([*FUNCTIONS, "sqrt", "floor", "ceil"], reverse=True))
 TOKEN = re.compile(
@@ -563,10 +561,8 @@ def _value(text: str) -> tuple[Number, ...]:
     if PROSE.search(text):
         return ()
     try:
-        first = _Expression(text, "1")
-        value = first.whole()
-        return value, _Expression(text, "2").whole() if first.names else value
-    except (ValueError, ArithmeticError):
+        return _Expression(text, "1").whole(), _Expression(text, "2").whole()
+    except (ValueError, ArithmeticError, RecursionError):
         return ()
 
 
@@ -598,7 +594,7 @@ class _Expression:
     def __init__(self, text: str, point: str):
         self.tokens, self.at = list(TOKEN.finditer(text)), 0
         self.point = point  # which of its two values a name takes
-        self.names = self.nesting = self.bars = self.work = 0  # names so far, open | and bits
+        self.names = self.bars = self.work = 0  # names so far, open | and bits
         self.degree = Fraction(1)
 
     def whole(self) -> Number:
@@ -667,9 +663,6 @@ class _Expression:
 
     def primary(self) -> Number:
         """A number, a name, a function with its arguments, a group, or one of them with a sign."""
-        self.nesting += 1
-        if self.nesting > MAX_NESTING:
-            raise ValueError("too deep")
         token, names = self.take(), self.names
         word = (token["word"] or "").strip("\\")
         if token[0] in ("+", "-"):
@@ -699,7 +692,6 @@ class _Expression:
             raise ValueError("not an expression")
         else:
             value = CONSTANTS.get(token[0]) or self.name(re.sub('["{}]', "", token[0]))
-        self.nesting -= 1
         return self.bounded(value)
 
     def argument(self) -> Number:

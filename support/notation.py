@@ -145,8 +145,6 @@ def wrapped(text: str, opening: str, closing: str) -> bool:
     return matching and min(depths(text)[:-1]) > 0
 
 
-ONLY = re.compile(  # "exactly"5
-    '^"?(?:exactly|precisely|only|just|approximately)(?![A-Za-z])"? ?')
 QUALIFIER = re.compile(  # 2^n"for"n≥1, 5"when"x=2, but not two cases: x"for"x>0,-x"for"x<0
     r'(?<![A-Za-z])(?:(?:attained|achieved|with equality) )?(?:where(?!.*(?:where|when))'
     r'|(?=[^,;]*$|.*\\ldots$|.*\(-∞,∞\)$)(?:for|where|when|at|as|on|given|provided'
@@ -159,7 +157,7 @@ CONDITION = re.compile(  # nπ,n∈"Z" and nπ(n=1)
 
 def split_condition(text: str) -> tuple[str, str]:
     """(answer, the condition under which it holds). A condition in words counts as none."""
-    text = ONLY.sub("", text)
+    text = re.sub('^"?(?:exactly|precisely|only|just|approximately)(?![A-Za-z])"? ?', "", text)
     match = QUALIFIER.search(text)
     if match and (main := text[:match.start()].rstrip(' ,;"(')):
         in_brackets = "(" in text[len(main):match.start()]
