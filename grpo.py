@@ -147,7 +147,7 @@ def clipped_surrogate(log_ratio, advantages, loss_mask, cfg):
     matters."""
     low, high = CLIP[cfg.objective]
     if cfg.objective == "gspo":  # Zheng et al. 2025: one ratio per sequence, the geometric mean
-        lengths = loss_mask.sum(1).clamp(min=1)
+        lengths = loss_mask.sum(1).clamp(min=1)  # 0 in what keep_pace adds
         log_ratio = (log_ratio.sum(1) / lengths)[:, None].expand_as(log_ratio)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - (cfg.clip_low or low), 1 + (cfg.clip_high or high))
