@@ -28,6 +28,10 @@ TRL_AND_VERL = {  # what people type who know these
     "max_grad_norm": "grad_clip", "loss_type": "objective", "output_dir": "out_dir",
     "lora_rank": "rank", "lora_alpha": "alpha", "model_name_or_path": "model",
     "gradient_checkpointing": "recompute", "target_modules": "targets"}
+GONE = {  # settings of earlier versions
+    "packing": "rows are always packed", "shuffle_buffer": "rows are taken by index",
+    "tensorboard": "use wandb_log", "top_p": "training samples from all tokens",
+    "top_k": "training samples from all tokens"}
 
 
 def configure(Settings, *functions, argv=None):
@@ -111,8 +115,8 @@ def check_name(cfg, name, where):
     known = [known for known in vars(cfg) if known != "code"]
     if name in known:
         return
-    if name in ("top_k", "top_p"):
-        raise UserError(f"'{name}' in {where}: training samples from all tokens; delete it")
+    if name in GONE:
+        raise UserError(f"'{name}' in {where} is no setting any more: {GONE[name]}; delete it")
     theirs = TRL_AND_VERL.get(name)
     near = [theirs] if theirs in known else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else "--help lists the settings"

@@ -1,21 +1,22 @@
 r"""The answer checker: which answer does a completion state, and does it equal the reference?
 
-The rules follow published conventions: the last \boxed{} of hendrycks/math, the "####" of GSM8K, the
-"final answer is" of lm-eval's minerva_math, the <answer> tags of R1-style prompts. The comparison is
-stricter than most: numbers are exact, nothing in an answer is executed, and what cannot be decided
-within fixed bounds of time and size is wrong. support/notation.py makes the spelling the same.
+The rules follow the conventions behind published numbers: the last \boxed{} of hendrycks/math, the
+"####" of GSM8K, the "final answer is" of lm-eval's minerva_math, the <answer> tags of R1-style
+prompts. The comparison is stricter than most: numbers are exact, nothing in an answer is ever
+executed, and what cannot be decided within fixed bounds of time and size counts as wrong. Only the
+standard library is imported. support/notation.py brings both sides into one spelling.
 """
 
+import cmath
 import math
 import re
 import zlib
-from collections import deque
 from fractions import Fraction
 from functools import lru_cache
 from itertools import takewhile
 
 from support import notation
-from support.notation import FUNCTIONS, NOT_UNITS, normalise
+from support.notation import ALTERED, DENIED, DOUBTED, MULTIPLE, NOT_UNITS, normalise
 
 # --- extraction: which part of a completion is the answer? --------------------------------------
 
@@ -49,15 +50,18 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-
 def extract_answer(response: str, fmt: str = "any") -> str | None:
     r"""The final answer that a completion states, or None. Nothing outside a statement is read.
 
-    A statement is the last `\boxed{...}` or `\fbox{...}`; the rest of the line after the last `####`;
-    the rest of the sentence after the last "answer is" or "answer:", or the line below a heading
-    "Final Answer"; or the last `<answer>...</answer>`. The one that ends latest wins; `fmt`, one of
-    ANSWER_FORMATS, can admit one kind only. A last box that is empty or cut off is no answer, and
-    nothing earlier replaces it. Text after an end marker and a think block are ignored. Of a
-    statement in words that holds one value only the value is returned. Pass the completion alone:
-    a prompt may contain `\boxed{}` itself.
+    A statement is the content of the last `\boxed{...}` or `\fbox{...}`; the rest of the line after
+    the last `####`; the rest of the sentence after the last "answer is" or "answer:", or the line
+    below a heading "Final Answer"; or the content of the last `<answer>...</answer>`. The one that
+    ends latest wins, so "the answer is \boxed{5}" is the box. `fmt`, one of ANSWER_FORMATS, can
+    admit one kind only. A last box that is empty or cut off is no answer, and nothing earlier
+    replaces it. "The answer is correct" and headings such as "#### Conclusion" are read only where
+    nothing else is stated. Text after the first end marker and a think block are ignored. Of a
+    statement in words that holds one value only the value is returned (see _value_alone).
+
+    Pass the completion alone: a prompt may contain `\boxed{}` itself.
     """
-    return _last_statement(_completion(response), fmt)[1]
+    return _last_statement(_completion(response), fmt) or None
 
 
 def last_number(response: str) -> str | None:
@@ -78,17 +82,17 @@ def _completion(response: str) -> str:
     return (rest if rest.strip() else thinking)[-MAX_RESPONSE:]
 
 
-def _last_statement(text: str, fmt: str = "any") -> tuple[bool, str | None]:
-    """(is anything stated, the answer or None)."""
+def _last_statement(text: str, fmt: str = "any") -> str | None:
+    """The answer: None where nothing is stated, "" where the last statement is empty or cut off."""
     for patterns in (STATEMENTS, WEAK_STATEMENTS):
         found = []  # (where the statement ends, its content)
         for kind, pattern in patterns.items():
             if fmt in ("any", kind):
-                last = deque(pattern.finditer(text), maxlen=1)
+                last = list(pattern.finditer(text))[-1:]
                 found += [_content(kind, text, match.end()) for match in last]
         if found:
-            return True, _bare(_value_alone(max(found)[1])) or None
-    return False, None
+            return _bare(_value_alone(max(found)[1]))
+    return None
 
 
 def _content(kind: str, text: str, start: int) -> tuple[int, str]:
@@ -97,8 +101,8 @@ def _content(kind: str, text: str, start: int) -> tuple[int, str]:
         return _box(text, start)
     if kind == "tags":
         content, closing, _ = text[start:].partition("</answer>")
-        stated, answer = _last_statement(content)
-        return start + len(content), (answer if stated else content) or "" if closing else ""
+        answer = _last_statement(content) if closing else ""
+        return start + len(content), content if answer is None else answer
     line = text[start:start + 2 * MAX_ANSWER].partition("\n")[0].partition("</answer>")[0]
     return start, _sentence(line) if kind == "phrase" else line
 
@@ -108,9 +112,9 @@ def _box(text: str, start: int) -> tuple[int, str]:
     if not text.startswith("{", start):  # \boxed 7 is TeX for \boxed{7}
         token = re.compile(r"[\w.,-]{0,50}").match(text, start)
         return token.end(), token[0]
-    depth = 0
-    for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, start, start + 10 * MAX_ANSWER):
-        depth += (brace[0] == "{") - (brace[0] == "}")  # \{ is no brace
+    depth, braces = 0, re.compile(r"\\.|[{}]", re.S)  # \{ is no brace
+    for brace in braces.finditer(text, start, start + 10 * MAX_ANSWER):
+        depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0 and brace[0] == "}":
             return brace.end(), text[start + 1:brace.start()]
     return len(text), ""
@@ -120,9 +124,9 @@ def _sentence(line: str) -> str:
     """The line up to the first dot before white space that is outside braces and $...$."""
     for dot in re.finditer(r"(?<!\bM[rs])(?<!\bDr)(?<!\bsq)(?<!\b[ie]\.[eg])\.(?=\s|$)", line):
         before, after = line[:dot.start()], line[dot.end():]
-        dollars = before.count("$") - before.count(r"\$")
-        prose = re.match(r"\s+[A-Z][a-z]", after)  # "$18. She has $5 left" is no formula
-        in_math = dollars % 2 and "$" in after and not prose
+        in_math = before.count("$") % 2 != before.count(r"\$") % 2 and "$" in after
+        if re.match(r"\s+[A-Z][a-z]", after):  # "$18. She has $5 left" is no formula
+            in_math = False
         if before.count("{") == before.count("}") and not in_math:
             return before
     return line
@@ -139,14 +143,6 @@ def _bare(answer: str) -> str:
 
 # --- statements in words: "Tom has 7 apples, because 3 + 4 = 7" states 7 ------------------------
 
-DENIED = ("not no none nobody never neither nor cannot whether doubt false"
-          " twice half double triple thrice plus minus negative")
-DOUBTED = ("wrong incorrect if unless either actually wait maybe perhaps possibly probably but"
-           " however otherwise correction mistake sorry ignore")
-ALTERED = (  # what makes another number of a number
-    f"{notation.ALTERING} or and else between greater beyond divided third quarter root power"
-    " remainder modulo base about around roughly almost nearly thirds halves tenths hundredths"
-    " thousandths up works impossible undefined could might may")
 RELATED = (  # words before a number that is not the value: "the number after 7", "step 7"
     "and of after before by to at on from past until near against step part case section question"
     " problem exercise example method solution figure table equation page day option line number"
@@ -159,8 +155,8 @@ def _any_of(words: str, after: str = r"\b|n['’]t\b|\?") -> re.Pattern:
 
 
 DOUBT = _any_of(f"{DOUBTED} could might may", r"\b|\?")
-NO_NAME = _any_of(f"{DENIED} {DOUBTED}")
-VETO = _any_of(f"{DENIED} {DOUBTED} {ALTERED}")
+NO_NAME = _any_of(f"{DENIED} {DOUBTED} {MULTIPLE}")
+VETO = _any_of(f"{DENIED} {DOUBTED} {MULTIPLE} {ALTERED}")
 LABEL = _any_of(RELATED, " *$")
 TEXT = re.compile(r"\\(?:text[a-z]*|[mh]box|math(?:rm|bf|it))\*? ?\{([^{}]*)\}")
 EMPHASIS = re.compile(
@@ -199,9 +195,10 @@ FINITE = re.compile(r"(?i)(?:(?:is|are|was|were)(?! (?:the|what|left)\b)|does|di
 def _value_alone(content: str) -> str:
     r"""The value of a statement that holds more, else the statement as it is.
 
-    Read are a statement in the statement ("Answer: 18"), what stands before a remark ("7, because
-    3+4=7"), and the only value in a sentence ("The volume is 120"). Where another number could be
-    meant ("7 or 8", "not 7", "7 less than 20"), nothing is taken out.
+    Read are a statement in the statement ("Answer: 18", \boxed{\text{The answer is } 18}), what
+    stands before a remark ("7, because 3+4=7", "18 (9 * 2)"), and the only value in a sentence
+    ("The volume of the box is 120"). Where more than one number could be meant, or the words deny
+    it or make another number of it ("7 or 8", "not 7", "7 less than 20"), nothing is taken out.
     """
     if len(content) > MAX_ANSWER:
         return content
@@ -225,7 +222,8 @@ def _unwrapped(text: str) -> str:
 
 
 def _read(sentence: str, remark: str) -> str | None:
-    """The only value that a sentence states before `remark`, or None where that is not certain."""
+    """The only value that a sentence states, or None where that is not certain. `remark` follows
+    the sentence."""
     opened = OPENING.sub("", sentence)
     main, reason = ASIDE.sub("", opened), None
     depths = notation.depths(main)
@@ -258,14 +256,15 @@ def _only_value(sentence: str, changed: bool) -> str | None:
     numeric = [i for i in gaps if NUMERIC.search(parts[i])]
     named = [i for i in gaps
              if parts[i].lstrip()[0] in "=:" or COPULA.search("".join(parts[:i]))]
-    listed = named and set(parts[named[0] + 1::2]) <= {"and", "or"}  # "the roots are 2 and 3"
-    values = {parts[i].strip(" =:") for i in named or numeric}
-    if not listed and len(values) != 1 or len(parts) > 120:
+    if named and set(parts[named[0] + 1::2]) <= {"and", "or"}:  # "the roots are 2 and 3"
+        i, end = named[0], len(parts)
+    elif len({parts[i].strip(" =:") for i in named or numeric}) == 1 and len(parts) < 120:
+        i = (named or numeric)[-1]
+        end = i + 1
+    else:
         return None
-    i = named[0] if listed else (named or numeric)[-1]
-    end = len(parts) if listed else i + 1
     before, value, after = "".join(parts[:i]), "".join(parts[i:end]), "".join(parts[end:])
-    if NUMERIC.search(after) or VETO.search(after) or FINITE.match(after):
+    if numeric and numeric[-1] >= end or VETO.search(after) or FINITE.match(after):
         return None
     if named:
         compared = " than " in before and NUMERIC.search(before)
@@ -291,16 +290,17 @@ def is_correct(response: str, reference: str) -> bool:
     `response` is a completion, read with extract_answer. One that states nothing is compared as a
     bare answer, as a whole: a number somewhere in a long text is never picked out.
 
-    Rational numbers go by value, exactly. A unit, percent or degree sign that only one side has is
-    ignored, different units differ, and nothing is scaled by 100. `x = 5` and `|z| = 5` are 5, and
+    Integers and decimals are exact at any size; a/b, mixed numbers, 4.5e33 and 4.5 \times 10^{33}
+    go by value. A unit, percent or degree sign that only one side has is ignored, different units
+    differ, and nothing is scaled by 100. `x = 5`, `|z| = 5` and `\frac{AM}{MB} = 5` are 5, and
     `2x \text{ for all real } x` is 2x. Bare lists and sets are multisets ("5 or 7" is two answers),
     tuples are ordered, intervals need their brackets, and `x \ge 2` is [2, \infty). Matrices go
     entry by entry, equations up to a factor. Expressions are equal if they agree at two fixed
     points: rational ones exactly, others to 12 digits. Text goes without case, all else as strings.
     """
     text = _completion(response)
-    stated, answer = _last_statement(text)
-    return same_answer((answer or "") if stated else text, reference)
+    stated = _last_statement(text)
+    return same_answer(text if stated is None else stated, reference)
 
 
 def same_answer(answer: str, reference: str) -> bool:
@@ -314,11 +314,12 @@ def same_answer(answer: str, reference: str) -> bool:
     main_a, condition_a = notation.split_condition(a)
     main_b, condition_b = notation.split_condition(b)
     agree = not condition_a or not condition_b or _equal(condition_a, condition_b)
-    return agree and _equal(main_a, main_b)
+    return agree and (main_a, main_b) != (a, b) and _equal(main_a, main_b)
 
 
 # --- structure: lists, relations, unions, tuples, matrices --------------------------------------
 
+TURNED = str.maketrans(">≥", "<≤")
 CHOICE = re.compile(r'"?(?:(?:[Oo]ption|[Cc]hoice)(?: |(?=\()))?["(]*([A-Za-z])[")]*')
 LABELLED_CHOICE = re.compile(r'"?(?:(?:[Oo]ption|[Cc]hoice) )?["(]*([A-J])'
                              r'(?:"?[.:]|"?\) |\)"(?=[0-9\\ ]))(?!.*\([A-J]\))')
@@ -416,10 +417,10 @@ def _conditions_to_union(text: str) -> str:
 def _relation(text: str) -> tuple[list[str], str]:
     """The sides and the signs between them. A chain of > and ≥ is turned round."""
     sides = notation.split(text, notation.RELATIONS)
-    depths = notation.depths(text)
-    signs = "".join(c for c, depth in zip(text, depths) if c in notation.RELATIONS and depth == 0)
+    outside = [c for c, depth in zip(text, notation.depths(text)) if depth == 0]
+    signs = "".join(c for c in outside if c in notation.RELATIONS)
     if signs and set(signs) <= set(">≥"):
-        return sides[::-1], signs[::-1].replace(">", "<").replace("≥", "≤")
+        return sides[::-1], signs[::-1].translate(TURNED)
     return sides, signs
 
 
@@ -430,7 +431,6 @@ NAMES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r'"[^"]*" ?', "Q"),
     (r"\\frac\{[^{}0-9^]+\}\{[^{}0-9^]+\}", "R"),  # \frac{AM}{MB}
     (r"\|[^|0-9=<>^]+\|", "A"),  # |z|
-    (r"^([QfghABCM])\^\{?-1\}?(?=\(|$)", r"\1"),  # f^{-1}(x), A^{-1}
 )]
 NO_NAME_SIGNS = re.compile(
     r"^[0-9.]|\\(?:frac|sqrt|binom|\$)|[-+*/^|!%=<>≤≥∪π]|(?<![\\A-Za-z])[A-Za-z]{2,} ")
@@ -439,8 +439,9 @@ NO_NAME_SIGNS = re.compile(
 def _is_name(text: str, compound: bool = False) -> bool:
     r"""Can this stand before "=" as what was asked for? x, f(3), (x,y), \angle ABC, "Total cost",
     \frac{AM}{MB}, |z|, not 2x. With `compound` also m+n, AB*BC and \int f, not x+1."""
-    denied = NO_NAME.search(text) or text.strip(' "') in NOT_UNITS
-    if denied or len(text) > 80 or not re.search('[A-Za-z"]', text):
+    if len(text) > 80 or not re.search('[A-Za-z"]', text):
+        return False
+    if NO_NAME.search(text) or text.strip(' "') in NOT_UNITS:
         return False
     if compound and text.startswith((r"\lim", r"\int", r"\sum")):
         return True
@@ -448,6 +449,8 @@ def _is_name(text: str, compound: bool = False) -> bool:
         text = pattern.sub(replacement, text)
     if compound:
         text = re.sub(r"(?<=[A-Za-z)\]}])[-+*](?=[A-Za-z\\\[])", "", text)
+    if text[:1] in "QfghABCM":
+        text = re.sub(r"\^\{?-1\}?(?=\(|$)", "", text)  # f^{-1}(x), A^{-1}
     return not NO_NAME_SIGNS.search(text)
 
 
@@ -493,14 +496,14 @@ def _same_relation(sides_a: list[str], signs_a: str, sides_b: list[str], signs_b
 
 def _matrix(text: str) -> list[str]:
     r"""The rows of a matrix (not of a determinant) as tuples, each entry times a factor before."""
-    kind = r"\{(?:[pbB]?matrix\}|array\}(?:\{[^{}]*\})?)"  # array{cc}
-    matrix = re.fullmatch(rf"(.*?)\[?\\begin{kind}(.*)\\end{kind}[])]?", text)
-    if not matrix or r"\begin" in matrix[2]:
+    matrix = re.fullmatch(r"(.*?)\[?\\begin\{([pbB]?matrix|array)\}(.*)\\end\{\2\}[])]?", text)
+    if not matrix or r"\begin" in matrix[3]:
         return []
     factor = matrix[1].rstrip("[(*")
     factor = {"": "1", "-": "-1"}.get(factor, factor)
+    body = re.sub(r"^\{[^{}]*\}", "", matrix[3]) if matrix[2] == "array" else matrix[3]
     rows = []
-    for row in re.split(r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", matrix[2]):
+    for row in re.split(r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", body):
         if row.strip():
             cells = [f"({factor})*({cell})" for cell in row.strip().split("&")]
             rows.append(f"({','.join(cells)})")
@@ -535,12 +538,18 @@ def _words(text: str) -> str:
 
 MAX_BITS = 16_384  # of one exact number: 2^{5000} and 10^{3000} are in reach
 MAX_WORK = 300_000  # bits of all the numbers of one expression
+MAX_NESTING = 30
+FUNCTIONS = {name: getattr(cmath, name.replace("arc", "a")) for name in
+             "sin cos tan arcsin arccos arctan sinh cosh tanh exp".split()}
+FUNCTIONS |= {"ln": cmath.log, "log": cmath.log10, "lg": cmath.log10,
+              "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
+              "cot": lambda x: 1 / cmath.tan(x)}
 CONSTANTS = {"e": complex(math.e), "i": 1j, "π": complex(math.pi)}
 KNOWN = "|".join(sorted([*FUNCTIONS, "sqrt", "floor", "ceil"], reverse=True))
 TOKEN = re.compile(
-    r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)(?P<base>_(?:\{[^{}]*\}|[0-9]+))?"
+    r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,4})?)(?P<base>_(?:\{[^{}]*\}|[0-9]+))?"
     rf'|(?P<word>\\[A-Za-z]+|{KNOWN}|"[^"]*"|(?![ei])[A-Za-z]\([0-9]+\)|[^\W0-9_]|∞)'
-    r"(?P<index>(?:'|_(?:\{[^{}]*\}|\w))*)|[^ ]|\Z")  # the last token is empty
+    r"(?P<index>(?:'|_(?:\{[^{}]*\}|\w))*)|[^ ]")
 PROSE = re.compile(rf"(?<![\\A-Za-z])(?!(?:{KNOWN}|pi)\b)"
                    r"(?:(?:[A-Za-z]{3,}|no) |not|(?<= )[A-Za-z]{3,})")
 LEVEL = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "!": 5, "°": 5, "%": 5}  # 2x: level 2 too
@@ -552,7 +561,10 @@ Number = Fraction | complex
 def _same_number(x: Number, y: Number) -> bool:
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x == y
-    return max(abs(x), abs(y)) < 1e200 and abs(complex(x) - complex(y)) <= 1e-12 * abs(x)
+    try:
+        return abs(complex(x) - complex(y)) <= 1e-12 * abs(complex(x))
+    except OverflowError:
+        return False
 
 
 @lru_cache(maxsize=1024)
@@ -561,8 +573,10 @@ def _value(text: str) -> tuple[Number, ...]:
     if PROSE.search(text):
         return ()
     try:
-        return _Expression(text, "1").whole(), _Expression(text, "2").whole()
-    except (ValueError, ArithmeticError, RecursionError):
+        first = _Expression(text, "1")
+        value = first.whole()
+        return value, _Expression(text, "2").whole() if first.names else value
+    except (ValueError, ArithmeticError):
         return ()
 
 
@@ -589,12 +603,13 @@ def _power(base: Number, exponent: Number) -> Number:
 
 
 class _Expression:
-    """A reader by precedence climbing whose methods return values."""
+    """A reader by precedence climbing whose methods return values. Names stand for fixed rational
+    numbers."""
 
     def __init__(self, text: str, point: str):
         self.tokens, self.at = list(TOKEN.finditer(text)), 0
         self.point = point  # which of its two values a name takes
-        self.names = self.bars = self.work = 0  # names so far, open | and bits
+        self.names = self.nesting = self.bars = self.work = 0  # names so far, open | and bits
         self.degree = Fraction(1)
 
     def whole(self) -> Number:
@@ -604,7 +619,7 @@ class _Expression:
         return value
 
     def next(self) -> str:
-        return self.tokens[self.at][0]
+        return self.tokens[self.at][0] if self.at < len(self.tokens) else ""
 
     def take(self, expected: str = "") -> re.Match:
         if not self.next() or expected and self.next() != expected:
@@ -647,9 +662,9 @@ class _Expression:
         """Does a factor without a sign follow? A number must be a power: 2^6 3^5, not 1 2 or x2."""
         if not self.next() or not self.at:
             return False
-        token = self.tokens[self.at]
+        token, after = self.tokens[self.at], self.tokens[self.at + 1:self.at + 2]
         if token["number"]:
-            return self.tokens[self.at + 1][0] == "^"
+            return bool(after) and after[0][0] == "^"
         return bool(token["word"] or token[0] in "([{" or token[0] == "|" and not self.bars)
 
     def marked(self, value: Number, mark: str) -> Number:
@@ -663,6 +678,9 @@ class _Expression:
 
     def primary(self) -> Number:
         """A number, a name, a function with its arguments, a group, or one of them with a sign."""
+        self.nesting += 1
+        if self.nesting > MAX_NESTING:
+            raise ValueError("too deep")
         token, names = self.take(), self.names
         word = (token["word"] or "").strip("\\")
         if token[0] in ("+", "-"):
@@ -692,6 +710,7 @@ class _Expression:
             raise ValueError("not an expression")
         else:
             value = CONSTANTS.get(token[0]) or self.name(re.sub('["{}]', "", token[0]))
+        self.nesting -= 1
         return self.bounded(value)
 
     def argument(self) -> Number:
@@ -704,12 +723,12 @@ class _Expression:
         return self.primary()
 
     def number(self, token: re.Match) -> Number:
-        exponent = token["number"].lower().partition("e")[2]
-        if abs(int(exponent or 0)) > 2000:
-            raise ValueError("too large")
+        mantissa, _, exponent = token["number"].lower().partition("e")
+        integer, _, decimals = mantissa.partition(".")
         if (token["base"] or "").strip("_{}") not in ("", "10"):
             return self.name(re.sub("^0+|[{}]", "", token[0]))  # 204_5: bases are not converted
-        return Fraction(token["number"])
+        scale = Fraction(10) ** int(exponent or 0)
+        return Fraction(int(integer + decimals), 10 ** len(decimals)) * scale
 
     def name(self, name: str) -> Fraction:
         """A fixed value for a name, another one at the other point."""

@@ -195,7 +195,10 @@ def chunk_logprobs(hidden, head, targets, temperature):
     logprobs = all_logprobs.gather(1, targets[:, None]).squeeze(1)
     with torch.no_grad():
         p = torch.exp(all_logprobs, out=logits)  # reuses the memory of the logits
-        entropy = -(p * all_logprobs).sum(-1)
+        if logprobs.requires_grad:
+            entropy = -(p * all_logprobs).sum(-1)
+        else:
+            entropy = -all_logprobs.mul_(p).sum(-1)  # in place: one copy less
     return logprobs, entropy, p
 
 

@@ -219,6 +219,8 @@ def _check_contents(messages, rendered):
 def _chat_template(path, names):
     """The template of chat_template.jinja, else of tokenizer_config.json, compiled; else None."""
     text = names.get("chat_template")
+    if isinstance(text, list):  # several, by name
+        text = {entry["name"]: entry["template"] for entry in text}.get("default")
     file = os.path.join(path, "chat_template.jinja")
     if os.path.exists(file):
         with open(file, encoding="utf-8") as f:

@@ -67,6 +67,12 @@ def checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """A test draws the same numbers whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def net(checkpoint):
     return model.load_model(checkpoint, device="cpu")

@@ -62,7 +62,8 @@ def test_what_is_not_changed_is_not_printed_and_one_process_speaks(monkeypatch, 
     ("--zzz=3", "unknown setting 'zzz' in the command line; --help lists the settings"),
     ("--code=3", "unknown setting 'code'"),
     ("--learning_rate=1", "did you mean 'lr'?"),
-    ("--top_p=1.0", "'top_p' in the command line: training samples from all tokens; delete"),
+    ("--top_p=1.0", "'top_p' in the command line is no setting any more: training samples from all tokens; delete"),
+    ("--packing=True", "'packing' in the command line is no setting any more: rows are always packed; delete"),
     ("--steps", "--steps needs a value: write --steps=..."),
     ("--steps=1.5", "steps in command line wants a value of type int, got '1.5'"),
     ("--steps=", "wants a value of type int, got ''"),
@@ -81,7 +82,7 @@ def test_a_wrong_argument_is_refused_with_the_cure(argument, words):
 
 @pytest.mark.parametrize("text, words", [
     ("stepz = 3", "unknown setting 'stepz' in {}; did you mean 'steps'?"),
-    ("top_k = 0", "'top_k' in {}: training samples from all tokens; delete it"),
+    ("top_k = 0", "'top_k' in {} is no setting any more: training samples from all tokens; delete it"),
     ("steps = '3'", "steps in {} wants a value of type int, got '3'"),
     ("steps = True", "wants a value of type int, got True"),
     ("rate = float('inf')", "wants a value of type finite float, got inf"),

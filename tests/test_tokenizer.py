@@ -263,6 +263,14 @@ def test_a_model_that_may_think_is_asked_not_to_unless_the_caller_wants_it(check
     assert ours.chat(turns("Q"), enable_thinking=True) == "Q"
 
 
+def test_of_several_chat_templates_the_default_is_taken(checkpoint, tokenizer, tmp_path):
+    with open(f"{checkpoint}/tokenizer_config.json", encoding="utf-8") as f:
+        template = json.load(f)["chat_template"]
+    named = [{"name": name, "template": template if name == "default" else "x"} for name in ("rag", "default", "tools")]
+    path = changed(checkpoint, tmp_path / "named", {"tokenizer_config.json": {"chat_template": named}})
+    assert model.load_tokenizer(path).encode_chat(turns("1+1?")) == tokenizer.encode_chat(turns("1+1?"))
+
+
 def test_a_model_without_a_template_gets_the_plain_prompt(checkpoint, tmp_path):
     path = changed(checkpoint, tmp_path / "plain", {"tokenizer_config.json": {"chat_template": None}})
     plain = model.load_tokenizer(path)
