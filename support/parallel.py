@@ -7,10 +7,11 @@ block's weights are gathered just before it runs, in every decode step too, so a
 one GPU should use shard = 1. All else is whole on every process. Since gathering is collective, all
 must run the blocks equally often: a process without work makes empty passes (in_step, keep_pace).
 
-Qwen2.5-72B in bfloat16 on 8 GPUs, by arithmetic (it was not run), in GB on each: blocks 70.2e9 * 2 bytes / 8
-= 17.6; a gathered block and the next one 3.5; embedding and lm_head 5.0; keys and values 80 layers *
-2 * 1,024 * 2 bytes = 0.33 MB a token; training with recompute 80 * 8,192 * 2 bytes = 1.3 MB a
-token. Training all weights takes 16 bytes a number, so 140 GB for the blocks: it does not fit.
+Qwen2.5-72B in bfloat16 on 8 GPUs, by arithmetic (it was not run), in GB on each: blocks 70.2e9 *
+2 bytes / 8 = 17.6; a gathered block and the next one 3.5; embedding and lm_head 5.0; keys and
+values 80 layers * 2 * 1,024 * 2 bytes = 0.33 MB a token; training with recompute 80 * 8,192 * 2
+bytes = 1.3 MB a token. Training all weights takes 16 bytes a number, so 140 GB for the blocks: it
+does not fit.
 """
 
 import math
