@@ -68,6 +68,7 @@ class Ranks:
         if launched:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=PATIENCE)
+            all_gather(None)  # so that nobody refuses something and leaves while others connect
         self.dp_rank, self.dp_size = rank_and_size()
 
     def mine(self, rows):
