@@ -1,4 +1,4 @@
-# RL on GSM8K with Qwen2.5-0.5B-Instruct and 13 numbers, on the two cores of a laptop: about three
+# RL on GSM8K with Qwen2.5-0.5B-Instruct and 13 numbers, on the two cores of a laptop: some
 # minutes a step. Steps are saved one by one, so a run that was cut off goes on with
 # python grpo.py config/qwen0.5b_laptop.py --init_from=resume
 # Offline, with a checkpoint directory and the data as files, add
@@ -18,7 +18,7 @@ lr = 3e-3
 max_steps = 60
 batch_size = 16
 group_size = 4
-max_new_tokens = 400  # a ninth of the answers are longer before training
+max_new_tokens = 400  # before training a fifth of the sampled answers are longer
 micro_batch_tokens = 4096
 dtype = "bfloat16"
 eval_interval = 0
