@@ -81,7 +81,8 @@ def at_least(cfg, bound, *names):
 
 def show_help(Settings, functions):
     print(sys.modules[Settings.__module__].__doc__)
-    print(inspect.getsource(Settings))
+    for part in reversed(Settings.__mro__[:-1]):  # lab/es.py adds to the settings of grpo.py
+        print(inspect.getsource(part))
     for function in functions:
         print(f"A config file may define {function.__name__}{inspect.signature(function)}:")
         print(f"    {inspect.getdoc(function)}\n")
@@ -144,7 +145,8 @@ def override(cfg, name, value, where):
         kind, fits = "finite float", fits and math.isfinite(value)
     if not fits:
         raise UserError(f"{name} in {where} wants a value of type {kind}, got {value!r}")
-    choices = get_args(cfg.__annotations__.get(name))  # those of a Literal
+    types = {field.name: field.type for field in fields(cfg)}
+    choices = get_args(types.get(name))  # those of a Literal
     if choices and value not in choices:
         raise UserError(f"{name} in {where} must be one of {', '.join(choices)}, got '{value}'")
     if value != before and os.environ.get("RANK", "0") == "0":  # under torchrun one process prints

@@ -30,7 +30,7 @@ from support.device import free_memory
 from support.fused import sampling_form
 from support.packing import attention
 from support.parallel import Ranks, in_step, is_chief, print0
-from tinylora import detach, load_adapted, load_adapters
+from tinylora import detach, load_adapted, load_adapters, mix_vectors
 
 PREFILL_TOKENS = 8192  # prefilled at a time, which bounds the memory of the activations
 
@@ -121,10 +121,11 @@ def sample_tokens(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
     logprobs [B]. Temperature divides the logits exactly as in the trainer; greedy decoding
     (temperature 0) reports log-probs at temperature 1. top_k keeps the k likeliest tokens, and
     top_p of these the likeliest, up to a total probability of top_p or just above."""
-    logits = logits.float() / (temperature or 1.0)
+    if temperature not in (0, 1):  # copies of [B, V] are a tenth of a step with a large vocabulary
+        logits = logits.float() / temperature
     if temperature and (top_k or top_p < 1):
-        logits = keep_likeliest(logits, top_k, top_p)
-    p = torch.softmax(logits, dim=-1)
+        logits = keep_likeliest(logits.float(), top_k, top_p)
+    p = torch.softmax(logits, dim=-1, dtype=torch.float32)
     if temperature == 0:
         ids = p.argmax(-1, keepdim=True)
     else:
@@ -299,7 +300,8 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     prompt_ids: integers that stand for the prompts in row_uniforms (default: 0, 1, ...).
     progress: label of a progress bar, or None.
     adapters: one for each prompt, on one set of weights: files, out_dirs or texts, "" for none
-        (tinylora.load_adapters says which can be mixed).
+        (tinylora.load_adapters says which can be mixed). Or a tensor [K, groups, u]: vectors in the
+        place of v, each for the next 1/K of the prompts.
     on_done(i, completions) is called when all completions of prompt i are complete, and
     on_token(i, j, id) for every token of completion j of prompt i.
     Where several processes hold the weights between them, all must call this, even without prompts.
@@ -353,10 +355,17 @@ def check_sampling(n, max_new_tokens, temperature, top_k, top_p, seed):
 @contextmanager
 def own_adapters(model, prompts, adapters):
     """What load_adapters returns, or None without adapters. In the end the model is as before."""
-    if adapters and (model.is_sharded or len(adapters) != len(prompts)):
+    is_given = adapters is not None
+    is_tensor = isinstance(adapters, torch.Tensor)
+    each = len(prompts) // len(adapters) if is_tensor and len(adapters) else 1
+    if is_given and (model.is_sharded or len(adapters) * each != len(prompts)):
         raise UserError("adapters must be one per prompt, and need shard = 1")
     had_adapter = model.adapter
-    R = load_adapters(model, adapters) if adapters else None
+    R = None
+    if is_tensor:
+        R = mix_vectors(model, adapters).repeat_interleave(each, dim=1)
+    elif is_given:
+        R = load_adapters(model, adapters)
     try:
         yield R
     finally:

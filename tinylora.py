@@ -415,3 +415,17 @@ def load_adapters(model, adapters):
         install(model, shared)
     none = torch.zeros_like(R[next(iter(R))])
     return torch.stack([R.get(where, none) for where in adapters], dim=1)
+
+
+@torch.no_grad()
+def mix_vectors(model, vectors):
+    """R [N, K, r, r] of K vectors [K, groups, u], each in the place of the v of the model's adapter.
+    UserError if they do not fit it."""
+    adapter = model.adapter
+    if adapter is None or adapter.meta["method"] == "lora":
+        raise UserError("vectors as adapters need a model with a tinylora or lora_xs adapter")
+    if vectors.shape[1:] != adapter.v.shape:
+        raise UserError(f"the vectors have shape {tuple(vectors.shape[1:])}, and the model's "
+                        f"adapter has {tuple(adapter.v.shape)}")
+    of_linears = vectors.to(adapter.v)[:, adapter.groups]  # [K, N, u]
+    return torch.einsum("knu,nuij->nkij", of_linears, adapter.P)

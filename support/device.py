@@ -1,5 +1,7 @@
 """Which device to compute on, and how much memory it has."""
 
+import ctypes
+import platform
 import resource
 import sys
 
@@ -31,6 +33,12 @@ def pick_device(device="auto"):
         # cuDNN's attention, the first choice on Hopper, was seen to be wrong with fewer than 8 key
         # heads and to give NaN with masks (pytorch issues 193893, 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
+    elif platform.libc_ver()[0] == "glibc":
+        # By default glibc returns large freed blocks to the system, and fetches them again page by
+        # page. With a vocabulary of 152k that is a tenth of the time of sampling.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**26)  # M_MMAP_THRESHOLD: keep blocks of up to 64 MB,
+        libc.mallopt(-1, 2**28)  # M_TRIM_THRESHOLD: and 256 MB of them at the end of the heap
     return device
 
 
