@@ -4,6 +4,7 @@
     python -m lab.study params          # one of them: a name in STUDIES
     python -m lab.plot params           # its figure
     python -m lab.study gsm8k_sizes --workers=1 --results=models.csv     # one in PAPERS: for a GPU
+    python -m lab.landscape             # not a study of runs: what is around v
 
 A run is a command of grpo.py or sft.py, and a line of the table `results` says what came out. A
 command that has its line is not run again, so a study that was stopped goes on where it was. To
@@ -34,6 +35,7 @@ import torch
 from tqdm import tqdm
 
 import grpo
+import lab.es
 import sft
 from configurator import at_least, configure
 from model import load_tokenizer
@@ -172,6 +174,45 @@ def lora_rl():
                 yield Point(name, rate, f"{RL} {settings} --lr={rate:g} --seed={seed}")
 
 
+# Sigma and learning rate of evolution strategies: those tried for each size, and the best of them.
+ES = "-m lab.es config/toy_rl.py"
+ES_RATES = {
+    "1": ((0.02, 0.05, 0.1), (0.02, 0.05)),
+    "4": ((0.02, 0.05, 0.1), (0.02, 0.05)),
+    "13": ((0.02, 0.03, 0.05), (0.01, 0.02)),
+    "84": ((0.005, 0.01, 0.02), (0.005, 0.01)),
+    "1344": ((0.002, 0.005, 0.01), (0.001, 0.002)),
+}
+ES_BEST = {"1": (0.05, 0.05), "4": (0.05, 0.05), "13": (0.03, 0.02), "84": (0.01, 0.01),
+           "1344": (0.005, 0.002)}
+
+
+def es_rates():
+    """Evolution strategies: sigma and learning rate for every size, 7,680 answers (one seed)."""
+    for name, settings, _, _ in SIZES:
+        sigmas, rates = ES_RATES.get(name, ((), ()))
+        for rate in rates:
+            for sigma in sigmas:
+                yield Point(f"{name}: lr = {rate:g}", sigma,
+                            f"{ES} {settings} --sigma={sigma:g} --lr={rate:g} --seed=1")
+
+
+def es():
+    """GRPO and evolution strategies at equal numbers of sampled answers (Qiu et al. 2025)."""
+    for name, settings, rl_rate, _ in SIZES:
+        if name not in ES_BEST:
+            continue
+        sigma, rate = ES_BEST[name]
+        for answers in (1920, 3840, 7680):
+            steps = "" if answers == 3840 else f" --max_steps={answers // 128}"
+            generations = "" if answers == 7680 else f" --max_steps={answers // 256}"
+            for seed in SEEDS:
+                yield Point(f"{name}: GRPO", answers,
+                            f"{RL} {settings} --lr={rl_rate:g} --seed={seed}{steps}")
+                yield Point(f"{name}: ES", answers, f"{ES} {settings} --sigma={sigma:g} "
+                            f"--lr={rate:g} --seed={seed}{generations}")
+
+
 # ----------------------- the papers' own experiments, as far as their settings are known: for a GPU
 
 PAPER_RATES = (1e-7, 5e-7, 1e-6, 5e-6, 1e-5, 1e-4, 2e-4)  # the paper's sweep (section 5.1)
@@ -270,7 +311,7 @@ def regret_rl():
 
 
 STUDIES = {study.__name__: study for study in (params, rates, tying, rank, precision, lora, batch,
-                                               layers, lora_rl)}
+                                               layers, lora_rl, es_rates, es)}
 PAPERS = {study.__name__: study for study in (gsm8k_sizes, gsm8k_models, math_sizes, ablations,
                                               regret_rates, regret_batch, regret_layers, regret_rl)}
 
@@ -308,14 +349,15 @@ def lock(directory):
 
 # ----------------------------------------------------------------------------------------- the runs
 
-SCRIPTS = {"grpo.py": (grpo, [grpo.reward, grpo.problems]), "sft.py": (sft, [grpo.reward])}
+SCRIPTS = {"grpo.py": (grpo, [grpo.reward, grpo.problems]), "sft.py": (sft, [grpo.reward]),
+           "lab.es": (lab.es, [grpo.reward, grpo.problems])}
 
 
 def execute(command, runs):
     """Run a command in this process, without its output, in a directory of its own below `runs`.
     Returns its line of the table. An error is noted there, and the other runs go on: for example, a
     learning rate may be too high."""
-    script, *arguments = command.split()
+    script, *arguments = command.removeprefix("-m ").split()
     module, functions = SCRIPTS[script]
     commit, began, output = revision(), time.time(), io.StringIO()
     out_dir = os.path.join(runs, directory_name(command, commit))
@@ -364,7 +406,7 @@ def outcome(cfg, printed):
     first, last = evaluations[0], evaluations[-1]
     if cfg.save_dtype != "float32":
         last = evaluate_stored(cfg)
-    numbers = re.search("trains ([0-9,]+) numbers", printed)[1].replace(",", "")
+    numbers = re.search("(?:trains|evolves) ([0-9,]+) numbers", printed)[1].replace(",", "")
     found = {"numbers": numbers, "before": first.get("reward", ""),
              "accuracy": last.get("reward", ""), "stderr": last.get("stderr", "")}
     if "reward" in steps[0]:  # at temperature 1

@@ -99,7 +99,7 @@ def test_studies_are_runs_that_the_scripts_accept():
         commands = {point.command for point in runs()}
         assert len(commands) > 3 and all(re.search(" --lr=[0-9.e-]+| config/", command) for command in commands), name
         for command in {re.sub(r" --(lr|seed)=\S+", "", command) for command in commands}:  # of a sweep, one is enough
-            script, *arguments = command.split()
+            script, *arguments = command.removeprefix("-m ").split()
             module, cfg = configured(script, arguments)
             module.check(cfg)
 
