@@ -2,9 +2,11 @@
 
     python -m lab.plot out/toy out/other   # one picture of the log.jsonl of one or more runs
     python -m lab.plot params              # a study's figure: accuracy against trained numbers
-    python -m lab.plot                     # the figures of all studies of the toy
+    python -m lab.plot landscape           # reward and accuracy around v, as lab.landscape found
+    python -m lab.plot                     # all figures of the toy
 """
 
+import csv
 import json
 import os
 import re
@@ -13,14 +15,15 @@ from dataclasses import dataclass
 from statistics import mean
 
 from configurator import configure
-from lab import study
-from support import UserError, one_line_errors
+from lab import landscape, study
+from support import UserError, foreign_file, one_line_errors
 
 
 @dataclass
 class Settings:
     results: str = study.Settings.results  # the table that lab.study writes
     figures: str = "lab/results"  # directory of the studies' figures
+    landscape: str = landscape.Settings.landscape  # the table that lab.landscape writes
     out: str = "curves.png"  # file of the runs' curves
 
 
@@ -34,6 +37,8 @@ FIGURES = {  # of each study: what the horizontal axis is, and the column that i
     "batch": ("batch size", "loss"),
     "layers": ("learning rate", "loss"),
     "lora_rl": ("learning rate", "accuracy"),
+    "es_rates": ("sigma", "accuracy"),
+    "es": ("sampled answers", "accuracy"),
     "gsm8k_sizes": ("trained numbers", "accuracy"),
     "gsm8k_models": ("trained numbers", "accuracy"),
     "math_sizes": ("trained numbers", "accuracy"),
@@ -47,6 +52,7 @@ STUDIES = study.STUDIES | study.PAPERS
 LABELS = {"accuracy": "greedy accuracy, held-out (bars: seeds)",
           "loss": "held-out loss, nats per token (bars: seeds)",
           "training loss": "loss of the last 5 steps, nats per token"}
+LANDSCAPES = {"accuracy": "greedy accuracy", "reward": "reward (T = 1)"}
 
 
 def pyplot():
@@ -117,8 +123,8 @@ def draw_study(name, rows, cfg, plt):
     for series, by_x in curves.items():
         panel, _, label = series.rpartition(": ")
         panels.setdefault(panel, {})[label] = by_x
-    figure, axes = plt.subplots(1, len(panels), figsize=(7 if len(panels) == 1 else 11, 4.3),
-                                squeeze=False, sharey=True)
+    width = 7 if len(panels) == 1 else max(11, 3 * len(panels))
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 4.3), squeeze=False, sharey=True)
     for ax, (panel, own) in zip(axes[0], panels.items()):
         for i, (label, by_x) in enumerate(own.items()):
             ordered = plt.get_cmap("viridis")(i / len(own))  # where many follow one another
@@ -167,6 +173,33 @@ def scale_x(ax, xs):
     if xs[-1] < 1000 * xs[0]:
         ax.minorticks_off()
         ax.set_xticks(xs, [f"{x:g}" for x in xs], fontsize=8)
+
+
+# -------------------------------------------------------------------------------------- the landscape
+
+def draw_landscape(path, out, plt):
+    """Accuracy and reward over the planes that lab.landscape has tried."""
+    with foreign_file(path), open(path, encoding="utf-8", newline="") as f:
+        rows = list(csv.DictReader(f))
+        planes = list(dict.fromkeys(row["plane"] for row in rows))
+        figure, axes = plt.subplots(2, len(planes), figsize=(11, 8), sharex=True, sharey=True)
+        for column, plane in enumerate(planes):
+            own = [row for row in rows if row["plane"] == plane]
+            grid = [row for row in own if row["kind"] == "grid"]
+            x, y = ([float(row[axis]) for row in grid] for axis in "xy")
+            for ax, figures in zip(axes[:, column], ("accuracy", "reward")):
+                shades = ax.tricontourf(x, y, [float(row[figures]) for row in grid], 20)
+                figure.colorbar(shades, label=LANDSCAPES[figures])
+                ax.plot(0, 0, "wo", markeredgecolor="k")
+                ax.annotate("v = 0", (0, 0), color="w")
+                for row in own:
+                    if row["kind"] == "GRPO" or row["kind"] == plane:  # ES lies in its own plane
+                        at = float(row["x"]), float(row["y"])
+                        ax.plot(*at, "w*", markersize=12, markeredgecolor="k")
+                        ax.annotate(row["kind"], at, color="w")
+            axes[0, column].set_title(f"second direction: {plane}")
+            axes[1, column].set_xlabel("along GRPO's v (in lengths of it)")
+    save(figure, out)
 
 
 # ----------------------------------------------------------------------------------- curves of runs
@@ -228,13 +261,16 @@ def main():
     names = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
     cfg = configure(Settings, argv=[arg for arg in sys.argv[1:] if arg.startswith("-")])
     plt = pyplot()
-    if any(name not in FIGURES for name in names):
+    if any(name not in [*FIGURES, "landscape"] for name in names):
         if not os.path.basename(cfg.out):
             raise UserError(f"out must be the name of a file, not '{cfg.out}'")
         return draw_runs(names, cfg.out, plt)
     rows = study.read_results(cfg.results)
-    for name in names or study.STUDIES:
-        draw_study(name, rows, cfg, plt)
+    for name in names or [*study.STUDIES, "landscape"]:
+        if name == "landscape":
+            draw_landscape(cfg.landscape, f"{cfg.figures}/landscape.png", plt)
+        else:
+            draw_study(name, rows, cfg, plt)
 
 
 if __name__ == "__main__":

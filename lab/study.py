@@ -193,7 +193,7 @@ def es_rates():
         sigmas, rates = ES_RATES.get(name, ((), ()))
         for rate in rates:
             for sigma in sigmas:
-                yield Point(f"{name}: lr = {rate:g}", sigma,
+                yield Point(f"trained: {name}: lr = {rate:g}", sigma,
                             f"{ES} {settings} --sigma={sigma:g} --lr={rate:g} --seed=1")
 
 
@@ -207,9 +207,9 @@ def es():
             steps = "" if answers == 3840 else f" --max_steps={answers // 128}"
             generations = "" if answers == 7680 else f" --max_steps={answers // 256}"
             for seed in SEEDS:
-                yield Point(f"{name}: GRPO", answers,
+                yield Point(f"trained: {name}: GRPO", answers,
                             f"{RL} {settings} --lr={rl_rate:g} --seed={seed}{steps}")
-                yield Point(f"{name}: ES", answers, f"{ES} {settings} --sigma={sigma:g} "
+                yield Point(f"trained: {name}: ES", answers, f"{ES} {settings} --sigma={sigma:g} "
                             f"--lr={rate:g} --seed={seed}{generations}")
 
 
