@@ -381,11 +381,15 @@ def execute(command, runs):
 
 
 def revision():
-    """The commit of this code, with a + if files differ from it; empty if git cannot tell."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "-C", here, "describe", "--always", "--dirty=+"]
-    try:
+    """The commit of this code, with a + if files differ from it other than in lab/results; empty if
+    git cannot tell."""
+    def git(*arguments):
+        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *arguments]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = git("diff", "--name-only", "HEAD", "--", ":/", ":(top,exclude)lab/results")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except OSError:
         return ""
 
