@@ -39,7 +39,7 @@ class Settings(grpo.Settings):  # these, and those of grpo.py that GRPO_ONLY doe
     population: int = 32  # members of a generation, in pairs v + sigma e and v - sigma e
     batch_size: int = 8  # problems of a generation; every member answers each of them once
     sigma: float = 0.03  # standard deviation of the perturbations
-    lr: float = 0.02  # Adam, constant
+    lr: float = 0.01  # Adam, constant
     max_steps: int = 30  # generations
     temperature: float = 0.0  # of the members' answers; 0: greedy, as in the evaluation
 

@@ -174,7 +174,7 @@ def lora_rl():
                 yield Point(name, rate, f"{RL} {settings} --lr={rate:g} --seed={seed}")
 
 
-# Sigma and learning rate of evolution strategies: those tried for each size, and the best of them.
+# Sigma and learning rate of evolution strategies: those tried for each size, and those of es().
 ES = "-m lab.es config/toy_rl.py"
 ES_RATES = {
     "1": ((0.02, 0.05, 0.1), (0.02, 0.05)),
@@ -183,8 +183,8 @@ ES_RATES = {
     "84": ((0.002, 0.005, 0.01, 0.02), (0.005, 0.01, 0.02)),
     "1344": ((0.001, 0.002, 0.005, 0.01), (0.0005, 0.001, 0.002)),
 }
-ES_BEST = {"1": (0.05, 0.05), "4": (0.05, 0.05), "13": (0.03, 0.02), "84": (0.01, 0.01),
-           "1344": (0.005, 0.002)}
+ES_BEST = {"1": (0.1, 0.02), "4": (0.1, 0.01), "13": (0.03, 0.01), "84": (0.005, 0.01),
+           "1344": (0.002, 0.0005)}
 
 
 def es_rates():

@@ -109,7 +109,7 @@ def test_the_first_step_is_adams_along_the_estimate_by_hand(arguments, tmp_path,
     estimate = (shaped[:, None] * members / 0.5).mean(0) / 0.5
     [line], [v] = results(tmp_path / "out")
     assert line["grad_norm"] == pytest.approx(np.linalg.norm(estimate), rel=1e-4)
-    assert v == pytest.approx((0.02 * np.sign(estimate)).tolist(), rel=1e-3)  # Adam's first step is lr
+    assert v == pytest.approx((0.01 * np.sign(estimate)).tolist(), rel=1e-3)  # Adam's first step is lr
 
 
 def test_it_climbs_to_the_top_of_a_hill(arguments, tmp_path, monkeypatch):
