@@ -15,8 +15,10 @@ from conftest import ROOT, SHARED, assert_refused, changed, make_checkpoint, ref
 from forks import fork_script
 from safetensors.torch import load_file
 
+import export
 import model
 import sample
+import tinylora
 from support.checkpoint import TOKENIZER_FILES, checkpoint_dir
 from support.device import free_memory, pick_device
 
@@ -335,3 +337,27 @@ def test_the_first_call_of_what_mkl_computes_is_made_by_one_thread():
     one thread's half. A race cannot be had at will, so this looks for the calls that end it."""
     called = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True, check=True, cwd=ROOT)
     assert {"cos", "sin", "exp", "log", "sqrt"} <= set(called.stdout.split())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])  # test_export.py has Qwen2.5
+@pytest.mark.parametrize("settings", [dict(u=5, n_tie=3), dict(method="lora", rank=3)], ids=str)
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_adapters_of_a_family_go_to_peft_and_to_transformers_and_back(tmp_path, family, settings):
+    peft = pytest.importorskip("peft")
+    theirs = oracle(tmp_path / "base", family, head_dim=16)
+    net = load(tmp_path / "base")
+    adapter = tinylora.add_adapter(net, **settings)
+    torch.manual_seed(1)
+    for p in adapter.parameters():
+        p.data.copy_(torch.randn_like(p) * 0.3)
+    ids = torch.randint(0, 160, (2, 30))
+    before, after = theirs(ids).logits, net(ids)
+    assert len(adapter.linears) == 7 * 3 and (after - before).abs().max() > 0.1
+    export.export_peft(net, str(tmp_path / "peft"))
+    assert (peft.PeftModel.from_pretrained(theirs, tmp_path / "peft")(ids).logits - after).abs().max() <= 1e-4
+    back = load(tmp_path / "base")
+    export.import_peft(back, str(tmp_path / "peft"))
+    assert (back(ids) - after).abs().max() <= 1e-4
+    model.save_model(tinylora.merge(net), str(tmp_path / "merged"))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert (merged(ids).logits - after).abs().max() <= 1e-4
