@@ -193,8 +193,10 @@ def es_rates():
         sigmas, rates = ES_RATES.get(name, ((), ()))
         for rate in rates:
             for sigma in sigmas:
-                yield Point(f"trained: {name}: lr = {rate:g}", sigma,
-                            f"{ES} {settings} --sigma={sigma:g} --lr={rate:g} --seed=1")
+                run = f"{ES} {settings} --sigma={sigma:g} --lr={rate:g} --seed=1"
+                yield Point(f"trained: {name}: lr = {rate:g}", sigma, run)
+                if (name, rate) == ("13", 0.01):
+                    yield Point(f"trained: {name}: sampled", sigma, f"{run} --temperature=1")
 
 
 def es():

@@ -33,6 +33,8 @@ def pick_device(device="auto"):
         # cuDNN's attention, the first choice on Hopper, was seen to be wrong with fewer than 8 key
         # heads and to give NaN with masks (pytorch issues 193893, 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
+        # By default long sums in bfloat16 are cut into parts that are rounded one by one.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     elif platform.libc_ver()[0] == "glibc":
         # By default glibc returns large freed blocks to the system, and fetches them again page by
         # page. With a vocabulary of 152k that is a tenth of the time of sampling.

@@ -5,6 +5,8 @@ import re
 import sys
 
 import pytest
+from conftest import assert_refused
+from forks import fork_script
 
 from lab import bench
 from support import UserError
@@ -77,3 +79,23 @@ def test_a_missing_package_is_named(monkeypatch):
 def test_a_process_that_ends_early_is_no_hang():
     with pytest.raises(UserError, match="ended early"):
         bench.in_turn([sys.exit], 1)
+
+
+def test_the_check_of_a_gpu_runs_on_a_cpu_row_by_row():
+    """All rows but compiling, and the tests, which are part of this suite."""
+    names = "versions,decode 1,train,grpo,kernels,svd,toy"
+    done = fork_script("-m", "lab.gpu_check", "--device=cpu", f"--only={names}")
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0 and [row["row"] for row in rows] == names.split(","), done.stdout + done.stderr
+    by_name = {row["row"]: row for row in rows}
+    assert not any("error" in row for row in rows) and len(by_name["grpo"]["steps"]) == 2
+    assert by_name["grpo"]["max_logprob_difference"] < 1e-4 and "aten::mm" in by_name["kernels"]["decode"]
+    assert by_name["toy"]["last line"].startswith("toy: greedy accuracy")
+
+
+def test_a_row_that_fails_does_not_stop_the_next():
+    setup = "import lab.bench\nlab.bench.bench_train = lambda cfg: 1 / 0"
+    done = fork_script("-m", "lab.gpu_check", "--device=cpu", "--only=train,svd", setup=setup)
+    first, second = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert done.returncode == 1 and "ZeroDivisionError" in first["error"] and second["seconds"] > 0
+    assert_refused(fork_script("-m", "lab.gpu_check", "--device=cpu", "--only=speed"), "speed", "decode 64")

@@ -169,6 +169,7 @@ def test_on_a_gpu_packed_rows_go_to_one_kernel(monkeypatch):
     assert torch.allclose(packed.attend_in_one_call(q, k, v), packed.attend(0, q, k, v), atol=1e-12)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_packed_rows_on_a_gpu(checkpoint):
     """Log-probs, and the gradient of v: the kernel in bfloat16 against plain passes in float32 on the CPU."""
