@@ -78,7 +78,8 @@ def survey(cfg):
             answers = es.ask(net, tokenizer, vectors, list(enumerate(rows)), run, ranks)
             figures.append([reward for reward, _, _ in answers])
         for (kind, x, y), reward, accuracy in zip(points, *figures):
-            yield [plane, f"{x:.4g}", f"{y:.4g}", kind, f"{reward:.4g}", f"{accuracy:.4g}"]
+            yield [plane, *(f"{round(float(place), 4) + 0.0:g}" for place in (x, y)), kind, f"{reward:.4g}",
+                   f"{accuracy:.4g}"]
 
 
 def main():

@@ -188,15 +188,17 @@ def draw_landscape(path, out, plt):
             grid = [row for row in own if row["kind"] == "grid"]
             x, y = ([float(row[axis]) for row in grid] for axis in "xy")
             for ax, figures in zip(axes[:, column], ("accuracy", "reward")):
-                shades = ax.tricontourf(x, y, [float(row[figures]) for row in grid], 20)
+                levels = [i / 20 for i in range(22)]  # beyond 1, which would stay white
+                shades = ax.tricontourf(x, y, [float(row[figures]) for row in grid], levels)
                 figure.colorbar(shades, label=LANDSCAPES[figures])
-                ax.plot(0, 0, "wo", markeredgecolor="k")
-                ax.annotate("v = 0", (0, 0), color="w")
+                marks = {"v = 0": (0, 0)}
                 for row in own:
                     if row["kind"] == "GRPO" or row["kind"] == plane:  # ES lies in its own plane
-                        at = float(row["x"]), float(row["y"])
-                        ax.plot(*at, "w*", markersize=12, markeredgecolor="k")
-                        ax.annotate(row["kind"], at, color="w")
+                        marks[row["kind"]] = float(row["x"]), float(row["y"])
+                for label, at in marks.items():
+                    ax.plot(*at, "w*", markersize=12, markeredgecolor="k")
+                    ax.annotate(label, at, (7, 7), textcoords="offset points", color="w",
+                                backgroundcolor="#00000060", fontsize=9)
             axes[0, column].set_title(f"second direction: {plane}")
             axes[1, column].set_xlabel("along GRPO's v (in lengths of it)")
     save(figure, out)

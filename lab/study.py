@@ -195,8 +195,9 @@ def es_rates():
             for sigma in sigmas:
                 run = f"{ES} {settings} --sigma={sigma:g} --lr={rate:g} --seed=1"
                 yield Point(f"trained: {name}: lr = {rate:g}", sigma, run)
-                if (name, rate) == ("13", 0.01):
-                    yield Point(f"trained: {name}: sampled", sigma, f"{run} --temperature=1")
+                if name == "13" and rate > 0.005:
+                    yield Point(f"trained: 13: lr = {rate:g}, sampled", sigma,
+                                f"{run} --temperature=1")
 
 
 def es():
