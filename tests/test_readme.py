@@ -33,7 +33,6 @@ SKIPPED = {  # the start of a command, and why it is not run here
     ".venv/bin/pip install": "downloads packages",
     ".venv/bin/python -m pytest": "this is it",
     "torchrun": "needs GPUs; test_run.py and test_shard.py run several processes with every script",
-    "python sft.py config/tulu3_lora.py": "downloads from the hub; test_lab.py runs it on a file",
 }
 SMALLER = {
     "grpo.py": ["--max_steps=1", "--batch_size=2", "--group_size=2", "--eval_size=2", "--max_new_tokens=4"],
