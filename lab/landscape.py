@@ -19,7 +19,7 @@ import torch
 
 import grpo
 from configurator import at_least, configure
-from lab import es
+from lab import es, study
 from model import load_tokenizer
 from support import whole_file
 from support.parallel import Ranks
@@ -31,7 +31,7 @@ RUNS = {"GRPO": "grpo.py", "ES": "-m lab.es"}
 
 @dataclass
 class Settings:
-    landscape: str = "lab/results/landscape.csv"  # the table: a line for each vector
+    landscape: str = study.LANDSCAPE  # the table: a line for each vector
     out_dir: str = "out/landscape"  # the runs by GRPO and ES, which are made if they are missing
     points: int = 25  # on each axis of a grid: x from -1 to 2, y from -1.5 to 1.5
     problems: int = 40  # held-out problems that every vector is asked

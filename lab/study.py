@@ -4,7 +4,7 @@
     python -m lab.study params          # one of them: a name in STUDIES
     python -m lab.plot params           # its figure
     python -m lab.study gsm8k_sizes --workers=1 --results=models.csv     # one in PAPERS: for a GPU
-    python -m lab.landscape             # not a study of runs: what is around v
+    python -m lab.study landscape       # no table of runs, but what is around v: lab/landscape.py
 
 A run is a command of grpo.py or sft.py, and a line of the table `results` says what came out. A
 command that has its line is not run again, so a study that was stopped goes on where it was. To
@@ -51,6 +51,7 @@ class Settings:
     workers: int = 2  # runs at a time, which share the cores
 
 
+LANDSCAPE = "lab/results/landscape.csv"
 COLUMNS = ("command", "numbers", "before", "accuracy", "stderr", "reward", "loss", "seconds",
            "commit", "error")
 Point = namedtuple("Point", "series x command")  # of a figure: the curve, the place, the run
@@ -480,10 +481,14 @@ def main():
     at_least(cfg, 1, "workers")
     studies = STUDIES | PAPERS
     for name in names:
-        if name not in studies:
-            raise UserError(f"no study '{name}'; there are {', '.join(STUDIES)}, and for a GPU "
-                            f"{', '.join(PAPERS)}")
-    points = [point for name in names or STUDIES for point in studies[name]()]
+        if name not in studies and name != "landscape":
+            raise UserError(f"no study '{name}'; there are {', '.join(STUDIES)}, landscape, and for "
+                            f"a GPU {', '.join(PAPERS)}")
+    if "landscape" in names or not names and not os.path.exists(LANDSCAPE):
+        command = [sys.executable, "-m", "lab.landscape", f"--landscape={LANDSCAPE}",
+                   f"--out_dir={cfg.out_dir}/landscape"]
+        subprocess.run(command, check=True)
+    points = [point for name in names or STUDIES if name in studies for point in studies[name]()]
     commands = list(dict.fromkeys(point.command for point in points))
     errors = {command: row["error"] for command, row in read_results(cfg.results).items()}
     # A run that failed may have lacked memory or disk, and is repeated. One that diverged would

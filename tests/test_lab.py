@@ -205,6 +205,16 @@ def test_an_unknown_study_is_refused():
     assert_refused(fork_script("-m", "lab.study", "parms"), "parms", "params")
 
 
+def test_the_landscape_is_made_by_the_study_of_that_name(tmp_path, monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(study.subprocess, "run", lambda command, check: commands.append(command))
+    monkeypatch.setattr("sys.argv", ["study", "landscape", f"--out_dir={tmp_path}", f"--results={tmp_path}/table.csv"])
+    study.main()
+    [command] = commands
+    assert command[1:3] == ["-m", "lab.landscape"] and f"--out_dir={tmp_path}/landscape" in command
+    assert "0 runs done" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------------------- figures
 
 def row(command="", accuracy="", loss=""):
