@@ -671,9 +671,11 @@ def trl_model(path, prompts, lengths):
                                                      eos_token="<stop>", pad_token="<pad>")
     ends = torch.tensor(lengths)
     width = max(map(len, prompts))
+    own_stops = net.generation_config.eos_token_id or []  # of a real checkpoint
 
     def stop_at_length(ids, scores):
         scores[:, -1] = -torch.inf
+        scores[:, own_stops] = -torch.inf
         is_last = ids.shape[1] - width + 1 == ends
         scores[is_last] = -torch.inf
         scores[is_last, -1] = 0.0
@@ -696,7 +698,8 @@ def trl_grpo_steps(turn, cfg, path, prompts, lengths):
             began = time.perf_counter()
             result = super()._generate(*arguments)
             turn.generation = time.perf_counter() - began
-            assert [len(ids) for ids in result[1]] == lengths
+            found = [len(ids) for ids in result[1]]
+            assert found == lengths, f"lengths {found}, wanted {lengths}"
             return result
 
     class Clock(transformers.TrainerCallback):
