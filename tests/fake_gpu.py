@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+import torch.utils.checkpoint as checkpoint
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
@@ -42,17 +43,24 @@ ANSWERS = {"is_available": True, "device_count": 1, "get_device_capability": (9,
 def fake_gpu():
     """Pretend that there is a GPU. Yields the Device."""
     device = Device()
+    functions = Functions(device)
 
     @functools.wraps(varlen.varlen_attn)  # so that its signature can be inspected
     def kernel(*args, **kwargs):
         device.counts["varlen_attn"] += 1
         return varlen_by_hand(*args, **kwargs)
 
+    def engine(*args, real=torch.autograd._engine_run_backward, **kwargs):
+        with functions:  # torch has switched it off, but Python code of a backward pass must see it, too
+            return real(*args, **kwargs)
+
     answers = {name: mock.Mock(return_value=answer) for name, answer in ANSWERS.items()}
     graph = functools.partial(Graph, device)
     with (mock.patch.multiple(torch.cuda, CUDAGraph=graph, graph=device.graph, **answers),
           mock.patch.object(torch.backends.cuda, "enable_cudnn_sdp"), mock.patch.object(varlen, "varlen_attn", kernel),
-          Functions(device), device):
+          mock.patch.object(torch.autograd, "_engine_run_backward", engine),
+          mock.patch.dict(checkpoint._allowed_determinism_checks_to_fns, default=lambda t: (t.shape, t.dtype)),
+          functions, device):
         yield device
 
 
@@ -82,7 +90,7 @@ class Functions(TorchFunctionMode):
         super().__init__()
         self.device = device
         Tensor = torch.Tensor
-        self.instead = {torch.tensor: self.tensor, Tensor.to: self.to, Tensor.backward: self.backward}
+        self.instead = {torch.tensor: self.tensor, Tensor.to: self.to}
         self.instead_on_gpu = {Tensor.device.__get__: lambda t: GPU,
                                Tensor.is_cuda.__get__: lambda t: True,
                                Tensor.cpu: lambda t: self.to(t, "cpu"),
@@ -120,11 +128,6 @@ class Functions(TorchFunctionMode):
         assert not (moves and t.requires_grad and torch.is_grad_enabled()), "gradients across devices are not pretended"
         with self.device.making(goes_here):
             return t.to(dtype or t.dtype, copy=moves)
-
-    def backward(self, loss):
-        """The mode must see the Python code of a backward pass, too."""
-        with self.device.making(lies_on_gpu(loss)), self:
-            torch.autograd.backward(loss)
 
     def no_numpy(self, *args, **kwargs):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
