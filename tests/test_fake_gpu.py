@@ -2,6 +2,7 @@
 pretended device fails where a GPU would."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import test_run
@@ -49,7 +50,7 @@ def generate(request, checkpoint, tokenizer, monkeypatch):
         options["adapters"] = [texts[i % 3] for i in range(len(PROMPTS) + 1)]
     if request.param == "vectors and fewer slots":
         options["adapters"] = torch.randn(len(PROMPTS) + 1, 4, 3) * 0.2
-    return lambda net: sample.generate(net, tokenizer, [*PROMPTS, LONG], **options)
+    return partial(sample.generate, tokenizer=tokenizer, prompts=[*PROMPTS, LONG], **options)
 
 
 def numbers_of(groups):
@@ -80,6 +81,7 @@ def test_replayed_graphs_equal_eager_steps_to_the_bit(generate, checkpoint, monk
             with torch.no_grad():
                 net.adapter.v.mul_(-0.5)
     assert gpu.counts["replays"] > 20 and results["replayed"] == results["eager"]
+    assert (results["eager"][0] == results["eager"][1]) == ("adapters" in generate.keywords)  # which replace v
 
 
 def test_a_step_is_a_replay_and_two_copies_each_way_and_its_sizes_are_few(checkpoint, tokenizer, monkeypatch):
