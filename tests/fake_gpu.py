@@ -32,7 +32,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 GPU = torch.device("cuda", 0)
 GIVES_NUMBERS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
 INDEXING = {"index", "index_put", "index_put_"}
-PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm"}
 NAN = 255  # bytes of 255 are NaN in every floating dtype, and -1 in int64
 ANSWERS = {"is_available": True, "device_count": 1, "get_device_capability": (9, 0), "set_device": None,
            "mem_get_info": (8 * 10**9, 8 * 10**9), "memory_reserved": 0, "memory_allocated": 0,
@@ -45,17 +44,13 @@ def fake_gpu():
     device = Device()
     functions = Functions(device)
 
-    @functools.wraps(varlen.varlen_attn)  # so that its signature can be inspected
-    def kernel(*args, **kwargs):
-        device.counts["varlen_attn"] += 1
-        return varlen_by_hand(*args, **kwargs)
-
     def engine(*args, real=torch.autograd._engine_run_backward, **kwargs):
         with functions:  # torch has switched it off, but Python code of a backward pass must see it, too
             return real(*args, **kwargs)
 
     answers = {name: mock.Mock(return_value=answer) for name, answer in ANSWERS.items()}
     graph = functools.partial(Graph, device)
+    kernel = functools.wraps(varlen.varlen_attn)(functools.partial(varlen_by_hand, device))  # with its signature
     with (mock.patch.multiple(torch.cuda, CUDAGraph=graph, graph=device.graph, **answers),
           mock.patch.object(torch.backends.cuda, "enable_cudnn_sdp"), mock.patch.object(varlen, "varlen_attn", kernel),
           mock.patch.object(torch.autograd, "_engine_run_backward", engine),
@@ -129,7 +124,7 @@ class Functions(TorchFunctionMode):
         with self.device.making(goes_here):
             return t.to(dtype or t.dtype, copy=moves)
 
-    def no_numpy(self, *args, **kwargs):
+    def no_numpy(self, *_, **__):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
 
@@ -197,8 +192,6 @@ class Device(TorchDispatchMode):
             raise RuntimeError(f"Expected all tensors to be on the same device, in {func}")
         if kwargs.get("generator") is not None:
             raise RuntimeError(f"Expected a 'cuda' device type for generator, in {func}")
-        if name in PRODUCTS and not args[0].is_floating_point():
-            raise RuntimeError(f"not implemented for integers on CUDA: {func}")
         if name in GIVES_NUMBERS or name == "repeat_interleave" and kwargs.get("output_size") is None:
             self.wait("numbers")
 
@@ -246,8 +239,9 @@ class Graph:
         self.before.clear()
         for *_, made in self.operations:
             for place in made:
-                if place.is_alive():
-                    place.storage().fill_(NAN)
+                storage = place.storage()
+                if storage is not None:
+                    storage.fill_(NAN)
 
     def replay(self):
         self.device.counts["replays"] += 1
@@ -257,10 +251,10 @@ class Graph:
                 args, kwargs = tree_map_only(Place, lambda place: place.tensor(temporary), (args, kwargs))
                 result = func(*args, **kwargs)
                 for place, t in zip(made, new_in(result, args, kwargs), strict=True):
-                    if place.is_alive():
-                        place.tensor(temporary).copy_(t)
-                    else:
+                    if place.storage() is None:
                         temporary[place.memory.cdata] = t.untyped_storage()
+                    else:
+                        place.tensor(temporary).copy_(t)
 
 
 class Place:
@@ -271,25 +265,21 @@ class Place:
         self.dtype = t.dtype
         self.geometry = t.storage_offset(), t.size(), t.stride()
 
-    def is_alive(self):
-        return not self.memory.expired()
-
     def storage(self):
+        """The memory, or None if it has been freed."""
         return torch.UntypedStorage._new_with_weak_ptr(self.memory.cdata)
 
     def tensor(self, temporary):
-        if not self.is_alive() and self.memory.cdata not in temporary:
+        storage = temporary.get(self.memory.cdata, self.storage())
+        if storage is None:
             raise RuntimeError("a CUDA graph reads memory that has been freed")
-        storage = self.storage() if self.is_alive() else temporary[self.memory.cdata]
         return torch.empty(0, dtype=self.dtype).set_(storage, *self.geometry)
 
 
-VARLEN_SIGNATURE = inspect.signature(varlen.varlen_attn)
-
-
-def varlen_by_hand(*args, **kwargs):
+def varlen_by_hand(device, *args, **kwargs):
     """What torch's varlen_attn computes, in float32 and rounded once. It checks what the kernel demands."""
-    bound = VARLEN_SIGNATURE.bind(*args, **kwargs)
+    device.counts["varlen_attn"] += 1
+    bound = inspect.signature(varlen.varlen_attn).bind(*args, **kwargs)
     bound.apply_defaults()
     a = SimpleNamespace(**bound.arguments)
     assert a.window_size == (-1, 0) and a.scale is None and getattr(a, "enable_gqa", True)  # causal

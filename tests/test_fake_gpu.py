@@ -135,10 +135,10 @@ def test_grpo_learns_on_the_device_what_it_learns_on_the_cpu(runs, settings):
 
 @pytest.mark.parametrize("method", ["tinylora", "lora"])
 def test_sft_learns_on_the_device_what_it_learns_on_the_cpu(runs, method):
+    keys = "model", "dataset", "eval_dataset", "max_new_tokens", "eval_size", "n_tie"
+    same = {key: runs.settings[key] for key in keys} | dict(method=method, max_steps=2, batch_size=6, dtype="float32")
     for device in ("cpu", "cuda"):
-        settings = dict(model=runs.settings["model"], dataset=runs.settings["dataset"], method=method, max_steps=2,
-                        eval_dataset=runs.settings["dataset"], batch_size=6, max_new_tokens=4, eval_size=4, n_tie=1,
-                        dtype="float32", device=device, out_dir=runs.place / device)
+        settings = same | dict(device=device, out_dir=runs.place / device)
         with fake_gpu() if device == "cuda" else nullcontext():
             sft.train(configure(sft.Settings, grpo.reward, argv=[f"--{key}={v}" for key, v in settings.items()]))
     assert_learnt_the_same(runs)
