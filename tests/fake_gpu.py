@@ -54,6 +54,7 @@ def fake_gpu():
     with (mock.patch.multiple(torch.cuda, CUDAGraph=graph, graph=device.graph, **answers),
           mock.patch.object(torch.backends.cuda, "enable_cudnn_sdp"), mock.patch.object(varlen, "varlen_attn", kernel),
           mock.patch.object(torch.autograd, "_engine_run_backward", engine),
+          # Recomputation is compared with the forward pass, but devices only in one of them with the mode on.
           mock.patch.dict(checkpoint._allowed_determinism_checks_to_fns, default=lambda t: (t.shape, t.dtype)),
           functions, device):
         yield device
@@ -81,6 +82,8 @@ def behind_the_scenes():
 
 
 class Functions(TorchFunctionMode):
+    """Calls as Python writes them. While one is answered the mode is off, so `t.device` is the CPU here."""
+
     def __init__(self, device):
         super().__init__()
         self.device = device
@@ -129,6 +132,8 @@ class Functions(TorchFunctionMode):
 
 
 class Device(TorchDispatchMode):
+    """The operations below autograd."""
+
     def __init__(self):
         super().__init__()
         self.counts = Counter()
