@@ -93,6 +93,7 @@ class Functions(TorchFunctionMode):
                                Tensor.is_cuda.__get__: lambda t: True,
                                Tensor.cpu: lambda t: self.to(t, "cpu"),
                                Tensor.tolist: lambda t: self.to(t, "cpu").tolist(),
+                               torch.mm: self.mm,
                                Tensor.numpy: self.no_numpy,
                                Tensor.__array__: self.no_numpy}
 
@@ -126,6 +127,11 @@ class Functions(TorchFunctionMode):
         assert not (moves and t.requires_grad and torch.is_grad_enabled()), "gradients across devices are not pretended"
         with self.device.making(goes_here):
             return t.to(dtype or t.dtype, copy=moves)
+
+    def mm(self, a, b, out_dtype=None):
+        """A CPU cannot keep a product of 16-bit numbers in float32."""
+        with self.device.making(True):
+            return torch.mm(a, b) if out_dtype is None else torch.mm(a.to(out_dtype), b.to(out_dtype))
 
     def no_numpy(self, *_, **__):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
