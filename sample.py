@@ -299,9 +299,9 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     temperature, top_k, top_p: see sample_tokens. Training must leave top_k and top_p off (0, 1).
     prompt_ids: integers that stand for the prompts in row_uniforms (default: 0, 1, ...).
     progress: label of a progress bar, or None.
-    adapters: one for each prompt, on one set of weights: files, out_dirs or texts, "" for none
-        (tinylora.load_adapters says which can be mixed). Or a tensor [K, groups, u]: vectors in the
-        place of v, each for the next 1/K of the prompts.
+    adapters: K of them on one set of weights, each for the next 1/K of the prompts: files, out_dirs
+        or texts, "" for none (tinylora.load_adapters says which can be mixed), or a tensor
+        [K, groups, u] of vectors in the place of v.
     on_done(i, completions) is called when all completions of prompt i are complete, and
     on_token(i, j, id) for every token of completion j of prompt i.
     Where several processes hold the weights between them, all must call this, even without prompts.
@@ -354,18 +354,16 @@ def check_sampling(n, max_new_tokens, temperature, top_k, top_p, seed):
 
 @contextmanager
 def own_adapters(model, prompts, adapters):
-    """What load_adapters returns, or None without adapters. In the end the model is as before."""
-    is_given = adapters is not None
-    is_tensor = isinstance(adapters, torch.Tensor)
-    each = len(prompts) // len(adapters) if is_tensor and len(adapters) else 1
-    if is_given and (model.is_sharded or len(adapters) * each != len(prompts)):
-        raise UserError("adapters must be one per prompt, and need shard = 1")
+    """R [N, prompts, r, r], or None without adapters. In the end the model is as it was before."""
     had_adapter = model.adapter
     R = None
-    if is_tensor:
-        R = mix_vectors(model, adapters).repeat_interleave(each, dim=1)
-    elif is_given:
-        R = load_adapters(model, adapters)
+    if adapters is not None and len(adapters):
+        each, rest = divmod(len(prompts), len(adapters))
+        if model.is_sharded or rest:
+            raise UserError("adapters must be one per prompt or per group of prompts, and need "
+                            "shard = 1")
+        load = mix_vectors if isinstance(adapters, torch.Tensor) else load_adapters
+        R = load(model, adapters).repeat_interleave(each, dim=1)
     try:
         yield R
     finally:
