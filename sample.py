@@ -300,8 +300,8 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     prompt_ids: integers that stand for the prompts in row_uniforms (default: 0, 1, ...).
     progress: label of a progress bar, or None.
     adapters: K of them on one set of weights, each for the next 1/K of the prompts: files, out_dirs
-        or texts, "" for none (tinylora.load_adapters says which can be mixed), or a tensor
-        [K, groups, u] of vectors in the place of v.
+        or texts, "" for none (tinylora.load_adapters says which can be mixed), or vectors in
+        the place of v, as a tensor [K, groups, u] or a list of tensors.
     on_done(i, completions) is called when all completions of prompt i are complete, and
     on_token(i, j, id) for every token of completion j of prompt i.
     Where several processes hold the weights between them, all must call this, even without prompts.
@@ -362,7 +362,7 @@ def own_adapters(model, prompts, adapters):
         if model.is_sharded or rest:
             raise UserError("adapters must be one per prompt or per group of prompts, and need "
                             "shard = 1")
-        load = mix_vectors if isinstance(adapters, torch.Tensor) else load_adapters
+        load = mix_vectors if isinstance(adapters[0], torch.Tensor) else load_adapters
         R = load(model, adapters).repeat_interleave(each, dim=1)
     try:
         yield R

@@ -419,13 +419,14 @@ def load_adapters(model, adapters):
 
 @torch.no_grad()
 def mix_vectors(model, vectors):
-    """R [N, K, r, r] of K vectors [K, groups, u], each in the place of the v of the model's adapter.
-    UserError if they do not fit it."""
+    """R [N, K, r, r] of K vectors [groups, u], a list or a tensor of them, each in the place of the
+    v of the model's adapter. UserError if they do not fit it."""
     adapter = model.adapter
     if adapter is None or adapter.meta["method"] == "lora":
         raise UserError("vectors as adapters need a model with a tinylora or lora_xs adapter")
-    if vectors.shape[1:] != adapter.v.shape:
-        raise UserError(f"the vectors have shape {tuple(vectors.shape[1:])}, and the model's "
-                        f"adapter has {tuple(adapter.v.shape)}")
-    of_linears = vectors.to(adapter.v)[:, adapter.groups]  # [K, N, u]
+    for v in vectors:
+        if v.shape != adapter.v.shape:
+            raise UserError(f"a vector has shape {tuple(v.shape)}, and the v of the model's adapter "
+                            f"has {tuple(adapter.v.shape)}")
+    of_linears = torch.stack(list(vectors)).to(adapter.v)[:, adapter.groups]  # [K, N, u]
     return torch.einsum("knu,nuij->nkij", of_linears, adapter.P)

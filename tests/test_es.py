@@ -50,7 +50,7 @@ def test_vectors_as_adapters_answer_as_their_texts_and_as_each_alone(net, tokeni
     prompts = ["Tom has 3 apples.", "How many", "Tom has 3 apples.", "x", "a b c", "x"]
     options = dict(max_new_tokens=12, seed=5, prompt_ids=[0, 1, 0, 1, 2, 3])
     grouped = sample.generate(net, tokenizer, prompts, adapters=vectors, **options)
-    each = sample.generate(net, tokenizer, prompts, adapters=vectors.repeat_interleave(2, dim=0), **options)
+    each = sample.generate(net, tokenizer, prompts, adapters=[vectors[i // 2] for i in range(6)], **options)
     assert adapter.v.abs().max() == 0
     texts = []
     for vector in vectors:
@@ -81,6 +81,8 @@ def test_vectors_that_do_not_fit_are_refused(net, tokenizer):
     assert "need a model with a tinylora" in refusal(sample.generate, net, tokenizer, ["x", "y"], **ask)
     tinylora.add_adapter(net, u=4)
     assert "(1, 13)" in refusal(sample.generate, net, tokenizer, ["x", "y"], **ask)
+    ragged = [torch.zeros(1, 4), torch.zeros(4)]
+    assert "(4,)" in refusal(sample.generate, net, tokenizer, ["x", "y"], adapters=ragged)
     ask["adapters"] = torch.zeros(2, 1, 4)
     assert "one per prompt" in refusal(sample.generate, net, tokenizer, ["x"] * 3, **ask)
     assert "one per prompt" in refusal(sample.generate, net, tokenizer, ["x"], **ask)
