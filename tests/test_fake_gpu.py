@@ -17,6 +17,7 @@ import sample
 import sft
 import tinylora
 from configurator import configure
+from lab import bench, gpu_check
 from support.packing import completion_logprobs
 
 runs = test_run.runs  # the fixture
@@ -218,3 +219,16 @@ def test_a_recording_computes_nothing_and_a_replay_reads_the_same_memory():
         with pytest.raises(RuntimeError, match="freed"):
             graph.replay()
         assert torch.empty(2, device="cuda").isnan().all()
+
+
+# ------------------------------------------------------------------------------------------ the check of a real GPU
+
+@pytest.mark.parametrize("row", ["decode 1", "train", "grpo", "svd", "toy"])
+def test_rows_of_the_check_run_on_the_device(row, monkeypatch):
+    """In the sizes for a CPU. Limits, kernels and compiling are left out: a pretended device has none."""
+    monkeypatch.setattr(bench, "device_limits", lambda device, dtype: (1e12, 1e15))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(gpu_check, "is_small", lambda device: True)
+    with fake_gpu() as gpu:
+        figures = gpu_check.ROWS[row](torch.device("cuda", 0), "toy")
+    assert figures and (row in ("train", "svd") or gpu.counts["replays"] > 0)
