@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 import grpo
@@ -65,11 +66,12 @@ def survey(cfg):
     tokenizer, ranks = load_tokenizer(run.model), Ranks()
     rows = run.problems(run, "test")[: cfg.problems]
     grpo.prepare(net, tokenizer, rows, run)
-    ticks = torch.linspace(-1, 1, cfg.points)
+    xs = np.linspace(-1, 2, cfg.points).round(4).tolist()
+    ys = np.linspace(-1.5, 1.5, cfg.points).round(4).tolist()
     for plane, direction in (("random", torch.randn(by_es.shape, generator=generator)), ("ES", by_es)):
         across = direction - by_grpo * coordinates(direction, by_grpo, by_grpo)[0]
         across *= by_grpo.norm() / across.norm()
-        points = [("grid", x, y) for y in 1.5 * ticks for x in 0.5 + 1.5 * ticks]
+        points = [("grid", x, y) for y in ys for x in xs]
         points += [("GRPO", 1, 0), ("ES", *coordinates(by_es, by_grpo, across))]
         vectors = torch.stack([x * by_grpo + y * across for _, x, y in points])
         vectors[-1] = by_es  # which lies outside of the random plane
@@ -78,8 +80,7 @@ def survey(cfg):
             answers = es.ask(net, tokenizer, vectors, list(enumerate(rows)), run, ranks)
             figures.append([reward for reward, _, _ in answers])
         for (kind, x, y), reward, accuracy in zip(points, *figures):
-            yield [plane, *(f"{round(float(place), 4) + 0.0:g}" for place in (x, y)), kind, f"{reward:.4g}",
-                   f"{accuracy:.4g}"]
+            yield [plane, f"{x:.4g}", f"{y:.4g}", kind, f"{reward:.4g}", f"{accuracy:.4g}"]
 
 
 def main():

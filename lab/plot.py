@@ -180,27 +180,28 @@ def scale_x(ax, xs):
 def draw_landscape(path, out, plt):
     """Accuracy and reward over the planes that lab.landscape has tried."""
     with foreign_file(path), open(path, encoding="utf-8", newline="") as f:
-        rows = list(csv.DictReader(f))
+        numbers = ("x", "y", "reward", "accuracy")
+        rows = [row | {key: float(row[key]) for key in numbers} for row in csv.DictReader(f)]
         planes = list(dict.fromkeys(row["plane"] for row in rows))
-        figure, axes = plt.subplots(2, len(planes), figsize=(11, 8), sharex=True, sharey=True)
-        for column, plane in enumerate(planes):
-            own = [row for row in rows if row["plane"] == plane]
-            grid = [row for row in own if row["kind"] == "grid"]
-            x, y = ([float(row[axis]) for row in grid] for axis in "xy")
-            for ax, figures in zip(axes[:, column], ("accuracy", "reward")):
-                levels = [i / 20 for i in range(22)]  # beyond 1, which would stay white
-                shades = ax.tricontourf(x, y, [float(row[figures]) for row in grid], levels)
-                figure.colorbar(shades, label=LANDSCAPES[figures])
-                marks = {"v = 0": (0, 0)}
-                for row in own:
-                    if row["kind"] == "GRPO" or row["kind"] == plane:  # ES lies in its own plane
-                        marks[row["kind"]] = float(row["x"]), float(row["y"])
-                for label, at in marks.items():
-                    ax.plot(*at, "w*", markersize=12, markeredgecolor="k")
-                    ax.annotate(label, at, (7, 7), textcoords="offset points", color="w",
-                                backgroundcolor="#00000060", fontsize=9)
-            axes[0, column].set_title(f"second direction: {plane}")
-            axes[1, column].set_xlabel("along GRPO's v (in lengths of it)")
+    figure, axes = plt.subplots(2, len(planes), figsize=(11, 8), sharex=True, sharey=True)
+    levels = [i / 20 for i in range(22)]  # beyond 1, which would stay white
+    for column, plane in enumerate(planes):
+        own = [row for row in rows if row["plane"] == plane]
+        grid = [row for row in own if row["kind"] == "grid"]
+        marks = {"v = 0": (0, 0)}
+        for row in own:
+            if row["kind"] == "GRPO" or row["kind"] == plane:  # ES lies in its own plane
+                marks[row["kind"]] = row["x"], row["y"]
+        for ax, figures in zip(axes[:, column], ("accuracy", "reward")):
+            x, y, z = zip(*((row["x"], row["y"], row[figures]) for row in grid))
+            shades = ax.tricontourf(x, y, z, levels)
+            figure.colorbar(shades, label=LANDSCAPES[figures])
+            for label, at in marks.items():
+                ax.plot(*at, "w*", markersize=12, markeredgecolor="k")
+                ax.annotate(label, at, (7, 7), textcoords="offset points", color="w",
+                            backgroundcolor="#00000060", fontsize=9)
+        axes[0, column].set_title(f"second direction: {plane}")
+        axes[1, column].set_xlabel("along GRPO's v (in lengths of it)")
     save(figure, out)
 
 
