@@ -5,6 +5,7 @@ query attention and SwiGLU. Qwen2.5 adds biases to q, k and v, and Qwen3 norms o
 have the names of the checkpoint files, so loading is a state dict without a table of renamings.
 """
 
+import gc
 import math
 import os
 from dataclasses import dataclass, fields
@@ -173,6 +174,7 @@ class Transformer(nn.Module):
 
     adapter = None  # set by tinylora.add_adapter
     compile_decode = False  # torch.compile for the decode step of sample.py
+    sampler = None  # on a GPU: the Sampler of the last call of sample.generate, with its CUDA graphs
     is_sharded = False  # do several processes hold the blocks between them (support/parallel.py)?
     target = None  # (device, dtype) that weights still on the host are meant for, before sharding
 
@@ -319,6 +321,8 @@ def load_model(path, dtype=None, device=None, shard=1):
     config = load_config(path)
     with foreign_file(path), torch.device("meta"):  # shapes only, the numbers come from the files
         model = Transformer(config)
+    if device.type == "cuda":
+        gc.collect()  # a model that is no longer used and its Sampler hold each other
     numbers = sum(p.numel() for p in model.parameters())
     need, free = numbers * dtype.itemsize / shard, free_memory(device)
     if need > free:

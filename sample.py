@@ -73,6 +73,7 @@ class KVCache:
     def __init__(self, config, rows, length, like):
         if like.is_cuda:
             length += -length % 128  # attention kernels take the keys in whole blocks
+        self.length = length
         heads, head_dim = config.num_key_value_heads, config.head_dim
         self.keys = like.new_zeros(config.num_hidden_layers, rows, heads, length, head_dim)
         self.values = torch.zeros_like(self.keys)
@@ -199,28 +200,29 @@ class Sampler:
     prefilled once for all of its rows. The first input of a row is the last token of its prompt.
     """
 
-    def __init__(self, model, prompts, slots, length, draw, R=None):
-        """prompts: lists of token ids. length: tokens of the longest row, its prompt included.
-        draw(logits [B, V], uniforms [B]) -> ids [B], logprobs [B].
-        R [N, prompts, r, r]: every prompt's own adapter (tinylora.load_adapters), or None."""
-        self.model, self.prompts, self.slots, self.draw, self.R = model, prompts, slots, draw, R
+    def __init__(self, model, slots, length, R=None):
+        """length: tokens of the longest row, its prompt included. R [N, prompts, r, r]: every
+        prompt's own adapter (tinylora.load_adapters), or None."""
+        self.model, self.slots, self.R = model, slots, R
         self.cache = KVCache(model.config, slots, length, like=model.head)
-        self.rows = []
-        self.prefilled = {}  # place of a prompt that rows still wait for -> a cache, a line in it
         # What a step reads: for each slot token, position and prompt, and a random number. A CUDA
         # graph needs them in the same memory every time.
         self.inputs = torch.zeros(3, slots, dtype=torch.long, device=model.device)
         self.uniforms = torch.zeros(slots, device=model.device)
         is_compiled = model.compile_decode and not model.is_sharded and R is None
         self.decode = compiled_decode if is_compiled else decode
-        self.graphs = {}  # (B, end) -> the step of that size as a CUDA graph, and its outputs
+        self.graphs = {}  # size and options of a step -> its CUDA graph, and its outputs
         self.on_gpu = model.device.type == "cuda"
-        has_graphs = self.on_gpu and not model.is_sharded
-        self.graph_memory = torch.cuda.graph_pool_handle() if has_graphs else None
+        if self.on_gpu:
+            self.graph_memory, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
-    def run(self, rows, stop_ids, on_token=None):
-        """Sample rows that are in the order of their prompts. Yields each of them when it stops.
-        on_token(prompt, sample, id) is called for every token."""
+    def run(self, rows, prompts, options, stop_ids, on_token=None):
+        """Sample rows that are in the order of their prompts, lists of token ids. Yields each of
+        them when it stops. options: temperature, top_k, top_p. on_token(prompt, sample, id) is
+        called for every token."""
+        self.prompts, self.options = prompts, options
+        self.rows = []
+        self.prefilled = {}  # place of a prompt that rows still wait for -> a cache, a line in it
         waiting = iter(rows)
         while True:
             for row in islice(waiting, self.slots - len(self.rows)):
@@ -230,6 +232,7 @@ class Sampler:
                 self.cache.copy_row(len(self.rows), source, line, len(row.ids) - 1)
                 self.rows.append(row)
             if not self.rows:
+                self.prefilled.clear()
                 return
             for row, token, logprob in zip(self.rows, *self.step()):
                 row.ids.append(token)
@@ -247,7 +250,7 @@ class Sampler:
 
     def prefill(self, first):
         """Compute the keys and values of prompt `first` and of some after it, in a single pass."""
-        fits = self.slots * len(self.cache.columns) // 8  # tokens, for an eighth of the memory
+        fits = self.slots * self.cache.length // 8  # tokens, for an eighth of the memory
         count = max(1, min(PREFILL_TOKENS, fits) // max(map(len, self.prompts)))
         chosen = [torch.tensor(prompt) for prompt in self.prompts[first : first + count]]
         ids = pad_sequence(chosen, batch_first=True).to(self.model.device)  # on the right, with 0
@@ -266,7 +269,8 @@ class Sampler:
         self.uniforms[:B] = torch.tensor(uniforms)
         if self.on_gpu:  # few sizes; slots beyond the rows compute what nobody reads
             B, end = min(self.slots, 2 ** math.ceil(math.log2(B))), end + -end % 128
-        ids, logprobs = self.replay(B, end) if self.graph_memory else self.compute(B, end)
+        has_graphs = self.on_gpu and not self.model.is_sharded
+        ids, logprobs = self.replay(B, end) if has_graphs else self.compute(B, end)
         return ids.tolist(), logprobs.tolist()
 
     def compute(self, B, end):
@@ -276,17 +280,18 @@ class Sampler:
         if self.R is not None:
             self.model.adapter.rows = self.R[:, prompts]
         logits = self.decode(self.model, self.cache, tokens, positions, self.cache.columns[:end])
-        return self.draw(logits, self.uniforms[:B])
+        return sample_tokens(logits, self.uniforms[:B], *self.options)
 
     def replay(self, B, end):
         """compute() as a CUDA graph, which launches all of its kernels at once."""
-        if (B, end) not in self.graphs:
+        key = B, end, self.options
+        if key not in self.graphs:
             self.compute(B, end)  # initialises the libraries
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.graph_memory):  # records and computes nothing
+            with torch.cuda.graph(graph, self.graph_memory, self.stream):  # computes nothing
                 outputs = self.compute(B, end)
-            self.graphs[B, end] = graph, outputs
-        graph, outputs = self.graphs[B, end]
+            self.graphs[key] = graph, outputs
+        graph, outputs = self.graphs[key]
         graph.replay()
         return outputs
 
@@ -320,7 +325,6 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     rows = (Row(i, j, [*prompts[i]], row_uniforms(seed, prompt_ids[i], j, limits[i]))
             for i in range(len(prompts)) for j in range(n))
     groups = [[None] * n for _ in prompts]
-    draw = functools.partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     bar = tqdm(total=len(prompts) * n, desc=progress, unit="row", leave=False,
                disable=None if progress and is_chief() else True)
     # Weights that were gathered in inference mode could not be trained later.
@@ -330,9 +334,10 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
             return groups
         length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
         slots = fitting_rows(model, length, len(prompts) * n)
-        sampler = Sampler(model, prompts, slots, length, draw, R)
-        with nullcontext() if model.is_sharded else sampling_form(model, per_row=R is not None):
-            for row in sampler.run(rows, tokenizer.stop_ids, on_token):
+        with nullcontext() if model.is_sharded else sampling_form(model, R is not None) as fused:
+            sampler = ready_sampler(model, fused, slots, length, R)
+            options = temperature, top_k, top_p
+            for row in sampler.run(rows, prompts, options, tokenizer.stop_ids, on_token):
                 ids = row.ids[-len(row.logprobs) :]
                 stopped = ids[-1] in tokenizer.stop_ids
                 text = tokenizer.decode(ids[:-1] if stopped else ids, skip_special=True)
@@ -340,7 +345,31 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
                 bar.update()
                 if on_done and None not in groups[row.prompt]:
                     on_done(row.prompt, groups[row.prompt])
+        if model.sampler and 2 * sampler.cache.keys.nbytes > free_memory(model.device):
+            model.sampler = None  # training needs the memory
     return groups
+
+
+def ready_sampler(model, linears, slots, length, R):
+    """A Sampler of this size. On a GPU it is the one of an earlier call, with its CUDA graphs, if
+    that is large enough and all that the graphs read (linears: FusedLinears) lies where it lay."""
+    if model.device.type != "cuda" or model.is_sharded:
+        return Sampler(model, slots, length, R)
+    tensors = list(model.parameters())
+    for linear in linears:
+        tensors += [t for t in vars(linear).values() if isinstance(t, torch.Tensor)]
+    memory = [(t.data_ptr(), t.shape) for t in tensors] + [None if R is None else R.shape]
+    kept = model.sampler
+    if kept and kept.memory == memory and kept.slots >= slots and kept.cache.length >= length:
+        kept.cache.keys.zero_()  # a NaN would outlive the adapter that made it
+        kept.cache.values.zero_()
+        if R is not None:
+            kept.R.copy_(R)
+        return kept
+    model.sampler = kept = None  # frees its memory before more is taken
+    model.sampler = Sampler(model, slots, length, R)
+    model.sampler.memory = memory
+    return model.sampler
 
 
 def check_sampling(n, max_new_tokens, temperature, top_k, top_p, seed):
@@ -377,7 +406,10 @@ def fitting_rows(model, length, rows):
     c = model.config
     token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
     logits = 16 * c.vocab_size  # bytes, with their copies in float32
-    budget = 0.6 * free_memory(model.device)
+    free = free_memory(model.device)
+    if model.sampler:
+        free += 2 * model.sampler.cache.keys.nbytes  # to be used again, or freed
+    budget = 0.6 * free
     row = token * length + logits
     if row > budget:
         most = max(0, int((budget - logits) / token))

@@ -44,7 +44,7 @@ import tinylora
 from configurator import at_least, configure
 from eval_math import as_problem, load_problems
 from model import Transformer, load_config, load_model, load_tokenizer, save_model
-from sample import Row, Sampler, generate, row_uniforms, sample_tokens
+from sample import Row, Sampler, generate, row_uniforms
 from support import UserError, one_line_errors, svd
 from support.answers import is_correct
 from support.checkpoint import DTYPES
@@ -448,7 +448,7 @@ def decode_step_seconds(net, cfg, R=None):
     adapter of its own, or None."""
     count = 2 * cfg.tokens
     prompt = torch.randint(0, net.config.vocab_size, (cfg.context,)).tolist()
-    draw = partial(sample_tokens, temperature=1.0)
+    options = 1.0, 0, 1.0  # temperature, top_k, top_p
     times = []  # when the first row got each of its tokens
 
     def on_token(prompt, number, token):
@@ -456,11 +456,11 @@ def decode_step_seconds(net, cfg, R=None):
             times.append(time.perf_counter())
 
     with torch.inference_mode(), sampling_form(net, per_row=R is not None):
-        sampler = Sampler(net, [prompt], cfg.rows, cfg.context + count, draw, R)
+        sampler = Sampler(net, cfg.rows, cfg.context + count, R)
         for _ in range(2):  # the first round records the CUDA graphs
             times.clear()
             rows = [Row(0, i, [*prompt], row_uniforms(0, 0, i, count)) for i in range(cfg.rows)]
-            deque(sampler.run(rows, NUMBERS.stop_ids, on_token), maxlen=0)
+            deque(sampler.run(rows, [prompt], options, NUMBERS.stop_ids, on_token), maxlen=0)
     return (times[-1] - times[0]) / (count - 1)
 
 

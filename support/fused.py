@@ -80,34 +80,59 @@ class FusedLinear:
         y = x weight^T + bias + ((x down^T) R) up^T
 
     weight [m, n] and down [k r, n] stack the linears' W and V^T, and up [m, k r] is block diagonal
-    with their U S R. If every row of a batch has an R of its own (per_row), up holds their U S.
+    with their U S R. If every row of a batch has an R of its own (per_row), up holds their U S. On
+    a GPU, weight is [W, up]: one product adds up both parts and the bias, and rounds once.
     """
 
     def fill(self, linears, adapter, per_row, joined):
-        weight = linears[0].weight
-        if len(linears) > 1:
-            weight = torch.cat([linear.weight for linear in linears])
-        self.bias = None
-        if linears[0].bias is not None:
-            self.bias = torch.cat([linear.bias for linear in linears])
         self.sizes = [linear.out_features for linear in linears]
         self.adapter = adapter if per_row else None
-        self.down = None
+        weight, bias = linears[0].weight, linears[0].bias
+        if bias is not None:
+            bias = torch.cat([linear.bias for linear in linears])
+        index = down = up = padding = None
         adapted = [linear for linear in linears if hasattr(linear, "US")]
         if adapted:
-            self.index = torch.tensor([linear.index for linear in adapted], device=weight.device)
-            self.down = torch.cat([linear.Vt for linear in adapted]).to(weight.dtype)
+            index = torch.tensor([linear.index for linear in adapted], device=weight.device)
+            down = torch.cat([linear.Vt for linear in adapted]).to(weight.dtype)
             ups = []
             for linear in linears:
                 US = getattr(linear, "US", linear.weight[:, :0]).float()  # [m, 0] if not adapted
                 ups.append(US @ linear.R if linear in adapted and not per_row else US)
-            self.up = torch.block_diag(*ups).to(weight.dtype)
-        if joined and not per_row and weight.dtype == torch.float32:
+            up = torch.block_diag(*ups).to(weight.dtype)
+            padding = weight.new_zeros(1, 1, -up.shape[1] % 8)
+        if weight.is_cuda:
+            weight = self.with_room_for(up, linears)
+        elif len(linears) > 1:
+            weight = torch.cat([linear.weight for linear in linears])
+        if joined and not per_row and weight.dtype == torch.float32 and not weight.is_cuda:
             if adapted:
-                weight = weight + self.up @ self.down  # it is a copy anyway
-                self.down = None
+                weight = weight + up @ down  # it is a copy anyway
+                down = None
             weight = weight.T.contiguous().T  # few rows are up to 1.7 times as fast in this layout
-        self.weight = weight
+        tensors = dict(weight=weight, bias=bias, index=index, down=down, up=up, padding=padding)
+        for name, t in tensors.items():
+            old = vars(self).get(name)
+            if old is None or t is None or old.shape != t.shape:
+                setattr(self, name, t)
+            elif old is not t:
+                old.copy_(t)  # where the CUDA graphs of earlier steps read it
+
+    def with_room_for(self, up, linears):
+        """[W, up] on a GPU. It takes no memory, because the linears' weights become views of it."""
+        n = linears[0].in_features
+        rank = 0 if up is None else up.shape[1]
+        shape = sum(self.sizes), n + rank + -rank % 8  # fast products need rows of whole 16 bytes
+        weight = vars(self).get("weight")
+        with torch.inference_mode(False), torch.no_grad():  # training reads the views, too
+            if weight is None or weight.shape != shape:
+                weight = linears[0].weight.new_zeros(shape)
+            for linear, rows in zip(linears, weight[:, :n].split(self.sizes)):
+                if linear.weight.data_ptr() != rows.data_ptr():
+                    linear.weight.data = rows.copy_(linear.weight)
+        if up is not None:
+            weight[:, n : n + rank] = up
+        return weight
 
     def __call__(self, x):
         if self.down is None:
@@ -118,8 +143,12 @@ class FusedLinear:
                 R = self.adapter.R[self.index].transpose(0, 1)[:, None]  # [B, 1, k, r, r]
                 h = h.unflatten(-1, (len(self.index), 1, -1))  # [B, T, k, 1, r]
                 h = (R * h).sum(-1).flatten(2).to(x.dtype)  # [B, T, k r]
-            y = sum_of_products(x, self.weight, h, self.up)
-            y = y if self.bias is None else y + self.bias
+            if x.is_cuda:
+                padding = self.padding.expand(*x.shape[:-1], -1)
+                y = F.linear(torch.cat((x, h, padding), dim=-1), self.weight, self.bias)
+            else:
+                y = sum_of_products(x, self.weight, h, self.up)
+                y = y if self.bias is None else y + self.bias
         return y.split(self.sizes, dim=-1) if len(self.sizes) > 1 else y
 
 
@@ -127,12 +156,15 @@ class FusedLinear:
 def sampling_form(model, per_row=False, join_below=50_000_000):
     """While this is open, weights and adapter must stand still, and FusedLinears do the products.
 
-    q, k, v and gate, up are joined in a model of fewer block weights than join_below: there a step
-    spends its time in calls, and a second copy of the weights is small. per_row: every row of a
-    batch has an R of its own, which adapter.rows holds in each forward pass.
+    q, k, v and gate, up are joined on a GPU, and on a CPU in a model of fewer block weights than
+    join_below: there a step spends its time in calls, and a second copy of the weights is small.
+    per_row: every row of a batch has an R of its own, which adapter.rows holds in each forward
+    pass. Yields the FusedLinears.
     """
     adapter = model.adapter
-    joined = sum(p.numel() for p in model.model.layers.parameters()) < join_below
+    on_gpu = model.device.type == "cuda"
+    numbers = sum(p.numel() for p in model.model.layers.parameters())
+    joined = on_gpu or numbers < join_below
     places = list(fusable(model, joined))
     for owner, _, _ in places:
         if not hasattr(owner, "fused"):  # kept, though empty: torch.compile guards on its identity
@@ -144,11 +176,12 @@ def sampling_form(model, per_row=False, join_below=50_000_000):
         for owner, method, linears in places:
             owner.fused.fill(linears, adapter, per_row, joined)
             setattr(owner, method, owner.fused)  # hides the method of the class
-        yield
+        yield [owner.fused for owner, _, _ in places]
     finally:
         for owner, method, _ in places:
             vars(owner).pop(method, None)
-            vars(owner.fused).clear()
+            if not on_gpu:
+                vars(owner.fused).clear()
         if adapter:
             adapter.frozen, adapter.rows = False, None
 

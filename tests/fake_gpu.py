@@ -35,7 +35,7 @@ INDEXING = {"index", "index_put", "index_put_"}
 NAN = 255  # bytes of 255 are NaN in every floating dtype, and -1 in int64
 ANSWERS = {"is_available": True, "device_count": 1, "get_device_capability": (9, 0), "set_device": None,
            "mem_get_info": (8 * 10**9, 8 * 10**9), "memory_reserved": 0, "memory_allocated": 0,
-           "max_memory_allocated": 0, "graph_pool_handle": (0, 1)}  # of the functions in torch.cuda
+           "max_memory_allocated": 0, "graph_pool_handle": (0, 1), "Stream": None}  # of the functions in torch.cuda
 
 
 @contextmanager
@@ -143,6 +143,7 @@ class Device(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.counts = Counter()
+        self.kernels = 0  # operations that a GPU launches, each of which makes or changes numbers
         self.makes_here = False  # does the present call make its new tensors on the device?
         self.recording = None  # the Graph that is being recorded
 
@@ -176,6 +177,7 @@ class Device(TorchDispatchMode):
             self.recording.save(ours)
         result = func(*args, **kwargs)
         made = new_in(result, tensors) if makes_here else []
+        self.kernels += (writes or bool(made)) and "empty" not in name
         for t in made:
             t.untyped_storage().on_gpu = True
             if "empty" in name:
@@ -213,7 +215,7 @@ class Device(TorchDispatchMode):
         self.counts[reason] += 1
 
     @contextmanager
-    def graph(self, graph, pool=None):
+    def graph(self, graph, pool=None, stream=None):
         """In the place of torch.cuda.graph."""
         self.counts["captures"] += 1
         self.recording = graph
