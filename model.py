@@ -85,19 +85,24 @@ class Attention(nn.Module):
         self.k_proj = Linear(dim, kv_dim, bias=config.qkv_bias)
         self.v_proj = Linear(dim, kv_dim, bias=config.qkv_bias)
         self.o_proj = Linear(q_dim, dim, bias=False)
-        has_norm = config.qk_norm
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
+        self.has_norm = config.qk_norm
+        if self.has_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def project(self, x):  # in sampling support/fused.py makes the three products one
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1), self.v_proj(x)
 
     def forward(self, x, cos, sin, cache):
         B, T, _ = x.shape
-        q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))
-        q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)  # [B, heads, T, hd]
-        k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)  # [B, kv_heads, T, hd]
-        v = v.transpose(1, 2)
+        qk, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))
+        heads = qk.shape[2] - v.shape[2], v.shape[2]  # of q, and of k
+        if self.has_norm:
+            q, k = qk.split(heads, dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        # Rotating q and k in one go takes three operations less.
+        q, k = rotate(qk, cos, sin).transpose(1, 2).split(heads, dim=1)  # [B, heads, T, hd]
+        v = v.transpose(1, 2)  # [B, kv_heads, T, hd]
         if cache is None:
             y = attention(q, k, v)
         else:

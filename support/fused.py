@@ -86,6 +86,8 @@ class FusedLinear:
 
     def fill(self, linears, adapter, per_row, joined):
         self.sizes = [linear.out_features for linear in linears]
+        # Of q, k and v the model takes q and k in one piece.
+        self.parts = self.sizes if len(linears) < 3 else [sum(self.sizes[:2]), self.sizes[2]]
         self.adapter = adapter if per_row else None
         weight, bias = linears[0].weight, linears[0].bias
         if bias is not None:
@@ -149,7 +151,7 @@ class FusedLinear:
             else:
                 y = sum_of_products(x, self.weight, h, self.up)
                 y = y if self.bias is None else y + self.bias
-        return y.split(self.sizes, dim=-1) if len(self.sizes) > 1 else y
+        return y.split(self.parts, dim=-1) if len(self.parts) > 1 else y
 
 
 @contextmanager
