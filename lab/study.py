@@ -4,6 +4,7 @@
     python -m lab.study params          # one of them: a name in STUDIES
     python -m lab.plot params           # its figure
     python -m lab.study gsm8k_sizes --workers=1 --results=models.csv     # one in PAPERS: for a GPU
+    python -m lab.study controls        # rewards that know less than the answer: lab/controls.py
     python -m lab.study landscape       # no table of runs, but what is around v: lab/landscape.py
 
 A run is a command of grpo.py or sft.py, and a line of the table `results` says what came out. A
@@ -481,9 +482,12 @@ def main():
     at_least(cfg, 1, "workers")
     studies = STUDIES | PAPERS
     for name in names:
-        if name not in studies and name != "landscape":
-            raise UserError(f"no study '{name}'; there are {', '.join(STUDIES)}, landscape, and for "
-                            f"a GPU {', '.join(PAPERS)}")
+        if name not in [*studies, "controls", "landscape"]:
+            raise UserError(f"no study '{name}'; there are {', '.join(STUDIES)}, controls, "
+                            f"landscape, and for a GPU {', '.join(PAPERS)}")
+    if "controls" in names or not names:
+        subprocess.run([sys.executable, "-m", "lab.controls", f"--out_dir={cfg.out_dir}/controls"],
+                       check=True)
     if "landscape" in names or not names and not os.path.exists(LANDSCAPE):
         command = [sys.executable, "-m", "lab.landscape", f"--landscape={LANDSCAPE}",
                    f"--out_dir={cfg.out_dir}/landscape"]
