@@ -2,6 +2,7 @@
 
     python -m lab.plot out/toy out/other   # one picture of the log.jsonl of one or more runs
     python -m lab.plot params              # a study's figure: accuracy against trained numbers
+    python -m lab.plot controls            # what other rewards leave, as lab.controls found
     python -m lab.plot landscape           # reward and accuracy around v, as lab.landscape found
     python -m lab.plot                     # all figures of the toy
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from configurator import configure
-from lab import landscape, study
+from lab import controls, landscape, study
 from support import UserError, foreign_file, one_line_errors
 
 
@@ -23,6 +24,7 @@ from support import UserError, foreign_file, one_line_errors
 class Settings:
     results: str = study.Settings.results  # the table that lab.study writes
     figures: str = "lab/results"  # directory of the studies' figures
+    controls: str = controls.Settings.controls  # the table that lab.controls writes
     landscape: str = landscape.Settings.landscape  # the table that lab.landscape writes
     out: str = "curves.png"  # file of the runs' curves
 
@@ -52,6 +54,10 @@ STUDIES = study.STUDIES | study.PAPERS
 LABELS = {"accuracy": "greedy accuracy, held-out (bars: seeds)",
           "loss": "held-out loss, nats per token (bars: seeds)",
           "training loss": "loss of the last 5 steps, nats per token"}
+CONTROLS = {"accuracy": "right\n(greedy)", "worked": "worked out\n(greedy)",
+            "sampled_accuracy": "right\n(T = 1)", "sampled_worked": "worked out\n(T = 1)",
+            "sampled_right_if_worked": "right, if\nworked out\n(T = 1)",
+            "pass_at_8": "one of 8\nis right\n(T = 1)"}
 LANDSCAPES = {"accuracy": "greedy accuracy", "reward": "reward (T = 1)"}
 
 
@@ -175,7 +181,26 @@ def scale_x(ax, xs):
         ax.set_xticks(xs, [f"{x:g}" for x in xs], fontsize=8)
 
 
-# -------------------------------------------------------------------------------------- the landscape
+# --------------------------------------------------------------------- the controls, the landscape
+
+def draw_controls(path, out, plt):
+    """What each reward has left of right and of worked answers, as lab.controls has found."""
+    with foreign_file(path), open(path, encoding="utf-8", newline="") as f:
+        of_rewards = {}
+        for row in csv.DictReader(f):
+            of_rewards.setdefault(row["rewarded"], []).append(row)
+    figure, ax = plt.subplots(figsize=(10, 4.3))
+    for i, (rewarded, rows) in enumerate(of_rewards.items()):
+        shares = {x + 0.13 * (i - 2): [float(row[column]) for row in rows]
+                  for x, column in enumerate(CONTROLS)}
+        draw_curve(ax, shares, list(shares), label=f"rewarded: {rewarded}", fmt="o")
+    ax.set_xticks(range(len(CONTROLS)), CONTROLS.values())
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_ylabel("share of answers (bars: seeds)")
+    ax.set_title("13 numbers trained with three rewards (the toy)")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, out)
+
 
 def draw_landscape(path, out, plt):
     """Accuracy and reward over the planes that lab.landscape has tried."""
@@ -264,13 +289,15 @@ def main():
     names = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
     cfg = configure(Settings, argv=[arg for arg in sys.argv[1:] if arg.startswith("-")])
     plt = pyplot()
-    if any(name not in [*FIGURES, "landscape"] for name in names):
+    if any(name not in [*FIGURES, "controls", "landscape"] for name in names):
         if not os.path.basename(cfg.out):
             raise UserError(f"out must be the name of a file, not '{cfg.out}'")
         return draw_runs(names, cfg.out, plt)
     rows = study.read_results(cfg.results)
-    for name in names or [*study.STUDIES, "landscape"]:
-        if name == "landscape":
+    for name in names or [*study.STUDIES, "controls", "landscape"]:
+        if name == "controls":
+            draw_controls(cfg.controls, f"{cfg.figures}/controls.png", plt)
+        elif name == "landscape":
             draw_landscape(cfg.landscape, f"{cfg.figures}/landscape.png", plt)
         else:
             draw_study(name, rows, cfg, plt)
