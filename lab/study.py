@@ -72,8 +72,10 @@ SIZES = [
     ("LoRA 16", "--method=lora --rank=16", 0.001, 0.002),
     ("full", "--method=full", 0.0001, 0.0005),
 ]
-LORA = [("LoRA 1", "--method=lora --rank=1"), ("LoRA 4", "--method=lora --rank=4"),
-        ("LoRA 16", "--method=lora --rank=16"), ("full", "--method=full")]
+LORA = {"LoRA 1": "--method=lora --rank=1", "LoRA 4": "--method=lora --rank=4",
+        "LoRA 16": "--method=lora --rank=16", "LoRA 128": "--method=lora --rank=128",
+        "full, linears": "--method=full --targets=attention,mlp",  # what a LoRA can change
+        "full, every weight": "--method=full"}
 SEEDS = (1, 2, 3)
 
 
@@ -142,20 +144,20 @@ def precision():
 def lora():
     """The learning rates of LoRA and of full fine-tuning, supervised (LoRA Without Regret, Figure
     2)."""
-    for name, settings in LORA:
-        for rate in beside(0.001 if name == "full" else 0.002, (-2, -1, 0, 1)):
+    for name, settings in LORA.items():
+        for rate in beside(0.001 if "full" in name else 0.002, (-2, -1, 0, 1)):
             for seed in SEEDS[:2]:
                 yield Point(name, rate, f"{SFT} {settings} --lr={rate:g} --seed={seed}")
 
 
 def batch():
     """The same rows in batches of several sizes, two learning rates each (Figure 3)."""
-    for name, settings in (LORA[2], LORA[3]):
+    for name in ("LoRA 16", "full, linears", "full, every weight"):
         for size in (8, 32, 128):
             steps = (0, 1) if size > 32 else (-1, 0)
-            for rate in beside(0.001 if name == "full" else 0.002, steps):
+            for rate in beside(0.001 if "full" in name else 0.002, steps):
                 for seed in SEEDS[:2]:
-                    yield Point(name, size, f"{SFT} {settings} --batch_size={size} "
+                    yield Point(name, size, f"{SFT} {LORA[name]} --batch_size={size} "
                                 f"--max_steps={3200 // size} --lr={rate:g} --seed={seed}")
 
 
@@ -170,10 +172,10 @@ def layers():
 
 def lora_rl():
     """RL with LoRA of rank 1 and 16, and with all weights (LoRA Without Regret, Figure 6)."""
-    for name, settings in (LORA[0], LORA[2], LORA[3]):
-        for rate in beside(0.0001 if name == "full" else 0.001, (-2, -1, 0, 1, 2)):
+    for name in ("LoRA 1", "LoRA 16", "full, linears", "full, every weight"):
+        for rate in beside(0.0001 if "full" in name else 0.001, (-2, -1, 0, 1, 2)):
             for seed in SEEDS[:2]:
-                yield Point(name, rate, f"{RL} {settings} --lr={rate:g} --seed={seed}")
+                yield Point(name, rate, f"{RL} {LORA[name]} --lr={rate:g} --seed={seed}")
 
 
 # Sigma and learning rate of evolution strategies: those tried for each size, and those of es().
