@@ -116,7 +116,8 @@ def draw_curve(ax, by_x, xs, **style):
 
 def draw_study(name, rows, cfg, plt):
     """The figure of a study, whose title is the study's docstring up to its sources. Series named
-    "RL: ..." and "SFT: ..." get a panel for each kind."""
+    "RL: ..." and "SFT: ..." get a panel for each kind. A series "RL (...)" has the colour of "RL",
+    and marks of its own."""
     xlabel, column = FIGURES[name]
     title = " ".join(STUDIES[name].__doc__.split()).partition(" (")[0].rstrip(".")
     if name in study.STUDIES:
@@ -132,15 +133,21 @@ def draw_study(name, rows, cfg, plt):
     width = 7 if len(panels) == 1 else max(11, 3 * len(panels))
     figure, axes = plt.subplots(1, len(panels), figsize=(width, 4.3), squeeze=False, sharey=True)
     for ax, (panel, own) in zip(axes[0], panels.items()):
-        for i, (label, by_x) in enumerate(own.items()):
+        families = {}
+        for label in own:
+            families.setdefault(label.partition(" (")[0], []).append(label)
+        for i, labels in enumerate(families.values()):
             ordered = plt.get_cmap("viridis")(i / len(own))  # where many follow one another
-            draw_curve(ax, by_x, sorted(by_x) if xlabel else list(by_x), label=label,
-                       fmt="o-" if xlabel else "o", color=ordered if len(own) > 6 else None)
+            for label, mark in zip(labels, ("o-" if xlabel else "o", "*", "D")):
+                by_x = own[label]
+                draw_curve(ax, by_x, sorted(by_x) if xlabel else list(by_x), label=label, fmt=mark,
+                           markersize=12 if mark == "*" else 6,
+                           color=ordered if len(families) > 6 else f"C{i}")
         if column == "accuracy":
             draw_untrained(ax, name, rows)
             ax.set_ylim(-0.02, 1.02)
         if name == "params":
-            draw_full(ax, own, rows)
+            draw_full(ax, families, rows)
         if xlabel:
             scale_x(ax, sorted({x for by_x in own.values() for x in by_x}))
         ax.set_xlabel(xlabel)

@@ -57,6 +57,7 @@ COLUMNS = ("command", "numbers", "before", "accuracy", "stderr", "reward", "loss
            "commit", "error")
 Point = namedtuple("Point", "series x command")  # of a figure: the curve, the place, the run
 RL, SFT = "grpo.py config/toy_rl.py", "sft.py config/toy_sft.py"
+OWN_WORDS = f"{SFT} --dataset=toy/train.jsonl --eval_dataset=toy/test.jsonl"  # solutions in them
 
 # The sizes of the papers' figures: a name, the settings, and for RL and for SFT a learning rate at
 # or next to the best one of rates().
@@ -98,10 +99,18 @@ def rates():
 
 def params():
     """Accuracy against trained numbers (Learning to Reason in 13 Parameters, Figures 1 and 2)."""
-    for _, settings, rl_rate, sft_rate in SIZES:
+    def points(series, run, settings, rate):
         for seed in SEEDS:
-            yield Point("RL", "numbers", f"{RL} {settings} --lr={rl_rate:g} --seed={seed}")
-            yield Point("SFT", "numbers", f"{SFT} {settings} --lr={sft_rate:g} --seed={seed}")
+            yield Point(series, "numbers", f"{run} {settings} --lr={rate:g} --seed={seed}")
+
+    for name, settings, rl_rate, sft_rate in SIZES:
+        mark = " (13 for all linears, rank 1)" if name == "13" else ""  # other TinyLoRAs: rank 2
+        yield from points(f"RL{mark}", RL, settings, rl_rate)
+        yield from points(f"SFT{mark}", SFT, settings, sft_rate)
+        if name in ("1", "13", "21", "LoRA 1", "full"):
+            yield from points(f"SFT, own words{mark}", OWN_WORDS, settings, sft_rate)
+    yield from points("RL (13 for all linears, rank 2)", RL, "--n_tie=0 --u=13", 0.01)
+    yield from points("RL", RL, "--n_tie=2", 0.05)
 
 
 def tying():
