@@ -30,7 +30,7 @@ class Settings:
 
 
 FIGURES = {  # of each study: what the horizontal axis is, and the column that is drawn
-    "params": ("trained numbers", "accuracy"),
+    "params": ("trained numbers (lines: up to 84 at rank 2)", "accuracy"),
     "rates": ("learning rate", "accuracy"),
     "tying": ("trained numbers", "accuracy"),
     "rank": ("frozen rank r", "accuracy"),
@@ -130,7 +130,7 @@ def draw_study(name, rows, cfg, plt):
     for series, by_x in curves.items():
         panel, _, label = series.rpartition(": ")
         panels.setdefault(panel, {})[label] = by_x
-    width = 7 if len(panels) == 1 else max(11, 3 * len(panels))
+    width = 7 if len(panels) == 1 and name != "params" else max(11, 3 * len(panels))
     figure, axes = plt.subplots(1, len(panels), figsize=(width, 4.3), squeeze=False, sharey=True)
     for ax, (panel, own) in zip(axes[0], panels.items()):
         families = {}
@@ -146,13 +146,14 @@ def draw_study(name, rows, cfg, plt):
         if column == "accuracy":
             draw_untrained(ax, name, rows)
             ax.set_ylim(-0.02, 1.02)
-        if name == "params":
-            draw_full(ax, families, rows)
         if xlabel:
             scale_x(ax, sorted({x for by_x in own.values() for x in by_x}))
         ax.set_xlabel(xlabel)
         ax.set_title(panel or title)
-        ax.legend(ncols=2 if len(own) > 6 else 1)
+        if len(families) < len(own):
+            ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        else:
+            ax.legend(ncols=2 if len(own) > 6 else 1)
     is_training_loss = name.startswith("regret") and column == "loss"
     axes[0, 0].set_ylabel(LABELS["training loss" if is_training_loss else column])
     if len(panels) > 1:
@@ -166,18 +167,6 @@ def draw_untrained(ax, name, rows):
     before = [float(row["before"]) for row in runs if row["before"] != ""]
     if max(before) - min(before) < 0.02:
         ax.axhline(mean(before), color="gray", linestyle=":", label="untrained")
-
-
-def draw_full(ax, labels, rows):
-    """A line for each label at what training all weights reaches."""
-    for i, label in enumerate(labels):
-        values = [rows[point.command]["accuracy"] for point in study.params()
-                  if point.series == label and "--method=full" in point.command
-                  and point.command in rows]
-        values = [float(value) for value in values if value != ""]
-        if values:
-            ax.axhline(mean(values), color=f"C{i}", linestyle="--", alpha=0.5,
-                       label=f"{label}, all weights")
 
 
 def scale_x(ax, xs):

@@ -218,13 +218,14 @@ def test_an_unknown_study_is_refused():
     assert_refused(fork_script("-m", "lab.study", "parms"), "parms", "params")
 
 
-def test_the_landscape_is_made_by_the_study_of_that_name(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["controls", "landscape"])
+def test_studies_with_tables_of_their_own_are_made_by_their_names(name, tmp_path, monkeypatch, capsys):
     commands = []
     monkeypatch.setattr(study.subprocess, "run", lambda command, check: commands.append(command))
-    monkeypatch.setattr("sys.argv", ["study", "landscape", f"--out_dir={tmp_path}", f"--results={tmp_path}/table.csv"])
+    monkeypatch.setattr("sys.argv", ["study", name, f"--out_dir={tmp_path}", f"--results={tmp_path}/table.csv"])
     study.main()
     [command] = commands
-    assert command[1:3] == ["-m", "lab.landscape"] and f"--out_dir={tmp_path}/landscape" in command
+    assert command[1:3] == ["-m", f"lab.{name}"] and f"--out_dir={tmp_path}/{name}" in command
     assert "0 runs done" in capsys.readouterr().out
 
 
@@ -290,6 +291,23 @@ def test_every_study_has_its_figure_of_its_runs(tmp_path, monkeypatch):
     plot.main()
     for name in drawn:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_shipped_figures_show_the_shipped_tables(tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib", reason="lab.plot draws with matplotlib")
+    from matplotlib.image import imread
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["plot", f"--figures={tmp_path}"])
+    plot.main()
+    drawn = sorted(tmp_path.glob("*.png"))
+    assert [path.stem for path in drawn] == sorted([*study.STUDIES, "controls", "landscape"])
+    for path in drawn:
+        shipped = ROOT / "lab" / "results" / path.name
+        if f"version{matplotlib.__version__}," not in shipped.read_bytes().decode("latin1"):
+            pytest.skip(f"{path.name} was drawn with another version of matplotlib")
+        assert (imread(path) == imread(shipped)).all(), path.name
 
 
 def test_of_several_learning_rates_the_best_counts():
