@@ -301,6 +301,7 @@ def test_the_shipped_figures_show_the_shipped_tables(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["plot", f"--figures={tmp_path}"])
     plot.main()
+    plot.pyplot().close("all")
     drawn = sorted(tmp_path.glob("*.png"))
     assert [path.stem for path in drawn] == sorted([*study.STUDIES, "controls", "landscape"])
     for path in drawn:
