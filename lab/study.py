@@ -106,7 +106,7 @@ def params():
     for name, settings, rl_rate, sft_rate in SIZES:
         mark = " (13 for all, rank 1)" if name == "13" else ""  # other TinyLoRAs have rank 2
         yield from points(f"RL{mark}", RL, settings, rl_rate)
-        yield from points(f"SFT{mark}", SFT, settings, sft_rate)
+        yield from points(f"SFT, other words{mark}", SFT, settings, sft_rate)
         if name in ("1", "13", "21", "LoRA 1", "full"):
             yield from points(f"SFT, own words{mark}", OWN_WORDS, settings, sft_rate)
     yield from points("RL (13 for all, rank 2)", RL, "--n_tie=0 --u=13", 0.01)
