@@ -47,11 +47,12 @@ class Settings:
     out_dir: str = "out/toy"  # log, checkpoint, adapter
     init_from: Literal["scratch", "resume"] = "scratch"  # resume: from the checkpoint in out_dir
     # what is trained (tinylora.py)
-    method: Literal["tinylora", "lora_xs", "lora", "full"] = "tinylora"  # full: all weights
+    method: Literal["tinylora", "lora_xs", "lora", "full"] = "tinylora"  # full: the weights
     rank: int = 1  # r of the frozen SVD (paper: 2), or of LoRA
     u: int = 13  # tinylora: trained numbers per group of linears
     n_tie: int = 0  # tinylora: linears that share a group; 0: all of them
     tie: Literal["tiled", "structured"] = "tiled"  # share with neighbours, or with the same type
+    # full: "all" is every weight, embedding and norms too; other targets are these linears' weights
     targets: str = "all"  # all, attention, mlp, or q_proj,v_proj ...; attention/mlp: a vector each
     alpha: float = 32.0  # lora: the update is scaled by alpha / rank
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of adapter.safetensors

@@ -284,20 +284,23 @@ def attach(net, cfg, shard=1):
         cfg.lr = learning_rate_rule(net.config, cfg.method, cfg.max_steps)
         print0(f"lr = {cfg.lr:.3g} (learning_rate_rule in tinylora.py)")
     ignored = [key for key in ("rank", "u", "n_tie", "tie", "targets", "alpha")
-               if key not in METHODS.get(cfg.method, ())
+               if key not in METHODS.get(cfg.method, ("targets",))
                and getattr(cfg, key) != getattr(type(cfg), key)]  # the default
     if ignored:
         print0(f"note: method = {cfg.method} ignores {', '.join(ignored)}")
     if cfg.method == "full":
-        identity = {"method": "full", "base": fingerprint(net)}
-        trained = net.requires_grad_(True)
+        identity = {"method": "full", "base": fingerprint(net), "targets": cfg.targets}
+        kinds = sum(parse_targets(cfg.targets), ())
+        trained = net.requires_grad_(cfg.targets == "all")
+        for name, linear in all_linears(net).items():
+            linear.weight.requires_grad_(name.endswith(kinds))
     else:
         trained = add_adapter(net, cfg.method, cfg.rank, cfg.u, cfg.n_tie, cfg.tie, cfg.seed,
                               cfg.targets, cfg.alpha)
         identity = trained.meta
     if shard > 1:
         shard_model(net, shard)
-    return dict(trained.named_parameters()), identity
+    return {name: p for name, p in trained.named_parameters() if p.requires_grad}, identity
 
 
 def save(net, cfg, best=False):

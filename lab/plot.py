@@ -2,6 +2,7 @@
 
     python -m lab.plot out/toy out/other   # one picture of the log.jsonl of one or more runs
     python -m lab.plot params              # a study's figure: accuracy against trained numbers
+    python -m lab.plot controls            # what other rewards leave, as lab.controls found
     python -m lab.plot landscape           # reward and accuracy around v, as lab.landscape found
     python -m lab.plot                     # all figures of the toy
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from configurator import configure
-from lab import landscape, study
+from lab import controls, landscape, study
 from support import UserError, foreign_file, one_line_errors
 
 
@@ -23,12 +24,13 @@ from support import UserError, foreign_file, one_line_errors
 class Settings:
     results: str = study.Settings.results  # the table that lab.study writes
     figures: str = "lab/results"  # directory of the studies' figures
+    controls: str = controls.Settings.controls  # the table that lab.controls writes
     landscape: str = landscape.Settings.landscape  # the table that lab.landscape writes
     out: str = "curves.png"  # file of the runs' curves
 
 
 FIGURES = {  # of each study: what the horizontal axis is, and the column that is drawn
-    "params": ("trained numbers", "accuracy"),
+    "params": ("trained numbers (lines: up to 84 at rank 2)", "accuracy"),
     "rates": ("learning rate", "accuracy"),
     "tying": ("trained numbers", "accuracy"),
     "rank": ("frozen rank r", "accuracy"),
@@ -52,6 +54,10 @@ STUDIES = study.STUDIES | study.PAPERS
 LABELS = {"accuracy": "greedy accuracy, held-out (bars: seeds)",
           "loss": "held-out loss, nats per token (bars: seeds)",
           "training loss": "loss of the last 5 steps, nats per token"}
+CONTROLS = {"accuracy": "right\n(greedy)", "worked": "worked out\n(greedy)",
+            "sampled_accuracy": "right\n(T = 1)", "sampled_worked": "worked out\n(T = 1)",
+            "sampled_right_if_worked": "right, if\nworked out\n(T = 1)",
+            "pass_at_8": "one of 8\nis right\n(T = 1)"}
 LANDSCAPES = {"accuracy": "greedy accuracy", "reward": "reward (T = 1)"}
 
 
@@ -110,7 +116,8 @@ def draw_curve(ax, by_x, xs, **style):
 
 def draw_study(name, rows, cfg, plt):
     """The figure of a study, whose title is the study's docstring up to its sources. Series named
-    "RL: ..." and "SFT: ..." get a panel for each kind."""
+    "RL: ..." and "SFT: ..." get a panel for each kind. A series "RL (...)" has the colour of "RL",
+    and marks of its own."""
     xlabel, column = FIGURES[name]
     title = " ".join(STUDIES[name].__doc__.split()).partition(" (")[0].rstrip(".")
     if name in study.STUDIES:
@@ -123,23 +130,30 @@ def draw_study(name, rows, cfg, plt):
     for series, by_x in curves.items():
         panel, _, label = series.rpartition(": ")
         panels.setdefault(panel, {})[label] = by_x
-    width = 7 if len(panels) == 1 else max(11, 3 * len(panels))
+    width = 7 if len(panels) == 1 and name != "params" else max(11, 3 * len(panels))
     figure, axes = plt.subplots(1, len(panels), figsize=(width, 4.3), squeeze=False, sharey=True)
     for ax, (panel, own) in zip(axes[0], panels.items()):
-        for i, (label, by_x) in enumerate(own.items()):
+        families = {}
+        for label in own:
+            families.setdefault(label.partition(" (")[0], []).append(label)
+        for i, labels in enumerate(families.values()):
             ordered = plt.get_cmap("viridis")(i / len(own))  # where many follow one another
-            draw_curve(ax, by_x, sorted(by_x) if xlabel else list(by_x), label=label,
-                       fmt="o-" if xlabel else "o", color=ordered if len(own) > 6 else None)
+            for label, mark in zip(labels, ("o-" if xlabel else "o", "*", "D")):
+                by_x = own[label]
+                draw_curve(ax, by_x, sorted(by_x) if xlabel else list(by_x), label=label, fmt=mark,
+                           markersize=12 if mark == "*" else 6,
+                           color=ordered if len(families) > 6 else f"C{i}")
         if column == "accuracy":
             draw_untrained(ax, name, rows)
             ax.set_ylim(-0.02, 1.02)
-        if name == "params":
-            draw_full(ax, own, rows)
         if xlabel:
             scale_x(ax, sorted({x for by_x in own.values() for x in by_x}))
         ax.set_xlabel(xlabel)
         ax.set_title(panel or title)
-        ax.legend(ncols=2 if len(own) > 6 else 1)
+        if len(families) < len(own):
+            ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        else:
+            ax.legend(ncols=2 if len(own) > 6 else 1)
     is_training_loss = name.startswith("regret") and column == "loss"
     axes[0, 0].set_ylabel(LABELS["training loss" if is_training_loss else column])
     if len(panels) > 1:
@@ -155,18 +169,6 @@ def draw_untrained(ax, name, rows):
         ax.axhline(mean(before), color="gray", linestyle=":", label="untrained")
 
 
-def draw_full(ax, labels, rows):
-    """A line for each label at what training all weights reaches."""
-    for i, label in enumerate(labels):
-        values = [rows[point.command]["accuracy"] for point in study.params()
-                  if point.series == label and "--method=full" in point.command
-                  and point.command in rows]
-        values = [float(value) for value in values if value != ""]
-        if values:
-            ax.axhline(mean(values), color=f"C{i}", linestyle="--", alpha=0.5,
-                       label=f"{label}, all weights")
-
-
 def scale_x(ax, xs):
     """A logarithmic axis. Over few decades it shows the values themselves, not powers of ten."""
     ax.set_xscale("log")
@@ -175,7 +177,26 @@ def scale_x(ax, xs):
         ax.set_xticks(xs, [f"{x:g}" for x in xs], fontsize=8)
 
 
-# -------------------------------------------------------------------------------------- the landscape
+# --------------------------------------------------------------------- the controls, the landscape
+
+def draw_controls(path, out, plt):
+    """What each reward has left of right and of worked answers, as lab.controls has found."""
+    with foreign_file(path), open(path, encoding="utf-8", newline="") as f:
+        of_rewards = {}
+        for row in csv.DictReader(f):
+            of_rewards.setdefault(row["rewarded"], []).append(row)
+    figure, ax = plt.subplots(figsize=(10, 4.3))
+    for i, (rewarded, rows) in enumerate(of_rewards.items()):
+        shares = {x + 0.13 * (i - 2): [float(row[column]) for row in rows]
+                  for x, column in enumerate(CONTROLS)}
+        draw_curve(ax, shares, list(shares), label=f"rewarded: {rewarded}", fmt="o")
+    ax.set_xticks(range(len(CONTROLS)), CONTROLS.values())
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_ylabel("share of answers (bars: seeds)")
+    ax.set_title("13 numbers trained with three rewards (the toy)")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, out)
+
 
 def draw_landscape(path, out, plt):
     """Accuracy and reward over the planes that lab.landscape has tried."""
@@ -264,13 +285,15 @@ def main():
     names = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
     cfg = configure(Settings, argv=[arg for arg in sys.argv[1:] if arg.startswith("-")])
     plt = pyplot()
-    if any(name not in [*FIGURES, "landscape"] for name in names):
+    if any(name not in [*FIGURES, "controls", "landscape"] for name in names):
         if not os.path.basename(cfg.out):
             raise UserError(f"out must be the name of a file, not '{cfg.out}'")
         return draw_runs(names, cfg.out, plt)
     rows = study.read_results(cfg.results)
-    for name in names or [*study.STUDIES, "landscape"]:
-        if name == "landscape":
+    for name in names or [*study.STUDIES, "controls", "landscape"]:
+        if name == "controls":
+            draw_controls(cfg.controls, f"{cfg.figures}/controls.png", plt)
+        elif name == "landscape":
             draw_landscape(cfg.landscape, f"{cfg.figures}/landscape.png", plt)
         else:
             draw_study(name, rows, cfg, plt)

@@ -4,6 +4,7 @@
     python -m lab.study params          # one of them: a name in STUDIES
     python -m lab.plot params           # its figure
     python -m lab.study gsm8k_sizes --workers=1 --results=models.csv     # one in PAPERS: for a GPU
+    python -m lab.study controls        # rewards that know less than the answer: lab/controls.py
     python -m lab.study landscape       # no table of runs, but what is around v: lab/landscape.py
 
 A run is a command of grpo.py or sft.py, and a line of the table `results` says what came out. A
@@ -56,6 +57,7 @@ COLUMNS = ("command", "numbers", "before", "accuracy", "stderr", "reward", "loss
            "commit", "error")
 Point = namedtuple("Point", "series x command")  # of a figure: the curve, the place, the run
 RL, SFT = "grpo.py config/toy_rl.py", "sft.py config/toy_sft.py"
+OWN_WORDS = f"{SFT} --dataset=toy/train.jsonl --eval_dataset=toy/test.jsonl"  # solutions in them
 
 # The sizes of the papers' figures: a name, the settings, and for RL and for SFT a learning rate at
 # or next to the best one of rates().
@@ -71,8 +73,10 @@ SIZES = [
     ("LoRA 16", "--method=lora --rank=16", 0.001, 0.002),
     ("full", "--method=full", 0.0001, 0.0005),
 ]
-LORA = [("LoRA 1", "--method=lora --rank=1"), ("LoRA 4", "--method=lora --rank=4"),
-        ("LoRA 16", "--method=lora --rank=16"), ("full", "--method=full")]
+LORA = {"LoRA 1": "--method=lora --rank=1", "LoRA 4": "--method=lora --rank=4",
+        "LoRA 16": "--method=lora --rank=16", "LoRA 128": "--method=lora --rank=128",
+        "full, linears": "--method=full --targets=attention,mlp",  # what a LoRA can change
+        "full, every weight": "--method=full"}
 SEEDS = (1, 2, 3)
 
 
@@ -95,10 +99,18 @@ def rates():
 
 def params():
     """Accuracy against trained numbers (Learning to Reason in 13 Parameters, Figures 1 and 2)."""
-    for _, settings, rl_rate, sft_rate in SIZES:
+    def points(series, run, settings, rate):
         for seed in SEEDS:
-            yield Point("RL", "numbers", f"{RL} {settings} --lr={rl_rate:g} --seed={seed}")
-            yield Point("SFT", "numbers", f"{SFT} {settings} --lr={sft_rate:g} --seed={seed}")
+            yield Point(series, "numbers", f"{run} {settings} --lr={rate:g} --seed={seed}")
+
+    for name, settings, rl_rate, sft_rate in SIZES:
+        mark = " (13 for all, rank 1)" if name == "13" else ""  # other TinyLoRAs have rank 2
+        yield from points(f"RL{mark}", RL, settings, rl_rate)
+        yield from points(f"SFT, other words{mark}", SFT, settings, sft_rate)
+        if name in ("1", "13", "21", "LoRA 1", "full"):
+            yield from points(f"SFT, own words{mark}", OWN_WORDS, settings, sft_rate)
+    yield from points("RL (13 for all, rank 2)", RL, "--n_tie=0 --u=13", 0.01)
+    yield from points("RL", RL, "--n_tie=2", 0.05)
 
 
 def tying():
@@ -141,20 +153,20 @@ def precision():
 def lora():
     """The learning rates of LoRA and of full fine-tuning, supervised (LoRA Without Regret, Figure
     2)."""
-    for name, settings in LORA:
-        for rate in beside(0.001 if name == "full" else 0.002, (-2, -1, 0, 1)):
+    for name, settings in LORA.items():
+        for rate in beside(0.001 if "full" in name else 0.002, (-2, -1, 0, 1)):
             for seed in SEEDS[:2]:
                 yield Point(name, rate, f"{SFT} {settings} --lr={rate:g} --seed={seed}")
 
 
 def batch():
     """The same rows in batches of several sizes, two learning rates each (Figure 3)."""
-    for name, settings in (LORA[2], LORA[3]):
+    for name in ("LoRA 16", "full, linears", "full, every weight"):
         for size in (8, 32, 128):
             steps = (0, 1) if size > 32 else (-1, 0)
-            for rate in beside(0.001 if name == "full" else 0.002, steps):
+            for rate in beside(0.001 if "full" in name else 0.002, steps):
                 for seed in SEEDS[:2]:
-                    yield Point(name, size, f"{SFT} {settings} --batch_size={size} "
+                    yield Point(name, size, f"{SFT} {LORA[name]} --batch_size={size} "
                                 f"--max_steps={3200 // size} --lr={rate:g} --seed={seed}")
 
 
@@ -169,10 +181,10 @@ def layers():
 
 def lora_rl():
     """RL with LoRA of rank 1 and 16, and with all weights (LoRA Without Regret, Figure 6)."""
-    for name, settings in (LORA[0], LORA[2], LORA[3]):
-        for rate in beside(0.0001 if name == "full" else 0.001, (-2, -1, 0, 1, 2)):
+    for name in ("LoRA 1", "LoRA 16", "full, linears", "full, every weight"):
+        for rate in beside(0.0001 if "full" in name else 0.001, (-2, -1, 0, 1, 2)):
             for seed in SEEDS[:2]:
-                yield Point(name, rate, f"{RL} {settings} --lr={rate:g} --seed={seed}")
+                yield Point(name, rate, f"{RL} {LORA[name]} --lr={rate:g} --seed={seed}")
 
 
 # Sigma and learning rate of evolution strategies: those tried for each size, and those of es().
@@ -481,9 +493,12 @@ def main():
     at_least(cfg, 1, "workers")
     studies = STUDIES | PAPERS
     for name in names:
-        if name not in studies and name != "landscape":
-            raise UserError(f"no study '{name}'; there are {', '.join(STUDIES)}, landscape, and for "
-                            f"a GPU {', '.join(PAPERS)}")
+        if name not in [*studies, "controls", "landscape"]:
+            raise UserError(f"no study '{name}'; there are {', '.join(STUDIES)}, controls, "
+                            f"landscape, and for a GPU {', '.join(PAPERS)}")
+    if "controls" in names or not names:
+        subprocess.run([sys.executable, "-m", "lab.controls", f"--out_dir={cfg.out_dir}/controls"],
+                       check=True)
     if "landscape" in names or not names and not os.path.exists(LANDSCAPE):
         command = [sys.executable, "-m", "lab.landscape", f"--landscape={LANDSCAPE}",
                    f"--out_dir={cfg.out_dir}/landscape"]

@@ -139,7 +139,8 @@ class Run:
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot resume from {self.checkpoint}: {error}; leave out init_from "
                             "to start anew") from None
-        if different := changes(info["identity"], self.identity):
+        # Earlier checkpoints of method full do not say which weights they train: it was all.
+        if different := changes({"targets": "all"} | info["identity"], self.identity):
             raise UserError(f"cannot resume: {self.checkpoint} was made with another {different}; "
                             f"repeat its settings with {self.cfg.out_dir}/settings.py, or start "
                             "anew")

@@ -1,7 +1,9 @@
 """config/, lab/study.py and lab/plot.py: every config trains, every study consists of runs that the scripts accept, and
 every figure is drawn."""
 
+import csv
 import json
+import math
 import re
 import threading
 from concurrent.futures import Future
@@ -13,7 +15,7 @@ from conftest import ROOT, assert_refused
 from forks import fork_script
 
 from configurator import configure
-from lab import plot, study
+from lab import controls, plot, study
 from support import UserError
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
@@ -81,6 +83,17 @@ def test_toy_format_is_a_task_of_its_own_that_a_resumed_run_goes_on_with(tmp_pat
     log = read_log(tmp_path / "out")
     assert [line["step"] for line in log if "eval" not in line] == [1, 2, 3]
     assert all("lenient" not in line and "lenient" not in line.get("eval", {}) for line in log)
+
+
+def test_the_rewards_of_the_controls_do_not_know_the_answer():
+    working, guess = (SimpleNamespace(text=text, truncated=False) for text in ("2+2=5. #### 5", "#### 4"))
+    cut = SimpleNamespace(text="2+2=5. 5+", truncated=True)
+    _, cfg = configured("grpo.py", [str(ROOT / "config" / "toy_control_format.py")])
+    assert [cfg.reward({}, completion) for completion in (working, guess, cut)] == [1, 0, 0]
+    _, cfg = configured("grpo.py", [str(ROOT / "config" / "toy_control_random.py")])
+    coins = [cfg.reward({"question": str(i)}, guess) for i in range(400)]
+    assert coins == [cfg.reward({"question": str(i)}, guess) for i in range(400)]
+    assert set(coins) == {0, 1} and 150 < sum(coins) < 250
 
 
 @pytest.mark.slow
@@ -205,14 +218,52 @@ def test_an_unknown_study_is_refused():
     assert_refused(fork_script("-m", "lab.study", "parms"), "parms", "params")
 
 
-def test_the_landscape_is_made_by_the_study_of_that_name(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["controls", "landscape"])
+def test_studies_with_tables_of_their_own_are_made_by_their_names(name, tmp_path, monkeypatch, capsys):
     commands = []
     monkeypatch.setattr(study.subprocess, "run", lambda command, check: commands.append(command))
-    monkeypatch.setattr("sys.argv", ["study", "landscape", f"--out_dir={tmp_path}", f"--results={tmp_path}/table.csv"])
+    monkeypatch.setattr("sys.argv", ["study", name, f"--out_dir={tmp_path}", f"--results={tmp_path}/table.csv"])
     study.main()
     [command] = commands
-    assert command[1:3] == ["-m", "lab.landscape"] and f"--out_dir={tmp_path}/landscape" in command
+    assert command[1:3] == ["-m", f"lab.{name}"] and f"--out_dir={tmp_path}/{name}" in command
     assert "0 runs done" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------ controls
+
+def test_controls_count_right_and_worked_answers():
+    right, wrong, lucky = (1.0, True), (0.0, True), (1.0, False)
+    assert controls.shares([[right, wrong], [lucky, lucky]]) == (0.75, 0.5, 0.5)
+    accuracy, worked, right_if_worked = controls.shares([[lucky]])
+    assert (accuracy, worked) == (1, 0) and math.isnan(right_if_worked)
+
+
+def test_controls_examine_what_was_trained_by_the_true_reward_and_once(tmp_path, monkeypatch):
+    test = ROOT / "toy" / "test.jsonl"
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(test.read_text().splitlines()[:20]))
+    small = f"--eval_dataset={few} --max_steps=0"
+    runs = [("coin", f"grpo.py config/toy_control_random.py {small}"),
+            ("base", f"grpo.py config/toy_rl.py {small}"),
+            ("asked", f"grpo.py config/toy_rl.py {small} --system_prompt='Think step by step.'")]
+    monkeypatch.setattr(controls, "RUNS", runs)
+    table = tmp_path / "table.csv"
+    monkeypatch.setattr("sys.argv", ["controls", f"--controls={table}", f"--out_dir={tmp_path}/runs"])
+    controls.main()
+    coin, base, asked = csv.DictReader(table.read_text().splitlines())
+    assert all(coin[figure] == base[figure] for figure in controls.COLUMNS[2:-1])  # neither was trained, nor is a coin
+    assert float(coin["accuracy"]) < 0.5 and float(coin["worked"]) < 0.1 and float(coin["lead"]) > 0
+    assert float(coin["pass_at_8"]) > 0.8 and 0.2 < float(coin["sampled_worked"]) < 0.7
+    assert asked["accuracy"] == asked["worked"] == asked["right_if_worked"] == "1" and float(asked["lead"]) < 0
+    before = table.read_bytes()
+    monkeypatch.setattr(controls, "trained", lambda *_: pytest.fail("a run that has its line is made again"))
+    controls.main()
+    assert table.read_bytes() == before
+
+
+def test_the_shipped_controls_are_those_that_the_study_makes():
+    with open(ROOT / "lab" / "results" / "controls.csv", newline="") as f:
+        assert [(line["rewarded"], line["command"]) for line in csv.DictReader(f)] == controls.RUNS
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -235,11 +286,29 @@ def test_every_study_has_its_figure_of_its_runs(tmp_path, monkeypatch):
     own = [point for point in study.params() if point.series == "RL"]
     assert sum(len(values) for values in curve.values()) == len(own)
     assert all(float(rows[p.command]["accuracy"]) in curve[int(rows[p.command]["numbers"])] for p in own)
-    drawn = ["params", "rates", "precision", "batch", "ablations"]  # one of each kind
+    drawn = ["params", "rates", "precision", "batch", "ablations", "controls"]  # one of each kind
     monkeypatch.setattr("sys.argv", ["plot", *drawn, f"--results={table}", f"--figures={tmp_path}"])
     plot.main()
     for name in drawn:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_shipped_figures_show_the_shipped_tables(tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib", reason="lab.plot draws with matplotlib")
+    from matplotlib.image import imread
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["plot", f"--figures={tmp_path}"])
+    plot.main()
+    plot.pyplot().close("all")
+    drawn = sorted(tmp_path.glob("*.png"))
+    assert [path.stem for path in drawn] == sorted([*study.STUDIES, "controls", "landscape"])
+    for path in drawn:
+        shipped = ROOT / "lab" / "results" / path.name
+        if f"version{matplotlib.__version__}," not in shipped.read_bytes().decode("latin1"):
+            pytest.skip(f"{path.name} was drawn with another version of matplotlib")
+        assert (imread(path) == imread(shipped)).all(), path.name
 
 
 def test_of_several_learning_rates_the_best_counts():

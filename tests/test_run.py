@@ -14,7 +14,7 @@ import torch
 from conftest import assert_refused, make_checkpoint
 from forks import fork_ranks, fork_script, start_script
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_packing import one_thread  # noqa: F401
 
 import grpo
@@ -90,7 +90,8 @@ def runs(checkpoint, problems, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, dict(resample=2, batch_size=6), dict(method="lora"),
-                                      dict(method="full", lr=1e-4)], ids=str)
+                                      dict(method="full", lr=1e-4), dict(method="full", lr=1e-4, targets="mlp")],
+                         ids=str)
 def test_a_resumed_run_equals_an_uninterrupted_one(runs, settings):
     runs.train("whole", max_steps=4, save_interval=3, eval_interval=3, **settings)
     runs.train("parts", max_steps=3, save_interval=3, eval_interval=3, **settings)
@@ -227,6 +228,19 @@ def test_a_checkpoint_is_refused_where_its_numbers_would_mean_something_else(run
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=f"cannot resume from {path}: .*leave out init_from to start anew"):
             runs.train("run", init_from="resume", eval_dataset="")
+
+
+def test_a_full_checkpoint_from_before_there_were_targets_is_of_all_weights(runs):
+    settings = dict(method="full", lr=1e-4)
+    runs.train("run", max_steps=1, **settings)
+    tensors, info = runs.saved("run")
+    del info["identity"]["targets"]
+    path = runs.place / "run" / "checkpoint.safetensors"
+    save_file(tensors, path, {key: json.dumps(value) for key, value in info.items()})
+    with pytest.raises(UserError, match="was made with another targets"):
+        runs.train("run", init_from="resume", targets="mlp", **settings)
+    runs.train("run", init_from="resume", max_steps=2, **settings)
+    assert len(runs.steps("run")) == 2
 
 
 def test_a_run_goes_on_with_other_settings_and_names_them(runs, capsys):

@@ -39,7 +39,7 @@ RUNS = {  # three rows a step and three or five in an evaluation: one process of
     "sft tinylora": (sft, TINYLORA | dict(recompute=True)),
     "sft lora_xs": (sft, LORA_XS | dict(eval_size=3)),
     "sft lora": (sft, LORA | dict(weight_decay=0.1)),
-    "sft full": (sft, FULL | dict(recompute=True, grad_clip=0.1)),
+    "sft full": (sft, FULL | dict(recompute=True, grad_clip=0.1, targets="o_proj,mlp")),
 }
 TASK = """
 def reward(problem, completion):  # in some groups all earn the same

@@ -592,7 +592,7 @@ class Settings:
 @pytest.mark.parametrize("method", ["tinylora", "lora_xs", "lora", "full"])
 def test_what_a_script_attaches_is_trained_and_saved(net, checkpoint, tmp_path, method, best):
     cfg = Settings(model=checkpoint, method=method, seed=4, targets="mlp/q_proj", out_dir=str(tmp_path))
-    base = tinylora.fingerprint(net)
+    base, before = tinylora.fingerprint(net), {name: p.clone() for name, p in net.state_dict().items()}
     parameters, identity = tinylora.attach(net, cfg, 1)
     assert identity["method"] == method and identity["base"] == base and "dtype" not in identity
     net(IDS).square().mean().backward()
@@ -604,7 +604,10 @@ def test_what_a_script_attaches_is_trained_and_saved(net, checkpoint, tmp_path, 
     if method == "full":
         [file] = [tmp_path / ("best" if best else "model")]
         other = model.load_model(str(file), device="cpu")
-        assert parameters.keys() == other.state_dict().keys()
+        after = other.state_dict()
+        changed = {name for name in after if not torch.equal(after[name], before[name])}
+        kinds = ("q_proj.weight", "gate_proj.weight", "up_proj.weight", "down_proj.weight")
+        assert changed == set(parameters) == {name for name in after if name.endswith(kinds)}
         assert model.load_tokenizer(str(file)).encode("Tom") == model.load_tokenizer(checkpoint).encode("Tom")
     else:
         [file] = tmp_path.iterdir()
@@ -613,6 +616,13 @@ def test_what_a_script_attaches_is_trained_and_saved(net, checkpoint, tmp_path, 
         tinylora.load_adapter(other, str(file))
         assert other.adapter.meta == identity
     assert torch.equal(logits(other), logits(net))
+
+
+def test_full_trains_every_weight_or_all_linears(net):
+    for targets, count in (("all", len(net.state_dict())), ("attention,mlp", len(tinylora.all_linears(net)))):
+        assert len(tinylora.attach(net, Settings(method="full", targets=targets))[0]) == count
+    with pytest.raises(UserError, match="targets must name"):
+        tinylora.attach(net, Settings(method="full", targets="lm_head"))
 
 
 def test_the_text_of_an_adapter_saved_in_bfloat16_is_its_file(net, checkpoint, tmp_path):
@@ -629,6 +639,7 @@ def test_the_text_of_an_adapter_saved_in_bfloat16_is_its_file(net, checkpoint, t
 @pytest.mark.parametrize("changes, words", [
     (dict(method="lora", lr=0.0), ["lr = 0.00103 (learning_rate_rule in tinylora.py)"]),
     (dict(method="full", lr=0.0, rank=3), ["lr = 6.89e-05", "note: method = full ignores rank"]),
+    (dict(method="full", targets="mlp", u=5), ["note: method = full ignores u"]),
     (dict(method="lora", u=5, n_tie=2, alpha=4.0), ["note: method = lora ignores u, n_tie"]),
     (dict(method="lora_xs", tie="structured", alpha=1.0), ["note: method = lora_xs ignores tie, alpha"]),
     (dict(u=5, n_tie=2, targets="mlp"), [])], ids=str)
