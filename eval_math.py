@@ -70,6 +70,7 @@ BOTH, TEST, TRAIN = {"train": "train", "test": "test"}, {"test": "test"}, {"trai
 DATASETS = {  # name: (hub path, configuration, prompt, {split: what the hub calls it})
     "gsm8k": ("openai/gsm8k", "main", "gsm8k", BOTH),
     "math": ("DigitalLearningGmbH/MATH-lighteval", None, "boxed", BOTH),
+    "math12k": ("rasbt/math_full_minus_math500", None, "boxed", TRAIN),  # both, without MATH500
     "deepmath": ("zwhe99/DeepMath-103K", None, "boxed", TRAIN),
     "math500": ("HuggingFaceH4/MATH-500", None, "boxed", TEST),
     "aime24": ("HuggingFaceH4/aime_2024", None, "boxed", {"test": "train"}),
@@ -105,7 +106,7 @@ def load_rows(name_or_path, split):
         rows = read_file(name, split)
     elif name in DATASETS or "/" in name:
         path, configuration, _, splits = DATASETS.get(name, (name, None, "plain", {split: split}))
-        if name == "math":
+        if name in ("math", "math12k"):
             levels = levels or "3-5"  # the paper's
         if split not in splits:
             raise UserError(f"data set '{name}' has no split '{split}', only {', '.join(splits)}")

@@ -1,6 +1,6 @@
 # RL on GSM8K with Llama-3.1-8B (base) and LoRA of rank 1, as in LoRA Without Regret.
 # python grpo.py config/llama8b_gsm8k_lora.py
-# The authors sweep --lr and --rank. All weights: --method=full
+# Its authors swept --lr and --rank, and say no more. All weights: --method=full
 # The model has no chat template. It may go on after its answer, and is then cut off without reward.
 model = "meta-llama/Llama-3.1-8B"
 dataset = "gsm8k"

@@ -1,7 +1,8 @@
 # RL on GSM8K with Qwen2.5-7B-Instruct and 13 numbers: one vector, u = 13, for all 196 linears.
 # python grpo.py config/qwen7b_u13.py
 # torchrun --nproc_per_node=8 grpo.py config/qwen7b_u13.py
-# Other sizes: --u=1 --n_tie=16, --method=lora_xs ... (lab/study.py has those of the paper)
+# The paper's 13 (7B) is config/qwen7b_n16.py. Its other sizes: lab/study.py.
+# It does not give its prompt: this is VERL's.
 model = "Qwen/Qwen2.5-7B-Instruct"
 dataset = "gsm8k"
 eval_dataset = "gsm8k"
@@ -13,7 +14,7 @@ u = 13
 n_tie = 0
 lr = 2e-4  # the highest of the paper's sweep; it does not say which rate won at 13 numbers
 max_steps = 350  # 3 epochs of 7,473 problems
-batch_size = 64
+batch_size = 64  # problems; the paper's 64 may be problems or completions
 group_size = 4
 max_new_tokens = 1024  # the paper allows 4,096; completions have about 250 on average
 micro_batch_tokens = 8192  # activations take about 4.4 MB a token

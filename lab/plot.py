@@ -47,7 +47,7 @@ FIGURES = {  # of each study: what the horizontal axis is, and the column that i
     "ablations": ("frozen rank r, or trained numbers", "accuracy"),
     "regret_rates": ("learning rate", "loss"),
     "regret_batch": ("batch size", "loss"),
-    "regret_layers": ("trained numbers", "loss"),
+    "regret_layers": ("learning rate", "loss"),
     "regret_rl": ("learning rate", "accuracy"),
 }
 STUDIES = study.STUDIES | study.PAPERS

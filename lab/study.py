@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import grpo
 import lab.es
+import lab.precision
 import sft
 from configurator import at_least, configure
 from model import load_tokenizer
@@ -231,99 +232,116 @@ def es():
 
 # ----------------------- the papers' own experiments, as far as their settings are known: for a GPU
 
+# All weights take 16 bytes a number: 122 GB for the 7B. Where that does not fit, run the command by
+# hand, under torchrun and with --shard=8.
+FULL = "--method=full --recompute=True"
 PAPER_RATES = (1e-7, 5e-7, 1e-6, 5e-6, 1e-5, 1e-4, 2e-4)  # the paper's sweep (section 5.1)
-PAPER_SIZES = [f"--u=1 --n_tie={n}" for n in (256, 128, 64, 32, 16, 8, 4, 2, 1)]
-PAPER_SIZES += ["--u=64 --n_tie=1"]
-PAPER_SIZES += [f"--method=lora_xs --rank={r}" for r in (4, 8, 64)]
-PAPER_SIZES += [f"--method=lora --rank={r}" for r in (1, 8, 64, 256)]
-PAPER_SIZES += ["--method=full"]
+PAPER_SIZES = [f"--u=1 --n_tie={n}" for n in (256, 128, 64, 32, 16, 8, 4, 2, 1)]  # 256: all
+PAPER_SIZES += [f"--u=64 --n_tie={n}" for n in (256, 8, 1)]  # of the 7B: 64, 1,600, 12,544 numbers
+# Figure 1 also has a tied LoRA-XS, and r = 512. Here it is not tied, and its P take r^4 numbers.
+PAPER_SIZES += [f"--method=lora_xs --rank={r}" for r in (1, 4, 8, 16, 64)]
+PAPER_SIZES += [f"--method=lora --rank={r}" for r in (1, 2, 8, 32, 64, 128, 256)]
+PAPER_SIZES += [FULL]
 MODELS = ("qwen7b", "qwen3b", "qwen1.5b", "qwen0.5b", "llama3b", "llama8b")
-CHAT = "sft.py config/llama8b_openthoughts_lora.py"
+
+
+def swept(series, x, run):
+    """A point of a figure: the run at every rate of the paper's sweep, three seeds each."""
+    for rate in PAPER_RATES:
+        for seed in SEEDS:
+            yield Point(series, x, f"{run} --lr={rate:g} --seed={seed}")
 
 
 def gsm8k_sizes():
-    """RL and SFT of Qwen2.5-7B on GSM8K over sizes: all rates, three seeds (Figures 1 and 2)."""
+    """RL and SFT of Qwen2.5-7B on GSM8K over sizes (Figures 1 and 2)."""
     for settings in PAPER_SIZES:
-        for rate in PAPER_RATES:
-            for seed in SEEDS:
-                options = f"{settings} --lr={rate:g} --seed={seed}"
-                yield Point("RL", "numbers", f"grpo.py config/qwen7b_u13.py {options}")
-                yield Point("SFT", "numbers", f"sft.py config/qwen7b_sft.py {options}")
+        yield from swept("RL", "numbers", f"grpo.py config/qwen7b_u13.py {settings}")
+        yield from swept("SFT", "numbers", f"sft.py config/qwen7b_sft.py {settings}")
 
 
 def gsm8k_models():
     """RL on GSM8K over sizes for every model (Figures 3 and 6)."""
     for model in MODELS:
         for settings in PAPER_SIZES:
-            for rate in PAPER_RATES:
-                yield Point(model, "numbers",
-                            f"grpo.py config/{model}_u13.py {settings} --lr={rate:g} --seed=1")
+            yield from swept(model, "numbers", f"grpo.py config/{model}_u13.py {settings}")
 
 
 def math_sizes():
-    """RL on MATH over sizes (Table 2). eval_math.py --dataset=gsm8k,math500,minerva,... grades the
-    adapters."""
+    """RL on MATH over sizes (Table 2). These are its benchmarks; how the paper samples is unknown:
+
+        python eval_math.py --model=MODEL --adapter=out/study/RUN --prompt_template=boxed
+            --max_new_tokens=3072 --dataset=gsm8k,math500,minerva,olympiad,aime24,amc23
+
+    A run of all weights has no KL penalty here, and is --model=out/study/RUN/model; the table's are
+    SimpleRL's. The paper does not say at which rank u is 512: here at 32.
+    """
     for model in ("qwen3b", "qwen7b", "qwenmath7b"):
         for settings in ("--n_tie=16", "--n_tie=4", "--n_tie=1", "--n_tie=1 --u=2",
-                         "--n_tie=1 --u=32", "--n_tie=1 --u=512 --rank=32",
-                         "--method=full --kl_coef=0"):
-            for rate in PAPER_RATES:
-                yield Point(model, "numbers",
-                            f"grpo.py config/{model}_math.py {settings} --lr={rate:g}")
+                         "--n_tie=1 --u=32", "--n_tie=1 --u=512 --rank=32", f"{FULL} --kl_coef=0"):
+            yield from swept(model, "numbers", f"grpo.py config/{model}_math.py {settings}")
 
 
 def ablations():
-    """Frozen rank, u, tying and storage on the 3B (Figures 4, 7, 8)."""
-    run = "grpo.py config/qwen3b_u13.py"
-    for r in (1, 2, 4, 16, 64):
+    """Frozen rank, u and tying of two models, precision of the 3B (Figures 4, 7, 8 and 9)."""
+    for model in ("qwen3b", "llama3b"):
         for u in (1, 4, 16, 64):
-            yield Point(f"frozen rank: u = {u}", r, f"{run} --rank={r} --u={u} --n_tie=1")
-    for n_tie in (1, 8, 64, 512):
-        for u in (1, 4, 16, 64):
-            yield Point(f"numbers, by tying: n_tie = {n_tie}", "numbers",
-                        f"{run} --u={u} --n_tie={n_tie}")
+            run = f"grpo.py config/{model}_u13.py --u={u}"
+            for r in (1, 2, 4, 16, 64):
+                yield from swept(f"{model}, frozen rank: u = {u}", r, f"{run} --rank={r} --n_tie=1")
+            for n_tie in (1, 8, 64, 512):
+                yield from swept(f"{model}, tying: n_tie = {n_tie}", "numbers",
+                                 f"{run} --n_tie={n_tie}")
     for n_tie in (32, 16, 8, 4, 2, 1):
         for tie in ("tiled", "structured"):
-            for stored in ("float32", "bfloat16", "float16"):
-                yield Point(f"numbers, by storage: {tie}, {stored}", "numbers",
-                            f"{run} --u=1 --n_tie={n_tie} --tie={tie} --save_dtype={stored}")
+            for dtype in ("float32", "bfloat16", "float16"):
+                run = f"-m lab.precision config/qwen3b_u13.py --u=1 --n_tie={n_tie} --tie={tie}"
+                yield from swept(f"qwen3b, precision: {tie}, {dtype}", "numbers",
+                                 f"{run} --save_dtype={dtype}")
+
+
+# LoRA Without Regret names no seeds and no rates, and for RL no rank but 1.
+THOUGHTS = "sft.py config/llama8b_openthoughts_lora.py"
 
 
 def regret_rates():
-    """Learning rates of LoRA by rank, and of full fine-tuning (LoRA Without Regret, Figure 2)."""
-    for r in (1, 4, 16, 64, 256, 512):
-        for rate in (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3):
-            yield Point(f"LoRA {r}", rate, f"{CHAT} --rank={r} --lr={rate:g}")
-    for rate in (5e-6, 1e-5, 2e-5, 5e-5, 1e-4):
-        yield Point("full", rate, f"{CHAT} --method=full --lr={rate:g}")
+    """Learning rates of LoRA by rank, and of full fine-tuning (LoRA Without Regret, Figures 1 and
+    2)."""
+    for data, run in (("Tulu3", "sft.py config/tulu3_lora.py"), ("OpenThoughts3", THOUGHTS)):
+        for r in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
+            for rate in (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3):
+                yield Point(f"{data}: LoRA {r}", rate, f"{run} --rank={r} --lr={rate:g}")
+        for rate in (5e-6, 1e-5, 2e-5, 5e-5, 1e-4):
+            yield Point(f"{data}: full", rate, f"{run} {FULL} --lr={rate:g}")
 
 
 def regret_batch():
-    """The same rows in batches of several sizes, three learning rates each (Figure 3)."""
+    """The same 10,000 rows in batches of several sizes, three learning rates each (Figure 3)."""
     for size in (32, 64, 128, 256):
         for name, settings, rates in (("LoRA 128", "--rank=128", (2e-4, 5e-4, 1e-3)),
-                                      ("full", "--method=full", (2e-5, 5e-5, 1e-4))):
+                                      ("full", FULL, (2e-5, 5e-5, 1e-4))):
             for rate in rates:
-                yield Point(name, size, f"{CHAT} {settings} --batch_size={size} "
-                            f"--max_steps={32000 // size} --lr={rate:g}")
+                yield Point(name, size, f"{THOUGHTS} {settings} --batch_size={size} "
+                            f"--max_steps={10000 // size} --lr={rate:g}")
 
 
 def regret_layers():
-    """LoRA on attention, on the MLPs, and on both, three learning rates each (Figures 4 and 5)."""
-    for targets, r in (("attention", 256), ("mlp", 128), ("all", 128)):
-        for rate in (1e-4, 2e-4, 5e-4):
-            yield Point(targets, "numbers",
-                        f"{CHAT} --targets={targets} --rank={r} --lr={rate:g}")
+    """LoRA on attention, on the MLPs, and on both (Figures 4 and 5)."""
+    for targets, r in (("attention", 256), ("mlp", 256), ("mlp", 128), ("all", 256)):
+        for rate in (5e-5, 1e-4, 2e-4, 5e-4, 1e-3):
+            yield Point(f"{targets} {r}", rate,
+                        f"{THOUGHTS} --targets={targets} --rank={r} --lr={rate:g}")
 
 
 def regret_rl():
-    """RL with LoRA of rank 1 and 64, and with all weights (Figure 6)."""
-    for name, settings, rates in (("LoRA 1", "--rank=1", (1e-5, 3e-5, 1e-4, 3e-4)),
-                                  ("LoRA 64", "--rank=64", (1e-5, 3e-5, 1e-4, 3e-4)),
-                                  ("full", "--method=full", (1e-6, 3e-6, 1e-5, 3e-5))):
-        for rate in rates:
-            yield Point(name, rate,
-                        f"grpo.py config/llama8b_math_lora.py {settings} --lr={rate:g}")
+    """RL with LoRA, and with all weights (Figures 6 to 8)."""
+    for data, config in (("MATH", "llama8b_math_lora"), ("GSM8K", "llama8b_gsm8k_lora"),
+                         ("DeepMath", "qwen3-8b_deepmath_lora")):
+        for name, settings, rates in (("LoRA 1", "--rank=1", (1e-5, 3e-5, 1e-4, 3e-4)),
+                                      ("LoRA 64", "--rank=64", (1e-5, 3e-5, 1e-4, 3e-4)),
+                                      ("full", FULL, (1e-6, 3e-6, 1e-5, 3e-5))):
+            for rate in rates:
+                yield Point(f"{data}: {name}", rate,
+                            f"grpo.py config/{config}.py {settings} --lr={rate:g}")
 
 
 STUDIES = {study.__name__: study for study in (params, rates, tying, rank, precision, lora, batch,
@@ -366,7 +384,8 @@ def lock(directory):
 # ----------------------------------------------------------------------------------------- the runs
 
 SCRIPTS = {"grpo.py": (grpo, [grpo.reward, grpo.problems]), "sft.py": (sft, [grpo.reward]),
-           "lab.es": (lab.es, [grpo.reward, grpo.problems])}
+           "lab.es": (lab.es, [grpo.reward, grpo.problems]),
+           "lab.precision": (lab.precision, [grpo.reward, grpo.problems])}
 
 
 def execute(command, runs):

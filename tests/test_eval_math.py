@@ -147,6 +147,7 @@ def test_the_benchmarks_load_with_the_references_that_they_have(name):
 PUBLISHED = {  # the first row of each data set, in the columns it has on the hub
     "gsm8k": {"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"},
     "math": {"problem": "2+2?", "level": "Level 3", "type": "Algebra", "solution": "So $\\boxed{4}$."},
+    "math12k": {"problem": "2+2?", "level": "Level 3", "type": "Algebra", "solution": "...", "answer": "4"},
     "deepmath": {"question": "2+2?", "final_answer": "4", "difficulty": 5.0, "topic": "Algebra"},
     "math500": {"problem": "2+2?", "solution": "...", "answer": "4", "subject": "Algebra", "level": 1},
     "aime24": {"id": 60, "problem": "2+2?", "solution": "...", "answer": "4", "year": "2024"},
@@ -175,7 +176,7 @@ def hub_of(monkeypatch, *rows):
 def test_every_data_set_loads_by_name_from_its_published_columns(name, monkeypatch):
     asked = hub_of(monkeypatch, PUBLISHED[name])
     assert PUBLISHED.keys() | {"tulu3", "openthoughts3"} == eval_math.DATASETS.keys()  # these are in test_sft.py
-    [problem] = load_problems(name, "train" if name in ("math", "deepmath") else "test")
+    [problem] = load_problems(name, "train" if name in ("math", "math12k", "deepmath") else "test")
     assert problem["question"].replace(" ", "") == "2+2?"
     assert eval_math.is_correct(problem["answer"], "4")
     assert "@" not in asked[0][0] and asked[0][2] in ("train", "test", "train+test")
@@ -191,7 +192,7 @@ def test_other_data_sets_other_columns_and_levels(monkeypatch):
         with pytest.raises(UserError, match="row 0: needs a question"):
             load_problems(name, "test")
     hub_of(monkeypatch, *({"problem": "?", "level": f"Level {i}", "solution": str(i)} for i in range(1, 6)))
-    for name, levels in (("math", "345"), ("math@1-2", "12"), ("math@5-5", "5")):
+    for name, levels in (("math", "345"), ("math@1-2", "12"), ("math@5-5", "5"), ("math12k", "345")):
         assert "".join(p["answer"] for p in load_problems(name, "train")) == levels
 
 

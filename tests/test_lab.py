@@ -13,9 +13,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, assert_refused
 from forks import fork_script
+from safetensors.torch import load_file
+from test_run import EVEN_LENGTH
 
+import eval_math
 from configurator import configure
-from lab import controls, plot, study
+from lab import bench, controls, plot, study
 from support import UserError
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
@@ -115,6 +118,28 @@ def test_studies_are_runs_that_the_scripts_accept():
             script, *arguments = command.removeprefix("-m ").split()
             module, cfg = configured(script, arguments)
             module.check(cfg)
+            shape = re.search(f"config/({'|'.join(bench.SHAPES)})_", command)
+            if shape and cfg.method in ("tinylora", "lora_xs"):
+                _, hidden, _, layers, heads, key_heads, _ = bench.SHAPES[shape[1]]
+                assert cfg.rank <= hidden // heads * key_heads  # the shortest side of a linear
+                assert cfg.u * cfg.rank**2 * 7 * layers <= 10**9  # as in tinylora.plan
+
+
+def test_the_benchmarks_of_table_2_have_names():
+    arguments = study.math_sizes.__doc__.partition("eval_math.py")[2].partition("\n\n")[0].split()
+    names = configure(eval_math.Settings, argv=arguments).dataset.split(",")
+    assert len(names) == 6 and set(names) <= set(eval_math.DATASETS)
+
+
+def test_numbers_of_16_bits_have_them_after_every_step(checkpoint, problems, tmp_path):
+    (tmp_path / "config.py").write_text(EVEN_LENGTH)
+    arguments = [f"{tmp_path}/config.py", f"--model={checkpoint}", f"--dataset={problems}", "--eval_dataset=", *SMALL,
+                 "--save_dtype=bfloat16", "--max_new_tokens=8", "--batch_size=4", "--group_size=4"]
+    for script, rounded in (("lab.precision", True), ("grpo.py", False)):
+        module, cfg = configured(script, [*arguments, f"--out_dir={tmp_path}/{script}"])
+        module.train(cfg)
+        v = load_file(tmp_path / script / "checkpoint.safetensors")["weights/v"]
+        assert v.any() and v.equal(v.bfloat16().float()) == rounded
 
 
 def test_the_shipped_table_holds_all_runs_of_the_toy():

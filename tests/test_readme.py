@@ -56,7 +56,7 @@ def place(tmp_path_factory, problems):
     for name in ("DIR", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"):
         (place / name).parent.mkdir(exist_ok=True)
         os.symlink(ROOT / "toy" / "base", place / name)
-    for name in ("gsm8k", "math", "math500", "aime24"):
+    for name in ("gsm8k", "math12k", "math500", "aime24"):
         (place / name).mkdir(parents=True)
         for split in ("train", "test"):
             shutil.copy(problems, place / name / f"{split}.jsonl")
