@@ -5,7 +5,6 @@ query attention and SwiGLU. Qwen2.5 adds biases to q, k and v, and Qwen3 norms o
 have the names of the checkpoint files, so loading is a state dict without a table of renamings.
 """
 
-import gc
 import math
 import os
 from dataclasses import dataclass, fields
@@ -100,7 +99,7 @@ class Attention(nn.Module):
         if self.has_norm:
             q, k = qk.split(heads, dim=2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-        # Rotating q and k in one go takes three operations less.
+        # Rotating q and k in one go takes three operations less, which matters in decoding.
         q, k = rotate(qk, cos, sin).transpose(1, 2).split(heads, dim=1)  # [B, heads, T, hd]
         v = v.transpose(1, 2)  # [B, kv_heads, T, hd]
         if cache is None:
@@ -326,8 +325,6 @@ def load_model(path, dtype=None, device=None, shard=1):
     config = load_config(path)
     with foreign_file(path), torch.device("meta"):  # shapes only, the numbers come from the files
         model = Transformer(config)
-    if device.type == "cuda":
-        gc.collect()  # a model that is no longer used and its Sampler hold each other
     numbers = sum(p.numel() for p in model.parameters())
     need, free = numbers * dtype.itemsize / shard, free_memory(device)
     if need > free:

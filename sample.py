@@ -214,7 +214,10 @@ class Sampler:
         self.graphs = {}  # size and options of a step -> its CUDA graph, and its outputs
         self.on_gpu = model.device.type == "cuda"
         if self.on_gpu:
-            self.graph_memory, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self.graph_memory = torch.cuda.graph_pool_handle()
+            # Graphs of two Samplers must not share a stream: with the graphs of one of them, cuBLAS
+            # frees its memory for the stream, which the others read, too (pytorch issue 193402).
+            self.stream = torch.cuda.Stream()
 
     def run(self, rows, prompts, options, stop_ids, on_token=None):
         """Sample rows that are in the order of their prompts, lists of token ids. Yields each of
@@ -345,8 +348,7 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
                 bar.update()
                 if on_done and None not in groups[row.prompt]:
                     on_done(row.prompt, groups[row.prompt])
-        if model.sampler and 2 * sampler.cache.keys.nbytes > free_memory(model.device):
-            model.sampler = None  # training needs the memory
+        sampler.model = None  # so that a kept Sampler is freed together with the model
     return groups
 
 
@@ -358,9 +360,11 @@ def ready_sampler(model, linears, slots, length, R):
     tensors = list(model.parameters())
     for linear in linears:
         tensors += [t for t in vars(linear).values() if isinstance(t, torch.Tensor)]
-    memory = [(t.data_ptr(), t.shape) for t in tensors] + [None if R is None else R.shape]
+    memory = [(t.data_ptr(), t.shape) for t in tensors]
+    memory += [None if R is None else R.shape, model.compile_decode]
     kept = model.sampler
     if kept and kept.memory == memory and kept.slots >= slots and kept.cache.length >= length:
+        kept.model = model
         kept.cache.keys.zero_()  # a NaN would outlive the adapter that made it
         kept.cache.values.zero_()
         if R is not None:
@@ -401,15 +405,15 @@ def own_adapters(model, prompts, adapters):
 
 
 def fitting_rows(model, length, rows):
-    """How many of `rows` rows of `length` tokens to sample at a time: as many as 60 % of the free
-    memory hold, and at most 512. Raises UserError where that is not even one."""
+    """How many of `rows` rows of `length` tokens to sample at a time: as many as half of the free
+    memory holds, and at most 512. Raises UserError where that is not even one."""
     c = model.config
     token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
     logits = 16 * c.vocab_size  # bytes, with their copies in float32
     free = free_memory(model.device)
     if model.sampler:
         free += 2 * model.sampler.cache.keys.nbytes  # to be used again, or freed
-    budget = 0.6 * free
+    budget = free / 2  # on a GPU the cache is kept, and training needs memory, too
     row = token * length + logits
     if row > budget:
         most = max(0, int((budget - logits) / token))

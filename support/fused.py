@@ -92,7 +92,7 @@ class FusedLinear:
         weight, bias = linears[0].weight, linears[0].bias
         if bias is not None:
             bias = torch.cat([linear.bias for linear in linears])
-        index = down = up = padding = None
+        index = down = up = None
         adapted = [linear for linear in linears if hasattr(linear, "US")]
         if adapted:
             index = torch.tensor([linear.index for linear in adapted], device=weight.device)
@@ -102,9 +102,12 @@ class FusedLinear:
                 US = getattr(linear, "US", linear.weight[:, :0]).float()  # [m, 0] if not adapted
                 ups.append(US @ linear.R if linear in adapted and not per_row else US)
             up = torch.block_diag(*ups).to(weight.dtype)
-            padding = weight.new_zeros(1, 1, -up.shape[1] % 8)
         if weight.is_cuda:
             weight = self.with_room_for(up, linears)
+            if adapted:
+                self.padding = weight.shape[1] - sum(down.shape)
+                if not per_row:
+                    down = F.pad(down, (0, 0, 0, self.padding))  # rows of zeros
         elif len(linears) > 1:
             weight = torch.cat([linear.weight for linear in linears])
         if joined and not per_row and weight.dtype == torch.float32 and not weight.is_cuda:
@@ -112,8 +115,7 @@ class FusedLinear:
                 weight = weight + up @ down  # it is a copy anyway
                 down = None
             weight = weight.T.contiguous().T  # few rows are up to 1.7 times as fast in this layout
-        tensors = dict(weight=weight, bias=bias, index=index, down=down, up=up, padding=padding)
-        for name, t in tensors.items():
+        for name, t in dict(weight=weight, bias=bias, index=index, down=down, up=up).items():
             old = vars(self).get(name)
             if old is None or t is None or old.shape != t.shape:
                 setattr(self, name, t)
@@ -124,7 +126,7 @@ class FusedLinear:
         """[W, up] on a GPU. It takes no memory, because the linears' weights become views of it."""
         n = linears[0].in_features
         rank = 0 if up is None else up.shape[1]
-        shape = sum(self.sizes), n + rank + -rank % 8  # fast products need rows of whole 16 bytes
+        shape = sum(self.sizes), n + rank + -rank % 16  # rows are read in units of 32 bytes
         weight = vars(self).get("weight")
         with torch.inference_mode(False), torch.no_grad():  # training reads the views, too
             if weight is None or weight.shape != shape:
@@ -145,9 +147,9 @@ class FusedLinear:
                 R = self.adapter.R[self.index].transpose(0, 1)[:, None]  # [B, 1, k, r, r]
                 h = h.unflatten(-1, (len(self.index), 1, -1))  # [B, T, k, 1, r]
                 h = (R * h).sum(-1).flatten(2).to(x.dtype)  # [B, T, k r]
+                h = F.pad(h, (0, self.padding)) if x.is_cuda else h
             if x.is_cuda:
-                padding = self.padding.expand(*x.shape[:-1], -1)
-                y = F.linear(torch.cat((x, h, padding), dim=-1), self.weight, self.bias)
+                y = F.linear(torch.cat((x, h), dim=-1), self.weight, self.bias)
             else:
                 y = sum_of_products(x, self.weight, h, self.up)
                 y = y if self.bias is None else y + self.bias
