@@ -5,6 +5,7 @@
     python -m lab.plot params           # its figure
     python -m lab.study gsm8k_sizes --workers=1 --results=models.csv     # one in PAPERS: for a GPU
     python -m lab.study controls        # rewards that know less than the answer: lab/controls.py
+    python -m lab.study curves          # the loss step by step, and norms: lab/curves.py
     python -m lab.study landscape       # no table of runs, but what is around v: lab/landscape.py
 
 A run is a command of grpo.py or sft.py, and a line of the table `results` says what came out. A
@@ -512,12 +513,13 @@ def main():
     at_least(cfg, 1, "workers")
     studies = STUDIES | PAPERS
     for name in names:
-        if name not in [*studies, "controls", "landscape"]:
-            raise UserError(f"no study '{name}'; there are {', '.join(STUDIES)}, controls, "
+        if name not in [*studies, "controls", "curves", "landscape"]:
+            raise UserError(f"no study '{name}'; there are {', '.join(STUDIES)}, controls, curves, "
                             f"landscape, and for a GPU {', '.join(PAPERS)}")
-    if "controls" in names or not names:
-        subprocess.run([sys.executable, "-m", "lab.controls", f"--out_dir={cfg.out_dir}/controls"],
-                       check=True)
+    for name in ("controls", "curves"):
+        if name in names or not names:
+            command = [sys.executable, "-m", f"lab.{name}", f"--out_dir={cfg.out_dir}/{name}"]
+            subprocess.run(command, check=True)
     if "landscape" in names or not names and not os.path.exists(LANDSCAPE):
         command = [sys.executable, "-m", "lab.landscape", f"--landscape={LANDSCAPE}",
                    f"--out_dir={cfg.out_dir}/landscape"]

@@ -243,7 +243,7 @@ def test_an_unknown_study_is_refused():
     assert_refused(fork_script("-m", "lab.study", "parms"), "parms", "params")
 
 
-@pytest.mark.parametrize("name", ["controls", "landscape"])
+@pytest.mark.parametrize("name", ["controls", "curves", "landscape"])
 def test_studies_with_tables_of_their_own_are_made_by_their_names(name, tmp_path, monkeypatch, capsys):
     commands = []
     monkeypatch.setattr(study.subprocess, "run", lambda command, check: commands.append(command))
