@@ -37,6 +37,7 @@ import torch
 from tqdm import tqdm
 
 import grpo
+import lab.capacity
 import lab.es
 import lab.precision
 import sft
@@ -187,6 +188,19 @@ def lora_rl():
         for rate in beside(0.0001 if "full" in name else 0.001, (-2, -1, 0, 1, 2)):
             for seed in SEEDS[:2]:
                 yield Point(name, rate, f"{RL} {LORA[name]} --lr={rate:g} --seed={seed}")
+
+
+def capacity():
+    """Bits of random digits that a trained number holds (LoRA Without Regret: some 2)."""
+    for name, settings, rate, answers in (
+            ("13 numbers (53 bits to learn)", "--n_tie=0 --rank=1 --u=13", 0.1, 2),
+            ("84 numbers (345 bits)", "--n_tie=1 --rank=2 --u=4", 0.05, 13),
+            ("336, LoRA-XS 4 (1,355 bits)", "--method=lora_xs --rank=4", 0.1, 51),
+            ("7,296, LoRA 1 (1,701 bits)", "--method=lora --rank=1", 0.005, 64)):
+        for passes in (100, 300, 1000) if answers == 2 else (100, 300):
+            for seed in SEEDS:
+                yield Point(name, passes, f"-m lab.capacity {settings} --batch_size={answers} "
+                            f"--max_steps={passes} --lr={rate:g} --seed={seed}")
 
 
 # Sigma and learning rate of evolution strategies: those tried for each size, and those of es().
@@ -346,7 +360,8 @@ def regret_rl():
 
 
 STUDIES = {study.__name__: study for study in (params, rates, tying, rank, precision, lora, batch,
-                                               layers, lora_rl, es_rates, es)}
+                                               layers, lora_rl, capacity, es_rates,
+                                               es)}
 PAPERS = {study.__name__: study for study in (gsm8k_sizes, gsm8k_models, math_sizes, ablations,
                                               regret_rates, regret_batch, regret_layers, regret_rl)}
 
@@ -385,6 +400,7 @@ def lock(directory):
 # ----------------------------------------------------------------------------------------- the runs
 
 SCRIPTS = {"grpo.py": (grpo, [grpo.reward, grpo.problems]), "sft.py": (sft, [grpo.reward]),
+           "lab.capacity": (lab.capacity, [grpo.reward]),
            "lab.es": (lab.es, [grpo.reward, grpo.problems]),
            "lab.precision": (lab.precision, [grpo.reward, grpo.problems])}
 
