@@ -64,11 +64,11 @@ def measure(run, out_dir):
 
 
 def leaves(losses, line):
-    """The step at which a curve leaves a line for good, by 5 % of the loss; None if it stays.
-    Both are {the last of some steps: their mean loss}."""
+    """The step at which a curve is 10 % above a line and stays there; None if it never is. Both are
+    {step: loss}."""
     left = None
     for step, loss in losses.items():
-        if loss <= 1.05 * line[step]:
+        if loss <= 1.1 * line[step]:
             left = None
         elif left is None:
             left = step

@@ -3,6 +3,7 @@
     python -m lab.plot out/toy out/other   # one picture of the log.jsonl of one or more runs
     python -m lab.plot params              # a study's figure: accuracy against trained numbers
     python -m lab.plot controls            # what other rewards leave, as lab.controls found
+    python -m lab.plot curves              # loss by rank, step by step, as lab.curves found
     python -m lab.plot landscape           # reward and accuracy around v, as lab.landscape found
     python -m lab.plot                     # all figures of the toy
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from configurator import configure
-from lab import controls, landscape, study
+from lab import capacity, controls, curves, landscape, study
 from support import UserError, foreign_file, one_line_errors
 
 
@@ -25,6 +26,7 @@ class Settings:
     results: str = study.Settings.results  # the table that lab.study writes
     figures: str = "lab/results"  # directory of the studies' figures
     controls: str = controls.Settings.controls  # the table that lab.controls writes
+    curves: str = curves.Settings.curves  # the table that lab.curves writes
     landscape: str = landscape.Settings.landscape  # the table that lab.landscape writes
     out: str = "curves.png"  # file of the runs' curves
 
@@ -39,6 +41,7 @@ FIGURES = {  # of each study: what the horizontal axis is, and the column that i
     "batch": ("batch size", "loss"),
     "layers": ("learning rate", "loss"),
     "lora_rl": ("learning rate", "accuracy"),
+    "capacity": ("passes over the digits", "bits"),
     "es_rates": ("sigma", "accuracy"),
     "es": ("sampled answers", "accuracy"),
     "gsm8k_sizes": ("trained numbers", "accuracy"),
@@ -53,6 +56,7 @@ FIGURES = {  # of each study: what the horizontal axis is, and the column that i
 STUDIES = study.STUDIES | study.PAPERS
 LABELS = {"accuracy": "greedy accuracy, held-out (bars: seeds)",
           "loss": "held-out loss, nats per token (bars: seeds)",
+          "bits": "memorised bits a trained number (bars: seeds)",
           "training loss": "loss of the last 5 steps, nats per token"}
 CONTROLS = {"accuracy": "right\n(greedy)", "worked": "worked out\n(greedy)",
             "sampled_accuracy": "right\n(T = 1)", "sampled_worked": "worked out\n(T = 1)",
@@ -93,12 +97,12 @@ def points(name, rows):
     found = {}  # (series, x) -> {settings without the seed: [a value for each seed]}
     for series, x, command in STUDIES[name]():
         row = rows.get(command)
-        if not row or row[column] == "":
+        if not row or row["loss" if column == "bits" else column] == "":
             continue
         x = int(row["numbers"]) if x == "numbers" else x
         settings = re.sub(r" --seed=\S+", "", command) if is_sweep else ""
         values = found.setdefault((series, x), {}).setdefault(settings, [])
-        values.append(float(row[column]))
+        values.append(capacity.bits(row) if column == "bits" else float(row[column]))
     best = max if column == "accuracy" else min
     curves = {}
     for (series, x), runs in found.items():
@@ -177,7 +181,7 @@ def scale_x(ax, xs):
         ax.set_xticks(xs, [f"{x:g}" for x in xs], fontsize=8)
 
 
-# --------------------------------------------------------------------- the controls, the landscape
+# --------------------------------------------------------- the controls, the curves, the landscape
 
 def draw_controls(path, out, plt):
     """What each reward has left of right and of worked answers, as lab.controls has found."""
@@ -195,6 +199,30 @@ def draw_controls(path, out, plt):
     ax.set_ylabel("share of answers (bars: seeds)")
     ax.set_title("13 numbers trained with three rewards (the toy)")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, out)
+
+
+def draw_curves(path, out, plt):
+    """The loss of each arm by step, and where it leaves the lowest LoRA of the same seed."""
+    by_arm = {}
+    with foreign_file(path), open(path, encoding="utf-8", newline="") as f:
+        for row in csv.DictReader(f):
+            losses = {step: float(row[str(step)]) for step in curves.ENDS}
+            by_arm.setdefault(row["arm"], []).append(losses)
+    loras = [runs for arm, runs in by_arm.items() if "full" not in arm]
+    lines = [{step: min(losses[step] for losses in of_seed) for step in curves.ENDS}
+             for of_seed in zip(*loras)]
+    figure, ax = plt.subplots(figsize=(8, 5))
+    for arm, runs in by_arm.items():
+        left = [curves.leaves(losses, line) for losses, line in zip(runs, lines)]
+        steps = ", ".join(str(step) for step in left if step)
+        by_step = {step: [losses[step] for losses in runs] for step in curves.ENDS}
+        draw_curve(ax, by_step, curves.ENDS, fmt="o-", markersize=4,
+                   label=f"{arm}: leaves at step {steps}" if steps else arm)
+    scale_x(ax, curves.ENDS)
+    ax.set(xlabel="step (8 new rows each)", ylabel="loss, nats per token (bars: seeds)",
+           title="Supervised loss by rank of the LoRA, one epoch (the toy)")
+    ax.legend()
     save(figure, out)
 
 
@@ -285,16 +313,15 @@ def main():
     names = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
     cfg = configure(Settings, argv=[arg for arg in sys.argv[1:] if arg.startswith("-")])
     plt = pyplot()
-    if any(name not in [*FIGURES, "controls", "landscape"] for name in names):
+    drawn = {"controls": draw_controls, "curves": draw_curves, "landscape": draw_landscape}
+    if any(name not in [*FIGURES, *drawn] for name in names):
         if not os.path.basename(cfg.out):
             raise UserError(f"out must be the name of a file, not '{cfg.out}'")
         return draw_runs(names, cfg.out, plt)
     rows = study.read_results(cfg.results)
-    for name in names or [*study.STUDIES, "controls", "landscape"]:
-        if name == "controls":
-            draw_controls(cfg.controls, f"{cfg.figures}/controls.png", plt)
-        elif name == "landscape":
-            draw_landscape(cfg.landscape, f"{cfg.figures}/landscape.png", plt)
+    for name in names or [*study.STUDIES, *drawn]:
+        if name in drawn:
+            drawn[name](getattr(cfg, name), f"{cfg.figures}/{name}.png", plt)
         else:
             draw_study(name, rows, cfg, plt)
 

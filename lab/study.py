@@ -197,7 +197,7 @@ def capacity():
             ("84 numbers (345 bits)", "--n_tie=1 --rank=2 --u=4", 0.05, 13),
             ("336, LoRA-XS 4 (1,355 bits)", "--method=lora_xs --rank=4", 0.1, 51),
             ("7,296, LoRA 1 (1,701 bits)", "--method=lora --rank=1", 0.005, 64)):
-        for passes in (100, 300, 1000) if answers == 2 else (100, 300):
+        for passes in (100, 300, 1000) if answers < 50 else (100, 300):
             for seed in SEEDS:
                 yield Point(name, passes, f"-m lab.capacity {settings} --batch_size={answers} "
                             f"--max_steps={passes} --lr={rate:g} --seed={seed}")
@@ -360,8 +360,7 @@ def regret_rl():
 
 
 STUDIES = {study.__name__: study for study in (params, rates, tying, rank, precision, lora, batch,
-                                               layers, lora_rl, capacity, es_rates,
-                                               es)}
+                                               layers, lora_rl, capacity, es_rates, es)}
 PAPERS = {study.__name__: study for study in (gsm8k_sizes, gsm8k_models, math_sizes, ablations,
                                               regret_rates, regret_batch, regret_layers, regret_rl)}
 

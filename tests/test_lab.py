@@ -18,7 +18,7 @@ from test_run import EVEN_LENGTH
 
 import eval_math
 from configurator import configure
-from lab import bench, controls, plot, study
+from lab import bench, capacity, controls, curves, plot, study
 from support import UserError
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
@@ -291,6 +291,49 @@ def test_the_shipped_controls_are_those_that_the_study_makes():
         assert [(line["rewarded"], line["command"]) for line in csv.DictReader(f)] == controls.RUNS
 
 
+# ------------------------------------------------------------------------------------------------- curves and capacity
+
+def test_a_curve_leaves_a_line_where_it_stays_above():
+    line = {1: 10.0, 2: 5.0, 3: 2.0, 4: 1.0}
+    assert curves.leaves({1: 12.0, 2: 5.4, 3: 2.3, 4: 1.2}, line) == 3
+    assert curves.leaves({1: 12.0, 2: 6.0, 3: 2.3, 4: 1.1}, line) is None
+
+
+def test_a_line_of_the_curves_has_mean_losses_and_spectral_norms(checkpoint, problems, tmp_path, monkeypatch):
+    monkeypatch.setattr(curves, "ENDS", [1, 3])
+    command = (f"sft.py --model={checkpoint} --dataset={problems} --eval_dataset= --method=lora {' '.join(SMALL)} "
+               "--max_steps=3")
+    line = curves.measure(("LoRA 2", command), str(tmp_path))
+    [log] = tmp_path.glob("*/log.jsonl")
+    first, *others = [step["loss"] for step in read_log(log.parent)]
+    assert (line["1"], line["3"]) == (f"{first:.4g}", f"{sum(others) / 2:.4g}")
+    factors = load_file(log.parent / "adapter.safetensors")
+    for factor in "AB":
+        norms = [t.norm().item() for name, t in factors.items() if name.startswith(factor)]  # of Frobenius: a bit above
+        assert 0.7 < float(line[factor]) / (sum(norms) / len(norms)) < 1
+    with pytest.raises(UserError, match="lr must be at least 0"):
+        curves.measure(("LoRA 2", f"{command} --lr=-1"), str(tmp_path))
+
+
+def test_the_shipped_curves_are_those_that_the_study_makes():
+    with open(ROOT / "lab" / "results" / "curves.csv", newline="") as f:
+        assert [(line["arm"], line["command"]) for line in csv.DictReader(f)] == curves.RUNS
+
+
+def test_bits_are_counted_from_chance():
+    line = {"command": "-m lab.capacity --batch_size=13 --lr=0.1", "numbers": "84"}
+    assert capacity.bits(line | {"loss": "0"}) == pytest.approx(13 * 8 * math.log2(10) / 84)
+    assert capacity.bits(line | {"loss": str(math.log(20))}) == pytest.approx(-13 * 8 / 84)
+
+
+def test_random_digits_are_learnt_by_heart(tmp_path):
+    command = f"-m lab.capacity --model={ROOT}/toy/base --method=lora --rank=4 --batch_size=1"
+    learnt = study.execute(f"{command} --max_steps=40 --lr=0.005 --seed=1", str(tmp_path))
+    assert learnt["error"] == "" and float(learnt["loss"]) < 0.1
+    guessed = [study.execute(f"{command} --max_steps=1 --lr=1e-9 --seed={seed}", str(tmp_path)) for seed in (1, 2)]
+    assert 1 < float(guessed[0]["loss"]) != float(guessed[1]["loss"]) > 1  # each seed has digits of its own
+
+
 # ------------------------------------------------------------------------------------------------------------- figures
 
 def row(command="", accuracy="", loss=""):
@@ -311,7 +354,7 @@ def test_every_study_has_its_figure_of_its_runs(tmp_path, monkeypatch):
     own = [point for point in study.params() if point.series == "RL"]
     assert sum(len(values) for values in curve.values()) == len(own)
     assert all(float(rows[p.command]["accuracy"]) in curve[int(rows[p.command]["numbers"])] for p in own)
-    drawn = ["params", "rates", "precision", "batch", "ablations", "controls"]  # one of each kind
+    drawn = ["params", "rates", "precision", "batch", "ablations", "controls", "curves", "capacity"]  # one of each kind
     monkeypatch.setattr("sys.argv", ["plot", *drawn, f"--results={table}", f"--figures={tmp_path}"])
     plot.main()
     for name in drawn:
@@ -328,7 +371,7 @@ def test_the_shipped_figures_show_the_shipped_tables(tmp_path, monkeypatch):
     plot.main()
     plot.pyplot().close("all")
     drawn = sorted(tmp_path.glob("*.png"))
-    assert [path.stem for path in drawn] == sorted([*study.STUDIES, "controls", "landscape"])
+    assert [path.stem for path in drawn] == sorted([*study.STUDIES, "controls", "curves", "landscape"])
     for path in drawn:
         shipped = ROOT / "lab" / "results" / path.name
         if f"version{matplotlib.__version__}," not in shipped.read_bytes().decode("latin1"):
