@@ -1,12 +1,12 @@
 """How many bits a trained number can hold: a model learns random digits by heart.
 
-    python -m lab.capacity --batch_size=2 --lr=0.1 --max_steps=1000   # 13 numbers, a minute
+    python -m lab.capacity --batch_size=2 --lr=0.1 --max_steps=1000   # 13 numbers, seconds
     python -m lab.study capacity                                      # all runs of the study
 
-There are batch_size questions, and the answer to each is 8 digits, drawn with the seed. Each step is
-a pass over all of them, and the learning rate falls linearly to zero. Only the ten digits compete
-for a place, so that a model that has learnt nothing but to guess has a loss of ln 10 nats a digit,
-and what it has memorised is what its loss lies below that. Settings are those of sft.py.
+There are batch_size questions, and the answer to each is 8 digits, drawn with the seed. Each step
+is a pass over all of them, and the learning rate falls linearly to zero. Only the ten digits
+compete for a place. So a model that only guesses has a loss of ln 10 nats a digit, and what the
+loss is below that has been memorised. Settings are those of sft.py.
 """
 
 import math

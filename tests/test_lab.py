@@ -310,7 +310,7 @@ def test_a_line_of_the_curves_has_mean_losses_and_spectral_norms(checkpoint, pro
     factors = load_file(log.parent / "adapter.safetensors")
     for factor in "AB":
         norms = [t.norm().item() for name, t in factors.items() if name.startswith(factor)]  # of Frobenius: a bit above
-        assert 0.7 < float(line[factor]) / (sum(norms) / len(norms)) < 1
+        assert 0.7 < float(line[factor]) / (sum(norms) / len(norms)) < 0.98
     with pytest.raises(UserError, match="lr must be at least 0"):
         curves.measure(("LoRA 2", f"{command} --lr=-1"), str(tmp_path))
 
