@@ -11,7 +11,6 @@ it contains a calculation? Answers are greedy, or 8 to a problem at temperature 
 A line of the table is a run. A run that has its line is not made again.
 """
 
-import csv
 import os
 import shlex
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from configurator import configure
 from lab import study
 from model import load_tokenizer
 from sample import generate
-from support import whole_file
 from tinylora import load_adapted
 
 COLUMNS = ("rewarded", "command", "accuracy", "worked", "right_if_worked", "sampled_accuracy",
@@ -94,10 +92,7 @@ def guess_leads(net, tokenizer, prompt):
 
 def main():
     cfg = configure(Settings)
-    lines = {}
-    if os.path.exists(cfg.controls):
-        with open(cfg.controls, encoding="utf-8", newline="") as f:
-            lines = {line["command"]: line for line in csv.DictReader(f)}
+    lines = study.read_results(cfg.controls, COLUMNS)
     for rewarded, command in RUNS:
         if command in lines:
             continue
@@ -106,10 +101,8 @@ def main():
         run, net = trained(command, directory)
         figures = [f"{figure:.4g}" for figure in examine(net, run)]
         lines[command] = dict(zip(COLUMNS, [rewarded, command, *figures, commit]))
-        with whole_file(cfg.controls) as aside, open(aside, "w", encoding="utf-8", newline="") as f:
-            table = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-            table.writeheader()
-            table.writerows(lines[command] for _, command in RUNS if command in lines)
+        done = [lines[command] for _, command in RUNS if command in lines]
+        study.write_results(cfg.controls, done, COLUMNS)
     print(f"{cfg.controls} has all {len(RUNS)} runs; python -m lab.plot controls draws it")
 
 

@@ -11,7 +11,6 @@ and for a LoRA the mean spectral norm of its A and of its B after the last step.
 line is not made again.
 """
 
-import csv
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +24,7 @@ from safetensors.torch import load_file
 
 from configurator import configure
 from lab import study
-from support import UserError, whole_file
+from support import UserError
 
 EPOCH = 250  # steps of 8 rows
 ENDS = sorted({round(EPOCH ** (i / 16)) for i in range(17)})
@@ -77,19 +76,14 @@ def leaves(losses, line):
 
 def main():
     cfg = configure(Settings)
-    lines = {}
-    if os.path.exists(cfg.curves):
-        with open(cfg.curves, encoding="utf-8", newline="") as f:
-            lines = {line["command"]: line for line in csv.DictReader(f)}
+    lines = study.read_results(cfg.curves, COLUMNS)
     missing = [run for run in RUNS if run[1] not in lines]
     spawn = get_context("spawn")
     with ProcessPoolExecutor(cfg.workers, spawn, study.start_worker, (1,)) as pool:
         for line in pool.map(measure, missing, repeat(cfg.out_dir)):
             lines[line["command"]] = line
-            with whole_file(cfg.curves) as aside, open(aside, "w", newline="") as f:
-                table = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-                table.writeheader()
-                table.writerows(lines[command] for _, command in RUNS if command in lines)
+            done = [lines[command] for _, command in RUNS if command in lines]
+            study.write_results(cfg.curves, done, COLUMNS)
     print(f"{cfg.curves} has all {len(RUNS)} runs; python -m lab.plot curves draws it")
 
 

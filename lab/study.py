@@ -367,22 +367,22 @@ PAPERS = {study.__name__: study for study in (gsm8k_sizes, gsm8k_models, math_si
 
 # ---------------------------------------------------------------------------------------- the table
 
-def read_results(path):
+def read_results(path, columns=COLUMNS):
     """{command: its line of the table}."""
     if not os.path.exists(path):
         return {}
     with open(path, encoding="utf-8", newline="") as f:
         table = csv.DictReader(f)
-        if tuple(table.fieldnames or ()) != COLUMNS:
-            raise UserError(f"{path} is no table of runs: its columns are not {', '.join(COLUMNS)}")
+        if tuple(table.fieldnames or ()) != columns:
+            raise UserError(f"{path} is no table of runs: its columns are not {', '.join(columns)}")
         return {row["command"]: row for row in table}
 
 
-def write_results(path, rows):
+def write_results(path, rows, columns=COLUMNS):
     with whole_file(path) as aside, open(aside, "w", encoding="utf-8", newline="") as f:
-        table = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        table = csv.DictWriter(f, columns, lineterminator="\n")
         table.writeheader()
-        table.writerows(rows[command] for command in sorted(rows))
+        table.writerows(rows)
 
 
 @contextmanager
@@ -505,7 +505,7 @@ def execute_all(commands, cfg):
                 row = run.result()
                 with lock(directory):
                     rows = read_results(cfg.results) | {row["command"]: row}
-                    write_results(cfg.results, rows)
+                    write_results(cfg.results, [rows[command] for command in sorted(rows)])
                 failed += row["error"] != ""
                 shown = [f"{key} {row[key]}" for key in ("accuracy", "reward", "loss", "error")
                          if row[key] != ""]

@@ -187,13 +187,13 @@ def test_a_study_runs_what_is_missing_or_failed_and_keeps_all_other_lines(checkp
     monkeypatch.setattr(study, "ProcessPoolExecutor", Here)
     results = tmp_path / "some.csv"
     done = [dict.fromkeys(study.COLUMNS, "") | {"command": command, "accuracy": "0.5"} for command in commands[:2]]
-    study.write_results(results, {row["command"]: row for row in done})
+    study.write_results(results, done)
     monkeypatch.setattr("sys.argv", ["study", "some", f"--results={results}", f"--out_dir={tmp_path}/runs"])
     for ran, error in ((1, ""), (0, ""), (1, "OSError: disk full"), (0, "UserError: the gradient is not finite")):
         if error:
             rows = study.read_results(results)
             rows[commands[2]]["error"] = error
-            study.write_results(results, rows)
+            study.write_results(results, rows.values())
         study.main()
         assert f"{ran} runs done, {3 - ran} were in" in capsys.readouterr().out
         first, second, third = study.read_results(results).values()
@@ -345,9 +345,9 @@ def test_every_study_has_its_figure_of_its_runs(tmp_path, monkeypatch):
     assert set(plot.FIGURES) == set(STUDIES)
     commands = [point.command for runs in STUDIES.values() for point in runs()]
     table = tmp_path / "toy.csv"
-    study.write_results(table, {
-        command: {"command": command, "numbers": 1 + i % 50, "before": 0.2, "accuracy": i % 10 / 10, "stderr": 0.01,
-                  "reward": "", "loss": 1.5, "seconds": 1, "commit": "abc"} for i, command in enumerate(commands)})
+    study.write_results(table, [
+        {"command": command, "numbers": 1 + i % 50, "before": 0.2, "accuracy": i % 10 / 10, "stderr": 0.01,
+         "reward": "", "loss": 1.5, "seconds": 1, "commit": "abc"} for i, command in enumerate(commands)])
     rows = study.read_results(table)
     assert all(plot.points(name, rows) for name in plot.FIGURES)
     curve = plot.points("params", rows)["RL"]
