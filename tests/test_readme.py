@@ -56,7 +56,7 @@ def place(tmp_path_factory, problems):
     for name in ("DIR", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"):
         (place / name).parent.mkdir(exist_ok=True)
         os.symlink(ROOT / "toy" / "base", place / name)
-    for name in ("gsm8k", "math12k", "math500", "aime24"):
+    for name in ("gsm8k", "math500", "aime24"):
         (place / name).mkdir(parents=True)
         for split in ("train", "test"):
             shutil.copy(problems, place / name / f"{split}.jsonl")
@@ -76,9 +76,6 @@ def test_a_command_runs(place, command):
     assert program in ("python", ".venv/bin/python"), "neither run nor in SKIPPED"
     for left in ("DIR2", "out/eval"):  # by another command: which one ran before is the scheduler's choice
         shutil.rmtree(place / left, ignore_errors=True)
-    if "--regrade" in command:
-        (place / "out" / "eval").mkdir()
-        (place / "out" / "eval" / "gsm8k.jsonl").write_text(json.dumps({"response": "#### 4", "answer": "4"}) + "\n")
     done = fork_script(ROOT / script, *rest, *SMALLER[script], "--device=cpu", cwd=place, stdin="How many?\n")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
 
@@ -94,7 +91,7 @@ def test_every_setting_is_some_scripts_own():
         if script:
             assert set(re.findall(r" --(\w+)", text)) - {"nproc_per_node"} <= set(settings[script]), text
     named = set(re.findall(r"(?<![\w-])--(\w+)", README)) - {"nproc_per_node", "help", "key"}
-    assert named <= set().union(*settings.values()) and len(named) > 12
+    assert named <= set().union(*settings.values()) and len(named) > 10
 
 
 def test_every_file_and_every_name_exists():
