@@ -213,7 +213,8 @@ class Sampler:
         self.decode = compiled_decode if is_compiled else decode
         self.graphs = {}  # size and options of a step -> its CUDA graph, and its outputs
         self.on_gpu = model.device.type == "cuda"
-        if self.on_gpu:
+        self.has_graphs = self.on_gpu and not model.is_sharded
+        if self.has_graphs:
             self.graph_memory = torch.cuda.graph_pool_handle()
             # Graphs of two Samplers must not share a stream: with the graphs of one of them, cuBLAS
             # frees its memory for the stream, which the others read, too (pytorch issue 193402).
@@ -272,8 +273,7 @@ class Sampler:
         self.uniforms[:B] = torch.tensor(uniforms)
         if self.on_gpu:  # few sizes; slots beyond the rows compute what nobody reads
             B, end = min(self.slots, 2 ** math.ceil(math.log2(B))), end + -end % 128
-        has_graphs = self.on_gpu and not self.model.is_sharded
-        ids, logprobs = self.replay(B, end) if has_graphs else self.compute(B, end)
+        ids, logprobs = self.replay(B, end) if self.has_graphs else self.compute(B, end)
         return ids.tolist(), logprobs.tolist()
 
     def compute(self, B, end):

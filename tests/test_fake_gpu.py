@@ -217,7 +217,20 @@ def test_sft_learns_on_the_device_what_it_learns_on_the_cpu(runs, method):
     assert_learnt_the_same(runs)
 
 
-def test_graphs_are_recorded_in_the_first_step(runs, monkeypatch):
+def test_later_calls_record_only_sizes_that_are_new(checkpoint, tokenizer, monkeypatch):
+    """Completions of other lengths each time: a graph is recorded when its size first occurs in a run."""
+    monkeypatch.setattr(tokenizer, "stop_ids", OFTEN)
+    captures, samplers = [], set()
+    with fake_gpu() as gpu:
+        net = adapted(checkpoint, "cuda")
+        for seed in range(4):
+            sample.generate(net, tokenizer, [*PROMPTS, LONG], n=9, max_new_tokens=60, seed=seed)
+            captures.append(gpu.counts["captures"])
+            samplers.add(net.sampler)
+    assert captures[-1] == len(net.sampler.graphs) < 1.5 * captures[0] and len(samplers) == 1
+
+
+def test_graphs_of_a_run_with_one_length_are_recorded_in_the_first_step(runs, monkeypatch):
     """And in the first evaluation in the larger Sampler of the steps."""
     captures, log = [], Run.log
     monkeypatch.setattr(Run, "log", lambda *arguments: (captures.append(gpu.counts["captures"]), log(*arguments)))
