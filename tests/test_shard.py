@@ -96,9 +96,17 @@ def run(folder, name, out_dir, patch, **changes):
         parts = [p.to_local() for p in net.model.layers.parameters()]
         seen["held"] = sum(part.untyped_storage().nbytes() for part in parts)
         seen["all"] = sum(p.nbytes for p in net.model.layers.parameters())
-        tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
-        seen["whole"] = [t for t in tensors if t.shape == (INNER, 32) and t.untyped_storage().nbytes()]  # gate_proj's
+        deadline = time.monotonic() + 10  # gloo's threads let go of what they gathered a moment after it is there
+        while (whole := whole_matrices()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        seen["whole"] = whole
     return seen
+
+
+def whole_matrices():
+    """How many tensors of this process hold a whole gate_proj."""
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    return sum(t.shape == (INNER, 32) and t.untyped_storage().nbytes() > 0 for t in tensors)
 
 
 def main(folder, mesh):
@@ -198,7 +206,7 @@ def test_a_process_holds_its_part_of_the_blocks_alone(mesh):
     for name in RUNS:
         for rank in (rank[name] for rank in ranks):
             assert rank["held"] == pytest.approx(rank["all"] / shard, rel=0.04)
-            assert not rank["whole"]
+            assert rank["whole"] == 0
 
 
 def test_the_svd_is_divided_and_takes_whole_matrices(folder, one, mesh):
