@@ -336,7 +336,11 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
         if not prompts:
             return groups
         length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
-        slots = fitting_rows(model, length, len(prompts) * n)
+        slots = len(prompts) * n
+        if model.sampler:  # not two Samplers in turn: one that is large enough for either
+            length = max(length, model.sampler.cache.length)
+            slots = max(slots, model.sampler.slots)
+        slots = fitting_rows(model, length, slots)
         with nullcontext() if model.is_sharded else sampling_form(model, R is not None) as fused:
             sampler = ready_sampler(model, fused, slots, length, R)
             options = temperature, top_k, top_p

@@ -230,6 +230,17 @@ def test_later_calls_record_only_sizes_that_are_new(checkpoint, tokenizer, monke
     assert captures[-1] == len(net.sampler.graphs) < 1.5 * captures[0] and len(samplers) == 1
 
 
+def test_a_sampler_grows_until_it_serves_short_and_many_rows_as_well_as_long_and_few(checkpoint, tokenizer):
+    captures = []
+    with fake_gpu() as gpu:
+        net = adapted(checkpoint, "cuda")
+        for _ in range(3):
+            for n, max_new_tokens in ((9, 3), (2, 200)):
+                sample.generate(net, tokenizer, PROMPTS, n, max_new_tokens)
+                captures.append(gpu.counts["captures"])
+    assert captures[2] == captures[-1] and net.sampler.slots == 9 * len(PROMPTS)
+
+
 def test_graphs_of_a_run_with_one_length_are_recorded_in_the_first_step(runs, monkeypatch):
     """And in the first evaluation in the larger Sampler of the steps."""
     captures, log = [], Run.log
