@@ -1,6 +1,7 @@
 """The experiments of both papers: lists of commands, run one after another.
 
-    python -m lab.study                 # all studies of the toy
+    python -m lab.study                 # all studies of the papers' claims on the toy
+    python -m lab.study es_rates es     # evolution strategies: another half an hour
     python -m lab.study params          # one of them: a name in STUDIES
     python -m lab.plot params           # its figure
     python -m lab.study gsm8k_sizes --workers=1 --results=models.csv     # one in PAPERS: for a GPU
@@ -42,6 +43,7 @@ import lab.es
 import lab.precision
 import sft
 from configurator import at_least, configure
+from lab.make_bases import BASES
 from model import load_tokenizer
 from support import UserError, one_line_errors, whole_file
 from support.parallel import Ranks
@@ -144,13 +146,43 @@ def rank():
 
 
 def precision():
-    """Numbers stored in 32 or 16 bits (Figure 4), and a frozen model in 16 bits."""
-    run = f"{RL} --n_tie=0 --rank=1 --u=13 --lr=0.005"
-    for seed in SEEDS:
-        yield Point("stored", "float32", f"{run} --seed={seed}")
-        yield Point("stored", "bfloat16", f"{run} --save_dtype=bfloat16 --seed={seed}")
-        yield Point("stored", "float16", f"{run} --save_dtype=float16 --seed={seed}")
-        yield Point("model", "bfloat16", f"{run} --dtype=bfloat16 --seed={seed}")
+    """Numbers that are stored, or trained as well, in 16 bits (Figure 4), and a frozen model in 16
+    bits."""
+    for name, settings, rate, _ in SIZES:
+        if name not in ("4", "13", "84"):
+            continue
+        run = f"config/toy_rl.py {settings} --lr={rate:g}"
+        for seed in SEEDS:
+            yield Point(f"{name} numbers: stored", "float32", f"grpo.py {run} --seed={seed}")
+            for dtype in ("bfloat16", "float16"):
+                rounded = f"{run} --save_dtype={dtype} --seed={seed}"
+                yield Point(f"{name} numbers: stored", dtype, f"grpo.py {rounded}")
+                yield Point(f"{name} numbers: trained", dtype, f"-m lab.precision {rounded}")
+            if name == "13":
+                yield Point("13 numbers: model", "bfloat16",
+                            f"grpo.py {run} --dtype=bfloat16 --seed={seed}")
+
+
+def some_sizes(series, model, names):
+    """Accuracy of a base model by some of SIZES."""
+    for name, settings, rate, _ in SIZES:
+        if name in names:
+            for seed in SEEDS:
+                run = f"{RL} {settings} --lr={rate:g} --seed={seed}"
+                other = f" --model={model}" if model != "toy/base" else ""
+                yield Point(series, "numbers", run + other)
+
+
+def bases():
+    """Bases that work 10, 20 or 40 of 100 answers out (the paper's Llama and Qwen, perhaps)."""
+    for share, model in ((10, BASES["worked10"]), (20, BASES["worked20"]), (40, "toy/base")):
+        yield from some_sizes(f"{share} %", model, ("1", "13", "84", "LoRA 1"))
+
+
+def widths():
+    """Models of three widths (Figures 3 and 6: larger models need fewer numbers)."""
+    for width, model in ((64, BASES["width64"]), (96, BASES["width96"]), (128, "toy/base")):
+        yield from some_sizes(f"width {width}", model, ("1", "4", "13", "84", "LoRA 1"))
 
 
 def lora():
@@ -162,9 +194,21 @@ def lora():
                 yield Point(name, rate, f"{SFT} {settings} --lr={rate:g} --seed={seed}")
 
 
+def steps():
+    """The learning rates of LoRA and of full fine-tuning by the steps of a run (LoRA Without
+    Regret: 15 times as high under 100 steps, then 10 times)."""
+    for name, rates in (("LoRA 16", (0.001, 0.002, 0.005, 0.01, 0.02)),
+                        ("full, linears", (0.0002, 0.0005, 0.001, 0.002, 0.005))):
+        for count in (25, 100, 400):
+            for rate in rates[:-1] if count == 400 else rates[1:]:
+                for seed in SEEDS:
+                    yield Point(f"{count} steps: {name}", rate, f"{SFT} {LORA[name]} "
+                                f"--batch_size=8 --max_steps={count} --lr={rate:g} --seed={seed}")
+
+
 def batch():
     """The same rows in batches of several sizes, two learning rates each (Figure 3)."""
-    for name in ("LoRA 16", "full, linears", "full, every weight"):
+    for name in ("LoRA 16", "full, linears"):
         for size in (8, 32, 128):
             steps = (0, 1) if size > 32 else (-1, 0)
             for rate in beside(0.001 if "full" in name else 0.002, steps):
@@ -176,10 +220,22 @@ def batch():
 def layers():
     """LoRAs with equally many numbers on attention, on the MLPs, and on both (Figure 4)."""
     for targets, r in (("attention", 16), ("mlp", 9), ("all", 6)):
-        for rate in beside(0.002):
+        for rate in beside(0.005, (-2, -1, 0, 1)):
             for seed in SEEDS:
                 yield Point(targets, rate, f"{SFT} --method=lora --rank={r} --targets={targets} "
                             f"--lr={rate:g} --seed={seed}")
+
+
+def layers_rl():
+    """RL with equally many numbers on attention, on the MLPs, and on both."""
+    thirteen = "--n_tie=0 --rank=1 --u=13"
+    for targets, r in (("attention", 16), ("mlp", 9), ("all", 6)):
+        for name, settings, best in ((f"{targets}, 13 numbers", thirteen, 0.005),
+                                     (f"{targets}, LoRA {r}", f"--method=lora --rank={r}", 0.0005)):
+            for rate in beside(best):
+                for seed in SEEDS:
+                    own = "" if targets == "all" else f" --targets={targets}"
+                    yield Point(name, rate, f"{RL} {settings} --lr={rate:g} --seed={seed}{own}")
 
 
 def lora_rl():
@@ -359,8 +415,10 @@ def regret_rl():
                             f"grpo.py config/{config}.py {settings} --lr={rate:g}")
 
 
-STUDIES = {study.__name__: study for study in (params, rates, tying, rank, precision, lora, batch,
-                                               layers, lora_rl, capacity, es_rates, es)}
+STUDIES = {study.__name__: study for study in (
+    params, rates, tying, rank, precision, bases, widths, lora, steps, batch, layers, lora_rl,
+    layers_rl, capacity, es_rates, es)}
+ON_DEMAND = ("es_rates", "es")  # of another paper, so they are run only by name
 PAPERS = {study.__name__: study for study in (gsm8k_sizes, gsm8k_models, math_sizes, ablations,
                                               regret_rates, regret_batch, regret_layers, regret_rl)}
 
@@ -539,13 +597,18 @@ def main():
         command = [sys.executable, "-m", "lab.landscape", f"--landscape={LANDSCAPE}",
                    f"--out_dir={cfg.out_dir}/landscape"]
         subprocess.run(command, check=True)
-    points = [point for name in names or STUDIES if name in studies for point in studies[name]()]
+    chosen = names or [name for name in STUDIES if name not in ON_DEMAND]
+    points = [point for name in chosen if name in studies for point in studies[name]()]
     commands = list(dict.fromkeys(point.command for point in points))
     errors = {command: row["error"] for command, row in read_results(cfg.results).items()}
     # A run that failed may have lacked memory or disk, and is repeated. One that diverged would
     # diverge again.
     done = [command for command, error in errors.items() if not error or "not finite" in error]
     missing = [command for command in commands if command not in done]
+    bases = [name for name, path in BASES.items()
+             if not os.path.exists(path) and any(path in command for command in missing)]
+    if bases:
+        subprocess.run([sys.executable, "-m", "lab.make_bases", *bases], check=True)
     failed = execute_all(missing, cfg)
     print(f"{len(missing)} runs done, {len(commands) - len(missing)} were in {cfg.results}"
           + (f"; {failed} failed, for reasons that stand there" if failed else ""))

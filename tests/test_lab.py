@@ -11,15 +11,18 @@ from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, assert_refused
 from forks import fork_script
 from safetensors.torch import load_file
 from test_run import EVEN_LENGTH
 
 import eval_math
+import model
 from configurator import configure
-from lab import bench, capacity, controls, curves, plot, study
+from lab import bench, capacity, controls, curves, make_bases, plot, study
 from support import UserError
+from support.data import read_file
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
 SMALL = ["--max_steps=2", "--eval_size=2", "--max_new_tokens=4", "--batch_size=2", "--eval_interval=0",
@@ -241,6 +244,40 @@ def test_two_studies_wait_for_each_other_at_their_table(tmp_path):
 
 def test_an_unknown_study_is_refused():
     assert_refused(fork_script("-m", "lab.study", "parms"), "parms", "params")
+
+
+@pytest.mark.parametrize("name", make_bases.BASES)
+def test_bases_of_other_widths_and_habits(name, tmp_path, monkeypatch):
+    documents = []
+
+    def run(command, check):
+        [dataset] = [arg.partition("=")[2] for arg in command if arg.startswith("--dataset")]
+        documents.extend(row for _, row in read_file(dataset))
+        short = ["--max_steps=1", "--batch_size=2", "--warmup_steps=0", "--eval_interval=0", "--save_interval=0"]
+        done = fork_script(*command[1:], *short)
+        assert done.returncode == 0, done.stderr
+
+    monkeypatch.setattr(make_bases.subprocess, "run", run)
+    monkeypatch.setattr(make_bases.make, "NUM_DOCUMENTS", 5000)
+    monkeypatch.setitem(make_bases.BASES, name, f"{tmp_path}/bases/{name}")
+    monkeypatch.setattr("sys.argv", ["make_bases", name])
+    monkeypatch.chdir(ROOT)
+    make_bases.main()
+    kind, number = name[:-2], int(name[-2:])
+    net = model.load_model(f"{tmp_path}/bases/{name}", device="cpu")
+    assert net.config.hidden_size == (number if kind == "width" else 128) and net.dtype == torch.float32
+    tokenizers = [model.load_tokenizer(path) for path in (f"{tmp_path}/bases/{name}", "toy/base")]
+    assert len({tuple(t.encode_chat([{"role": "user", "content": "Tom has 3 eggs."}])) for t in tokenizers}) == 1
+    plain = ["=" in row["solution"] for row in documents if "system" not in row]
+    assert sum(plain) / len(plain) == pytest.approx(0.4 if kind == "width" else number / 100, abs=0.04)
+    assert not {row["question"] for row in documents} & {row["question"] for _, row in read_file("toy/test.jsonl")}
+
+
+def test_the_shipped_bases_are_of_their_widths():
+    for width in (64, 96):
+        net = model.load_model(str(ROOT / make_bases.BASES[f"width{width}"]), device="cpu")
+        assert net.config.hidden_size == width
+    assert_refused(fork_script("-m", "lab.make_bases", "width32"), "width64", "worked10")
 
 
 @pytest.mark.parametrize("name", ["controls", "curves", "landscape"])

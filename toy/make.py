@@ -107,10 +107,10 @@ def human_solution(problem, rng):
     return " ".join([*lines, end.format(y=answer, thing=thing), f"#### {answer}"])
 
 
-def make_document(rng):
+def make_document(rng, worked_share=WORKED_SHARE):
     """A pre-training document: a problem that is answered at once or worked out."""
     problem = make_problem(rng)
-    worked = rng.random() < WORKED_SHARE
+    worked = rng.random() < worked_share
     row = {"question": problem["question"]}
     if rng.random() < SYSTEM_SHARE:
         worked = rng.random() < 0.5
