@@ -6,7 +6,8 @@
 13 numbers are trained with a reward for right answers, for worked answers be they right or wrong,
 and by a coin. Each run is then examined on all held-out problems, and so is the base model, a run
 of no steps: is an answer right (whatever the run was rewarded for), and is it worked out, so that
-it contains a calculation? Answers are greedy, or 8 to a problem at temperature 1.
+it contains a calculation? Answers are greedy, or 8 to a problem at temperature 1. The bases of the
+studies `bases` and `widths` are examined, too.
 
 A line of the table is a run. A run that has its line is not made again.
 """
@@ -21,6 +22,7 @@ import torch
 import grpo
 from configurator import configure
 from lab import study
+from lab.make_bases import BASES, make_missing
 from model import load_tokenizer
 from sample import generate
 from tinylora import load_adapted
@@ -35,6 +37,7 @@ RUNS += [(rewarded, f"grpo.py config/{settings} --seed={seed}")
                                     ("worked", "toy_control_format.py"),
                                     ("coin", "toy_control_random.py"))
          for seed in study.SEEDS]
+RUNS += [(f"nothing, base {name}", f"{BASE} --model={path}") for name, path in BASES.items()]
 
 
 @dataclass
@@ -96,6 +99,7 @@ def main():
     for rewarded, command in RUNS:
         if command in lines:
             continue
+        make_missing([command])
         commit = study.revision()
         directory = os.path.join(cfg.out_dir, study.directory_name(command, commit))
         run, net = trained(command, directory)

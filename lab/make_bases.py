@@ -26,6 +26,7 @@ BASES |= {name: f"out/bases/{name}" for name in ("worked10", "worked20")}
 
 def make_base(name):
     """Pre-train the base `name`, one of BASES, and write its checkpoint directory."""
+    os.makedirs(os.path.dirname(BASES[name]), exist_ok=True)
     kind, number = name[:-2], int(name[-2:])
     with tempfile.TemporaryDirectory() as work:
         documents, start = f"{work}/documents.jsonl", f"{work}/start"
@@ -47,12 +48,18 @@ def make_base(name):
         save_model(net, BASES[name], "toy/base")
 
 
+def make_missing(commands):
+    """Make those bases that the commands name and that are not there."""
+    for name, path in BASES.items():
+        if not os.path.exists(path) and any(path in command for command in commands):
+            make_base(name)
+
+
 def main():
     names = sys.argv[1:]
     if not names or not set(names) <= set(BASES):
         raise UserError(f"name the bases to make, of {', '.join(BASES)}")
     for name in names:
-        os.makedirs(os.path.dirname(BASES[name]), exist_ok=True)
         make_base(name)
 
 

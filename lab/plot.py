@@ -192,7 +192,8 @@ def draw_controls(path, out, plt):
     with foreign_file(path), open(path, encoding="utf-8", newline="") as f:
         of_rewards = {}
         for row in csv.DictReader(f):
-            of_rewards.setdefault(row["rewarded"], []).append(row)
+            if "base" not in row["rewarded"]:
+                of_rewards.setdefault(row["rewarded"], []).append(row)
     figure, ax = plt.subplots(figsize=(10, 4.3))
     for i, (rewarded, rows) in enumerate(of_rewards.items()):
         shares = {x + 0.13 * (i - 2): [float(row[column]) for row in rows]

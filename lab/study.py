@@ -43,7 +43,7 @@ import lab.es
 import lab.precision
 import sft
 from configurator import at_least, configure
-from lab.make_bases import BASES
+from lab.make_bases import BASES, make_missing
 from model import load_tokenizer
 from support import UserError, one_line_errors, whole_file
 from support.parallel import Ranks
@@ -605,10 +605,7 @@ def main():
     # diverge again.
     done = [command for command, error in errors.items() if not error or "not finite" in error]
     missing = [command for command in commands if command not in done]
-    bases = [name for name, path in BASES.items()
-             if not os.path.exists(path) and any(path in command for command in missing)]
-    if bases:
-        subprocess.run([sys.executable, "-m", "lab.make_bases", *bases], check=True)
+    make_missing(missing)
     failed = execute_all(missing, cfg)
     print(f"{len(missing)} runs done, {len(commands) - len(missing)} were in {cfg.results}"
           + (f"; {failed} failed, for reasons that stand there" if failed else ""))
