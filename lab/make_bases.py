@@ -1,7 +1,7 @@
 """Base models beside the toy's own: smaller ones, and ones that work fewer of their answers out.
 
     python -m lab.make_bases worked10 worked20    # out/bases/...; a minute each on two cores
-    python -m lab.make_bases width64 width96      # replaces lab/bases/...; 6 and 9 minutes
+    python -m lab.make_bases width80 width96      # replaces lab/bases/...; 6 and 9 minutes
 
 Those of other widths are pre-trained from nothing, as toy/make.py does it. Those that work 10 or 20
 of 100 answers out are the toy's base after 100 more steps, on documents with this share of them.
@@ -20,7 +20,7 @@ from support.data import read_file
 from toy import make
 
 FINETUNING = ["--model=toy/base", "--random_init=False", "--max_steps=100", "--lr=3e-4"]
-BASES = {name: f"lab/bases/{name}" for name in ("width64", "width96")}
+BASES = {name: f"lab/bases/{name}" for name in ("width80", "width96")}
 BASES |= {name: f"out/bases/{name}" for name in ("worked10", "worked20")}
 
 

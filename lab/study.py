@@ -181,7 +181,7 @@ def bases():
 
 def widths():
     """Models of three widths (Figures 3 and 6: larger models need fewer numbers)."""
-    for width, model in ((64, BASES["width64"]), (96, BASES["width96"]), (128, "toy/base")):
+    for width, model in ((80, BASES["width80"]), (96, BASES["width96"]), (128, "toy/base")):
         yield from some_sizes(f"width {width}", model, ("1", "4", "13", "84", "LoRA 1"))
 
 

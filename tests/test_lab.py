@@ -274,10 +274,10 @@ def test_bases_of_other_widths_and_habits(name, tmp_path, monkeypatch):
 
 
 def test_the_shipped_bases_are_of_their_widths():
-    for width in (64, 96):
+    for width in (80, 96):
         net = model.load_model(str(ROOT / make_bases.BASES[f"width{width}"]), device="cpu")
         assert net.config.hidden_size == width
-    assert_refused(fork_script("-m", "lab.make_bases", "width32"), "width64", "worked10")
+    assert_refused(fork_script("-m", "lab.make_bases", "width32"), "width80", "worked10")
 
 
 @pytest.mark.parametrize("name", ["controls", "curves", "landscape"])
