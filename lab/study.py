@@ -174,13 +174,14 @@ def some_sizes(series, model, names):
 
 
 def bases():
-    """Bases that work 10, 20 or 40 of 100 answers out (the paper's Llama and Qwen, perhaps)."""
+    """Bases that work 10, 20 or 40 of 100 answers out (does the paper's Llama need more numbers
+    than its Qwen because of what the base does already?)."""
     for share, model in ((10, BASES["worked10"]), (20, BASES["worked20"]), (40, "toy/base")):
-        yield from some_sizes(f"{share} %", model, ("1", "13", "84", "LoRA 1"))
+        yield from some_sizes(f"{share} %", model, ("1", "13", "84", "1344", "LoRA 1"))
 
 
 def widths():
-    """Models of three widths (Figures 3 and 6: larger models need fewer numbers)."""
+    """Models of three widths (Figures 3 and 6, where a larger model needs fewer numbers)."""
     for width, model in ((80, BASES["width80"]), (96, BASES["width96"]), (128, "toy/base")):
         yield from some_sizes(f"width {width}", model, ("1", "4", "13", "84", "LoRA 1"))
 
