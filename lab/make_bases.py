@@ -1,7 +1,7 @@
 """Base models beside the toy's own: smaller ones, and ones that work fewer of their answers out.
 
-    python -m lab.make_bases worked10 worked20    # out/bases/...; a minute each on two cores
-    python -m lab.make_bases width80 width96      # replaces lab/bases/...; 6 and 9 minutes
+    python -m lab.make_bases worked10 worked20    # out/bases/...; 80 seconds each
+    python -m lab.make_bases width80 width96      # replaces lab/bases/...; 15 minutes each
 
 Those of other widths are pre-trained from nothing, as toy/make.py does it. Those that work 10 or 20
 of 100 answers out are the toy's base after 100 more steps, on documents with this share of them.
