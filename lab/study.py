@@ -1,7 +1,8 @@
 """The experiments of both papers: lists of commands, run one after another.
 
-    python -m lab.study                 # all studies of the papers' claims on the toy
-    python -m lab.study es_rates es     # evolution strategies: another half an hour
+    python -m lab.study                 # what the papers claim, on the toy: two hours on two cores
+    python -m lab.study rates           # how the learning rates were chosen: ten minutes
+    python -m lab.study es_rates es     # evolution strategies: half an hour
     python -m lab.study params          # one of them: a name in STUDIES
     python -m lab.plot params           # its figure
     python -m lab.study gsm8k_sizes --workers=1 --results=models.csv     # one in PAPERS: for a GPU
@@ -220,8 +221,8 @@ def batch():
 
 def layers():
     """LoRAs with equally many numbers on attention, on the MLPs, and on both (Figure 4)."""
-    for targets, r in (("attention", 16), ("mlp", 9), ("all", 6)):
-        for rate in beside(0.005, (-2, -1, 0, 1)):
+    for targets, r, best in (("attention", 16, 0.005), ("mlp", 9, 0.005), ("all", 6, 0.002)):
+        for rate in beside(best):
             for seed in SEEDS:
                 yield Point(targets, rate, f"{SFT} --method=lora --rank={r} --targets={targets} "
                             f"--lr={rate:g} --seed={seed}")
@@ -231,12 +232,13 @@ def layers_rl():
     """RL with equally many numbers on attention, on the MLPs, and on both."""
     thirteen = "--n_tie=0 --rank=1 --u=13"
     for targets, r in (("attention", 16), ("mlp", 9), ("all", 6)):
-        for name, settings, best in ((f"{targets}, 13 numbers", thirteen, 0.005),
-                                     (f"{targets}, LoRA {r}", f"--method=lora --rank={r}", 0.0005)):
+        own = "" if targets == "all" else f" --targets={targets}"
+        for name, settings, best in (("13 numbers", thirteen, 0.005),
+                                     ("LoRA, 43,000 numbers", f"--method=lora --rank={r}", 0.0005)):
             for rate in beside(best):
                 for seed in SEEDS:
-                    own = "" if targets == "all" else f" --targets={targets}"
-                    yield Point(name, rate, f"{RL} {settings} --lr={rate:g} --seed={seed}{own}")
+                    yield Point(f"{name}: {targets}", rate,
+                                f"{RL} {settings} --lr={rate:g} --seed={seed}{own}")
 
 
 def lora_rl():
@@ -419,7 +421,7 @@ def regret_rl():
 STUDIES = {study.__name__: study for study in (
     params, rates, tying, rank, precision, bases, widths, lora, steps, batch, layers, lora_rl,
     layers_rl, capacity, es_rates, es)}
-ON_DEMAND = ("es_rates", "es")  # of another paper, so they are run only by name
+ON_DEMAND = ("rates", "es_rates", "es")  # run by name only: sweeps, and another paper's method
 PAPERS = {study.__name__: study for study in (gsm8k_sizes, gsm8k_models, math_sizes, ablations,
                                               regret_rates, regret_batch, regret_layers, regret_rl)}
 
