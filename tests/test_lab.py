@@ -8,6 +8,7 @@ import re
 import threading
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from statistics import mean
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +149,32 @@ def test_numbers_of_16_bits_have_them_after_every_step(checkpoint, problems, tmp
 def test_the_shipped_table_holds_all_runs_of_the_toy():
     rows = study.read_results(ROOT / "lab" / "results" / "toy.csv")
     assert {point.command for runs in study.STUDIES.values() for point in runs()} <= set(rows)
+
+
+def spread(values, digits):
+    """As RESULTS.md writes it: mean (lowest to highest)."""
+    return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def test_every_spread_in_results_is_that_of_runs_in_the_tables():
+    tables = {name: ROOT / "lab" / "results" / f"{name}.csv" for name in ("toy", "controls", "curves")}
+    rows = study.read_results(tables["toy"])
+    groups = {}  # the rows of each run, whatever the seed
+    for command in {point.command for runs in study.STUDIES.values() for point in runs()}:
+        bits = capacity.bits(rows[command]) if "lab.capacity" in command else ""
+        groups.setdefault(re.sub(r" --seed=\S+", "", command), []).append(rows[command] | {"bits": bits})
+    for name, key in (("controls", "rewarded"), ("curves", "arm")):
+        with open(tables[name], newline="") as f:
+            for row in csv.DictReader(f):
+                groups.setdefault(row[key], []).append(row)
+    known = set()
+    for runs in groups.values():
+        for column in runs[0].keys() - {"command", "commit", "error", "arm", "rewarded"}:
+            values = [float(row[column]) for row in runs if row[column] != ""]
+            if values:
+                known |= {spread(values, digits) for digits in (2, 3)}
+    written = re.findall(r"-?\d\.\d+ \(-?\d\.\d+ to -?\d\.\d+\)", (ROOT / "lab" / "RESULTS.md").read_text())
+    assert len(written) > 200 and set(written) - known == set()
 
 
 class Here:
