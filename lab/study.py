@@ -191,7 +191,8 @@ def lora():
     """The learning rates of LoRA and of full fine-tuning, supervised (LoRA Without Regret, Figure
     2)."""
     for name, settings in LORA.items():
-        for rate in beside(0.001 if "full" in name else 0.002, (-2, -1, 0, 1)):
+        rates = beside(0.001, (-2, -1, 0, 1)) if "full" in name else beside(0.002)
+        for rate in rates:
             for seed in SEEDS[:2]:
                 yield Point(name, rate, f"{SFT} {settings} --lr={rate:g} --seed={seed}")
 
