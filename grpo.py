@@ -323,7 +323,8 @@ def check(cfg):
 
 
 def prepare(net, tokenizer, rows, cfg):
-    """Add to every problem its prompt in token ids, and the limit and format of its answer."""
+    """Add to every problem its prompt in token ids, and the limit and format of its answer. The
+    model learns how long a row can become."""
     context = net.config.max_position_embeddings
     prompts = encode_problems(tokenizer, rows, cfg.system_prompt, cfg.prompt_template, context)
     for row, prompt in zip(rows, prompts):
@@ -332,6 +333,7 @@ def prepare(net, tokenizer, rows, cfg):
                             f"none in {row}; define a reward in the config file, too")
         row["prompt_tokens"] = prompt
         row["limit"] = min(cfg.max_new_tokens, context - len(prompt))
+        net.longest = max(net.longest, len(prompt) + row["limit"])
         row["answer_format"] = cfg.answer_format
 
 

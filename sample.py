@@ -212,8 +212,7 @@ class Sampler:
         is_compiled = model.compile_decode and not model.is_sharded and R is None
         self.decode = compiled_decode if is_compiled else decode
         self.graphs = {}  # size and options of a step -> its CUDA graph, and its outputs
-        self.on_gpu = model.device.type == "cuda"
-        self.has_graphs = self.on_gpu and not model.is_sharded
+        self.has_graphs = model.device.type == "cuda" and not model.is_sharded
         if self.has_graphs:
             self.graph_memory = torch.cuda.graph_pool_handle()
             # Graphs of two Samplers must not share a stream: with the graphs of one of them, cuBLAS
@@ -271,9 +270,10 @@ class Sampler:
         self.inputs[:, :B] = torch.tensor(inputs).T
         uniforms = [row.uniforms.item(len(row.logprobs)) for row in self.rows]
         self.uniforms[:B] = torch.tensor(uniforms)
-        if self.on_gpu:  # few sizes; slots beyond the rows compute what nobody reads
-            B, end = min(self.slots, 2 ** math.ceil(math.log2(B))), end + -end % 128
-        ids, logprobs = self.replay(B, end) if self.has_graphs else self.compute(B, end)
+        if self.has_graphs:
+            ids, logprobs = self.replay(*self.padded(B, end))
+        else:
+            ids, logprobs = self.compute(B, end)
         return ids.tolist(), logprobs.tolist()
 
     def compute(self, B, end):
@@ -297,6 +297,20 @@ class Sampler:
         graph, outputs = self.graphs[key]
         graph.replay()
         return outputs
+
+    def padded(self, B, end):
+        """One of few sizes. Slots beyond the rows compute what nobody reads."""
+        return min(self.slots, 2 ** math.ceil(math.log2(B))), end + -end % 128
+
+    def record_all(self, rows, length, options):
+        """Record the steps of up to `rows` rows of up to `length` tokens, the largest first, since
+        the others then use its memory."""
+        self.options = options
+        sizes = {self.padded(B, end) for B in range(1, rows + 1)
+                 for end in range(128, length + 128, 128)}
+        for size in sorted(sizes, reverse=True):
+            if (*size, options) not in self.graphs:
+                self.replay(*size)
 
 
 def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0, seed=0, top_k=0,
@@ -336,6 +350,7 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
         if not prompts:
             return groups
         length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
+        length = max(length, model.longest)
         slots = len(prompts) * n
         if model.sampler:  # not two Samplers in turn: one that is large enough for either
             length = max(length, model.sampler.cache.length)
@@ -344,6 +359,8 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
         with nullcontext() if model.is_sharded else sampling_form(model, R is not None) as fused:
             sampler = ready_sampler(model, fused, slots, length, R)
             options = temperature, top_k, top_p
+            if model.longest and sampler.has_graphs:
+                sampler.record_all(min(slots, len(prompts) * n), length, options)
             for row in sampler.run(rows, prompts, options, tokenizer.stop_ids, on_token):
                 ids = row.ids[-len(row.logprobs) :]
                 stopped = ids[-1] in tokenizer.stop_ids

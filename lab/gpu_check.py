@@ -120,6 +120,7 @@ def grpo_steps(device, shape):
         cfg = replace(cfg, rows=8, limit=16)
     net, lengths = bench.model_of(cfg, device), bench.random_lengths(cfg)
     prompts = bench.random_prompts(net.config.vocab_size, cfg.rows // cfg.group)
+    net.longest = max(map(len, prompts)) + cfg.limit
     bench.add_random_adapter(net)
     optimizer = torch.optim.Adam([net.adapter.v], lr=1e-4)
     options = configured(device, max_new_tokens=cfg.limit, group_size=cfg.group)

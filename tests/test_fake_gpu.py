@@ -241,13 +241,19 @@ def test_a_sampler_grows_until_it_serves_short_and_many_rows_as_well_as_long_and
     assert captures[2] == captures[-1] and net.sampler.slots == 9 * len(PROMPTS)
 
 
-def test_graphs_of_a_run_with_one_length_are_recorded_in_the_first_step(runs, monkeypatch):
-    """And in the first evaluation in the larger Sampler of the steps."""
+def test_a_run_records_graphs_in_its_first_step_and_evaluation_alone(runs, tokenizer, monkeypatch):
+    """Although the completions have other lengths in each of them, and the prompts, too."""
+    monkeypatch.setattr(tokenizer, "stop_ids", OFTEN)
+    monkeypatch.setattr(grpo, "load_tokenizer", lambda path: tokenizer)
     captures, log = [], Run.log
     monkeypatch.setattr(Run, "log", lambda *arguments: (captures.append(gpu.counts["captures"]), log(*arguments)))
+    template = "{question} " + LONG[:130]  # so that some rows grow beyond 128 tokens, and others do not
     with fake_gpu() as gpu:
-        runs.train("cuda", device="cuda", max_steps=4, eval_interval=2)
-    assert captures == [1, 2, 2, 3, 3, 3, 3]  # after an evaluation of few rows, two steps, an evaluation ...
+        runs.train("cuda", device="cuda", max_steps=6, eval_interval=3, max_new_tokens=40, prompt_template=template)
+    evaluated, *steps = captures
+    assert steps[0] > evaluated and steps[0] == steps[2]  # in the larger Sampler of the steps
+    assert steps[3] > steps[2] and steps[3] == steps[-1]  # the second evaluation, in that Sampler
+    assert len({line["length"] for line in runs.steps("cuda")}) == 6
 
 
 def test_grpo_in_16_bits(runs):
