@@ -361,7 +361,7 @@ def read_for(model, where, base):
     if trained_on != ANY_BASE and not same_base(trained_on, base):
         raise UserError(f"{name} was trained on another base model: its fingerprint differs")
     adapter.meta["base"] = base
-    if "v" in tensors and tensors["v"].numel() == adapter.v.numel():
+    if "v" in tensors and hasattr(adapter, "v") and tensors["v"].numel() == adapter.v.numel():
         tensors["v"] = tensors["v"].view_as(adapter.v)  # a text has all numbers in one row
     set_numbers(adapter, tensors, name)
     return adapter

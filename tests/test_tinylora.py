@@ -481,7 +481,8 @@ def test_no_file_or_a_mistyped_text_is_refused(net, tmp_path):
     for bad in ("hex:", "hex:3c23", "hex:3c23d7zz", text[:-30], text.replace("tinylora-2", "tinylora-3"),
                 text.replace("rank=2", "rank=2.5"), text.replace("u=3", "u=4"), text.replace("hex:", "hex:00"),
                 text.replace("rank=2", "rank=" + "9" * 5000), text.replace("method=tinylora", "method=lora"),
-                text.replace("seed=0:", ""), text.replace("float32", "int8"), "hex:7fc00000"):
+                text.replace("method=tinylora", "method=lora:alpha=32.0"), text.replace("seed=0:", ""),
+                text.replace("float32", "int8"), "hex:7fc00000"):
         with pytest.raises(UserError) as error:
             tinylora.load_adapter(net, bad)
         assert len(str(error.value)) < 300 and net.adapter is None
