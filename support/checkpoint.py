@@ -57,8 +57,7 @@ def read_weights(path, model, device, dtype):
         if not torch.equal(copy, tensors.get(embedding, copy)):
             raise UserError(f"{path}: config.json ties the embeddings, but lm_head.weight is not a "
                             f"copy of {embedding}")
-    missing = [name for name in model.state_dict() if name not in tensors]
-    if missing:
+    if missing := [name for name in model.state_dict() if name not in tensors]:
         raise UserError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}; "
                         "download it again, or use the config.json that belongs to these weights")
     return tensors
@@ -103,9 +102,8 @@ def save_model(model, path, tokenizer_from=None):
     key = "dtype" if "dtype" in raw else "torch_dtype"  # as older files and libraries call it
     with whole_file(os.path.join(path, "config.json")) as aside, open(aside, "w") as f:
         json.dump(raw | {key: str(model.dtype)[6:]}, f, indent=2)
-    for file in glob(os.path.join(path, "model*-of-*.safetensors")) + [os.path.join(path, INDEX)]:
-        if os.path.exists(file):
-            os.remove(file)  # of an earlier checkpoint, which would be read instead
+    for name in glob("model*-of-*.safetensors", root_dir=path) + glob(INDEX, root_dir=path):
+        os.remove(os.path.join(path, name))  # of an earlier checkpoint: it would be read instead
     source = checkpoint_dir(tokenizer_from) if tokenizer_from else path
     for name in TOKENIZER_FILES:
         file = os.path.join(source, name)

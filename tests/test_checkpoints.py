@@ -152,15 +152,16 @@ def test_checkpoints_in_one_file_and_in_several_go_to_transformers_and_back(tmp_
 
 
 def test_a_directory_that_is_saved_to_again_holds_the_last_weights_alone(tmp_path):
-    oracle(tmp_path / "saved", "qwen2", "100KB")  # in several files, with an index
-    (tmp_path / "saved" / "generation_config.json").unlink()
+    place = tmp_path / "saved[1]"  # which glob would read as a pattern
+    oracle(place, "qwen2", "100KB")  # in several files, with an index
+    (place / "generation_config.json").unlink()
     for seed in range(2):
         net = load(make_checkpoint(tmp_path / f"base{seed}", seed=seed))
-        model.save_model(net, str(tmp_path / "saved"))
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
-        for loaded in (load(tmp_path / "saved"), theirs):
+        model.save_model(net, str(place))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+        for loaded in (load(place), theirs):
             assert all(torch.equal(loaded.state_dict()[name], p) for name, p in net.state_dict().items())
-    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in place.iterdir()) == ["config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
