@@ -16,7 +16,7 @@ import runpy
 import sys
 from dataclasses import fields
 from types import ModuleType
-from typing import get_args
+from typing import get_args, get_type_hints
 
 from support import UserError, one_line_errors, whole_file
 
@@ -96,8 +96,7 @@ def read_config(path, cfg):
     try:
         defined = runpy.run_path(path, run_name=path)  # run_name: the __module__ of its functions
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"config file '{path}' failed: {reason}") from None
+        raise UserError(f"config file '{path}' failed: {type(error).__name__}: {error}") from None
     defines_function = False
     for name, value in defined.items():
         is_imported = isinstance(value, ModuleType) or getattr(value, "__module__", path) != path
@@ -145,8 +144,7 @@ def override(cfg, name, value, where):
         kind, fits = "finite float", fits and math.isfinite(value)
     if not fits:
         raise UserError(f"{name} in {where} wants a value of type {kind}, got {value!r}")
-    types = {field.name: field.type for field in fields(cfg)}
-    choices = get_args(types.get(name))  # those of a Literal
+    choices = get_args(get_type_hints(type(cfg)).get(name))  # those of a Literal
     if choices and value not in choices:
         raise UserError(f"{name} in {where} must be one of {', '.join(choices)}, got '{value}'")
     if value != before and os.environ.get("RANK", "0") == "0":  # under torchrun one process prints

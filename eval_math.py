@@ -8,7 +8,6 @@ r"""Maths problems: data sets and prompts by name, scores, and as a script the b
     torchrun --nproc_per_node=8 -- eval_math.py --model=DIR --dataset=gsm8k --n=8
 """
 
-import atexit
 import hashlib
 import json
 import math
@@ -40,9 +39,8 @@ class Settings:
     num_problems: int = 0  # how many to ask of each data set; 0: all
     prompt_template: str = "auto"  # a name in PROMPTS or a text with {question}; auto: by DATASETS
     system_prompt: str = "auto"  # system message; empty: the chat template's own; auto: by PROMPTS
-    # what strict scoring reads: boxed (\boxed{42}), hash (#### 42), phrase (the answer is 42), tags
-    # (<answer>42</answer>) or any of them; auto: by PROMPTS
-    answer_format: Literal["auto", "any", "boxed", "hash", "phrase", "tags"] = "auto"
+    # what strict scoring reads: any, \boxed{42}, #### 42, the answer is 42, or <answer>42</answer>
+    answer_format: Literal["auto", "any", "boxed", "hash", "phrase", "tags"] = "auto"  # by PROMPTS
     n: int = 1  # answers to each problem
     max_new_tokens: int = 2048  # a longer answer is cut off and counts as wrong
     temperature: float = -1.0  # 0: greedy; -1: 0 if n is 1, else 1
@@ -146,8 +144,7 @@ def as_text(value):
         return ", ".join(str(part).strip(" $") for part in value)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    is_missing = type(value) not in (str, int, float) or value != value  # NaN differs from itself
-    return "" if is_missing else str(value)
+    return str(value) if type(value) in (str, int, float) and value == value else ""  # not of NaN
 
 
 def final_answer(text):
@@ -165,10 +162,8 @@ def choose_prompt(cfg, name):
         known = [key for key in DATASETS for part in name.split("/")[-2:] if part.startswith(key)]
         template = DATASETS[max(known, key=len)][2] if known else "plain"
     system, user, answer_format = PROMPTS.get(template, ("", template, "any"))
-    if cfg.system_prompt != "auto":
-        system = cfg.system_prompt
-    if cfg.answer_format != "auto":
-        answer_format = cfg.answer_format
+    system = system if cfg.system_prompt == "auto" else cfg.system_prompt
+    answer_format = answer_format if cfg.answer_format == "auto" else cfg.answer_format
     return replace(cfg, system_prompt=system, prompt_template=user, answer_format=answer_format)
 
 
@@ -270,18 +265,16 @@ def grade_again(path, answer_format):
 # -------------------------------------------------------------------------------------- the script
 
 def grade(problem, index, completions, cfg):
-    """A row with its verdicts for each of the completions of problem number `index`."""
-    rows = []
+    """Yield a row with its verdicts for each of the completions of problem number `index`."""
     for j, completion in enumerate(completions):
         text, truncated = completion.text, completion.truncated
         if cfg.system_prompt is None and "\nQuestion:" in text:
             # A base model goes on with a question of its own, so its answer has ended there.
             text, truncated = text.partition("\nQuestion:")[0], False
-        row = {"index": index, "sample": j, "question": problem["question"],
-               "answer": problem["answer"], "tokens": len(completion.ids), "truncated": truncated}
         verdict = score(text, truncated, problem["answer"], cfg.answer_format)
-        rows.append(row | verdict | {"response": text})
-    return rows
+        yield {"index": index, "sample": j, "question": problem["question"],
+               "answer": problem["answer"], "tokens": len(completion.ids), "truncated": truncated,
+               **verdict, "response": text}
 
 
 def identity(net, problems, cfg):
@@ -357,8 +350,7 @@ def main():
     prompts = [encode_problems(tokenizer, rows, s.system_prompt, s.prompt_template, context)
                for rows, s in zip(problems, settings)]
     if is_chief():
-        lock = claim(cfg.out_dir, "settings.py", fresh=cfg.init_from == "scratch")
-        atexit.register(lock.close)  # until then, no other run writes there
+        claim(cfg.out_dir, "settings.py", fresh=cfg.init_from == "scratch")
         save_settings(cfg, os.path.join(cfg.out_dir, "settings.py"))
         print(f"to go on after an interruption: --out_dir={cfg.out_dir} --init_from=resume")
     summaries = {}

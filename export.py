@@ -34,7 +34,6 @@ class Settings:
     device: str = "auto"  # computes the SVD: auto, cpu, cuda, cuda:1 ...
 
 
-PREFIX = "base_model.model."  # PEFT's, before the name of a linear
 PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 UNSUPPORTED = (
     "use_dora rank_pattern alpha_pattern layers_to_transform modules_to_save lora_bias "
@@ -55,10 +54,8 @@ def main():
             tinylora.save_adapter(adapter, os.path.join(aside, "adapter.safetensors"))
         else:
             tinylora.load_adapter(net, cfg.adapter)
-            if cfg.to == "hf":
-                export_merged(net, aside, cfg.model)
-            else:
-                export_peft(net, aside, cfg.model)
+            export = export_merged if cfg.to == "hf" else export_peft
+            export(net, aside, cfg.model)
     print(f"written to {cfg.out_dir}")
 
 
@@ -111,8 +108,8 @@ def export_peft(model, path, base=""):
     tensors = {}
     for name, linear in adapter.linears.items():
         A = linear.Vt.float().contiguous().clone()  # it may share its memory with other linears'
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = A.cpu()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = (linear.US.float() @ linear.R).cpu()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.cpu()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = (linear.US.float() @ linear.R).cpu()
     rank = adapter.meta["rank"]
     targets = sorted({name.rpartition(".")[2] for name in adapter.linears})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
@@ -125,7 +122,6 @@ def export_peft(model, path, base=""):
         json.dump(config, f, indent=2)
 
 
-@torch.no_grad()
 def import_peft(model, path):
     """Attach the PEFT LoRA in directory `path` to its base model, as method 'lora'. Returns the
     Adapter. Raises UserError for a LoRA that this project cannot express."""

@@ -160,9 +160,12 @@ def batch_loss(net, batch, totals, cfg):
     """The loss of a micro-batch, and sums over its tokens for the log. The losses of all
     micro-batches add up to that of the whole batch, which `totals` counts."""
     if cfg.kl_coef:
-        # The reference runs before the policy's forward pass: with recompute, the backward pass
-        # would otherwise repeat that forward pass with the adapter off.
-        reference = reference_logprobs(net, batch, cfg)
+        # The reference is the base model: the adapter is off. It runs before the policy's forward
+        # pass: with recompute, the backward pass would otherwise repeat that with the adapter off.
+        net.adapter.enabled = False
+        with torch.no_grad():
+            reference, _, _ = completion_logprobs(net, batch, cfg.temperature)
+        net.adapter.enabled = True
     logprobs, entropy, loss_mask = completion_logprobs(net, batch, cfg.temperature)
     for rollout, new in zip(batch, logprobs.detach()):
         if rollout.old_logprobs is None:  # in the first pass
@@ -188,15 +191,6 @@ def batch_loss(net, batch, totals, cfg):
         sums["kl"] = (kl * loss_mask).sum()
     sums = {name: total.item() for name, total in sums.items()}
     return loss, sums | {"loss": loss.item()}, difference.max().item()
-
-
-@torch.no_grad()
-def reference_logprobs(net, batch, cfg):
-    """Log-probs under the base model, which is the model with the adapter off (v = 0)."""
-    net.adapter.enabled = False
-    logprobs, _, _ = completion_logprobs(net, batch, cfg.temperature)
-    net.adapter.enabled = True
-    return logprobs
 
 
 # --------------------------------------------------------------------------- sampling and rewarding
@@ -384,8 +378,7 @@ def train(cfg):
         for _ in range(cfg.num_passes):
             sums = Counter()
             optimizer.zero_grad()
-            batches = micro_batches(rollouts, cfg.micro_batch_tokens)
-            for batch in keep_pace(net, batches):
+            for batch in keep_pace(net, micro_batches(rollouts, cfg.micro_batch_tokens)):
                 loss, figures, diff = batch_loss(net, batch, totals, cfg)
                 loss.backward()
                 sums.update(figures)
@@ -463,9 +456,5 @@ def advice_on(record, cfg, dtype):
                "or use float32")
 
 
-def main():
-    train(configure(Settings, reward, problems))
-
-
 if __name__ == "__main__":
-    main()
+    train(configure(Settings, reward, problems))

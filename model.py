@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn import RMSNorm
 from torch.utils.checkpoint import checkpoint
 
 from support import UserError, foreign_file, read_json
@@ -22,7 +23,6 @@ from support.packing import attention
 from support.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------- the architecture
-
 
 @dataclass
 class Config:
@@ -48,21 +48,6 @@ class Config:
 class Linear(nn.Linear):
     def reset_parameters(self):
         pass  # skip the default initialisation, which is slow even on the meta device
-
-
-class Embedding(nn.Embedding):
-    def reset_parameters(self):
-        pass
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # computes in float32
 
 
 def rotate(x, cos, sin):
@@ -102,10 +87,7 @@ class Attention(nn.Module):
         # Rotating q and k in one go takes three operations less, which matters in decoding.
         q, k = rotate(qk, cos, sin).transpose(1, 2).split(heads, dim=1)  # [B, heads, T, hd]
         v = v.transpose(1, 2)  # [B, kv_heads, T, hd]
-        if cache is None:
-            y = attention(q, k, v)
-        else:
-            y = cache.attend(self.layer, q, k, v)
+        y = attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -147,7 +129,8 @@ class Trunk(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        weight = torch.empty(config.vocab_size, config.hidden_size)  # not initialised, either
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.config = config
@@ -161,8 +144,7 @@ class Trunk(nn.Module):
             self.inv_freq = rope_frequencies(self.config).to(ids.device)
         angles = positions[:, :, None, None] * self.inv_freq  # [B, T, 1, hd/2], in float32
         x = self.embed_tokens(ids)
-        cos = angles.cos().to(x.dtype)
-        sin = angles.sin().to(x.dtype)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         cos = torch.cat((cos, cos), dim=-1)
         sin = torch.cat((-sin, sin), dim=-1)  # as rotate() expects it
         for block in self.layers:
@@ -231,11 +213,9 @@ def random_model(path, seed, device="auto", shard=1):
     model = Transformer(load_config(checkpoint_dir(path)))
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        if name.endswith("norm.weight"):
-            nn.init.ones_(p)
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             nn.init.zeros_(p)
-        else:
+        elif not name.endswith("norm.weight"):  # norms begin as 1
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 / math.sqrt(2 * model.config.num_hidden_layers) if residual else 0.02
             nn.init.normal_(p, 0.0, std, generator=generator)

@@ -225,17 +225,16 @@ class Sampler:
         called for every token."""
         self.prompts, self.options = prompts, options
         self.rows = []
-        self.prefilled = {}  # place of a prompt that rows still wait for -> a cache, a line in it
+        prefilled = {}  # place of a prompt that rows still wait for -> a cache, a line in it
         waiting = iter(rows)
         while True:
             for row in islice(waiting, self.slots - len(self.rows)):
-                if row.prompt not in self.prefilled:
-                    self.prefill(row.prompt)
-                source, line = self.prefilled[row.prompt]
+                if row.prompt not in prefilled:
+                    prefilled = self.prefill(row.prompt)
+                source, line = prefilled[row.prompt]
                 self.cache.copy_row(len(self.rows), source, line, len(row.ids) - 1)
                 self.rows.append(row)
             if not self.rows:
-                self.prefilled.clear()
                 return
             for row, token, logprob in zip(self.rows, *self.step()):
                 row.ids.append(token)
@@ -261,7 +260,7 @@ class Sampler:
         if self.R is not None:
             self.model.adapter.rows = self.R[:, first : first + count]  # [N, B, r, r]
         self.model.model(ids, cache=cache)
-        self.prefilled = {first + line: (cache, line) for line in range(len(chosen))}
+        return {first + line: (cache, line) for line in range(len(chosen))}
 
     def step(self):
         """Sample a token for every row. Returns their ids and log-probs, as lists."""
@@ -414,8 +413,7 @@ def own_adapters(model, prompts, adapters):
     if adapters is not None and len(adapters):
         each, rest = divmod(len(prompts), len(adapters))
         if model.is_sharded or rest:
-            raise UserError("adapters must be one per prompt or per group of prompts, and need "
-                            "shard = 1")
+            raise UserError("adapters must be one per prompt or group of prompts, with shard = 1")
         load = mix_vectors if isinstance(adapters[0], torch.Tensor) else load_adapters
         R = load(model, adapters).repeat_interleave(each, dim=1)
     try:

@@ -85,7 +85,6 @@ ROLES = {"human": "user", "gpt": "assistant"}  # names of roles in `conversation
 
 # ----------------------------------------------------------------------------------------- the rows
 
-
 def as_example(place, row):
     """A row of data as one of two kinds: with "messages", or with "question" and "solution".
     place: file and line, for error messages. Raises UserError for a row that is neither."""
@@ -149,7 +148,6 @@ def held_out(cfg):
 
 # ------------------------------------------------------------------------------------------ the run
 
-
 def check(cfg):
     """Refuse settings that cannot work before anything is loaded."""
     at_least(cfg, 1, "batch_size", "max_new_tokens", "micro_batch_tokens")
@@ -159,14 +157,6 @@ def check(cfg):
         raise UserError("beta2 must be below 1")
     if cfg.random_init and cfg.method != "full":
         raise UserError("random_init goes with method = full")
-
-
-def learning_rate(step, cfg):
-    """A linear warm-up, then a constant or half a cosine down to zero at max_steps."""
-    rate = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
-    if cfg.lr_schedule == "cosine":
-        rate *= 0.5 + 0.5 * math.cos(math.pi * step / cfg.max_steps)
-    return rate
 
 
 def trained_tokens(rollouts, ranks):
@@ -196,9 +186,7 @@ def train(cfg):
         net = load_model(cfg.model, dtype, ranks.device, cfg.shard)
     net.model.recompute = cfg.recompute
     net.compile_decode = cfg.compile
-    limit = net.config.max_position_embeddings
-    if cfg.max_length:
-        limit = min(cfg.max_length, limit)
+    limit = min(cfg.max_length or math.inf, net.config.max_position_embeddings)
 
     def encode(examples):
         mine = ranks.mine(examples)
@@ -247,7 +235,10 @@ def train(cfg):
         if not tokens:
             raise UserError(f"all rows of step {step + 1} are cut off before the first token to "
                             "train; raise max_length")
-        rate = learning_rate(step, cfg)
+        # A linear warm-up, then a constant or half a cosine down to zero at max_steps.
+        rate = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+        if cfg.lr_schedule == "cosine":
+            rate *= 0.5 + 0.5 * math.cos(math.pi * step / cfg.max_steps)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         total = 0.0
@@ -272,9 +263,5 @@ def train(cfg):
     run.close("greedy accuracy" if problems else "held-out loss", f"{numbers:,} numbers")
 
 
-def main():
-    train(configure(Settings, reward))
-
-
 if __name__ == "__main__":
-    main()
+    train(configure(Settings, reward))

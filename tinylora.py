@@ -118,8 +118,7 @@ class Adapter(nn.Module):
         else:
             self.P = projections(self.meta, self.linears).to(device)
             self.groups = torch.tensor(groups, device=device)
-            v = torch.zeros(max(groups) + 1, self.P.shape[1], device=device)  # so W' = W
-            self.v = nn.Parameter(v)
+            self.v = nn.Parameter(torch.zeros(max(groups) + 1, self.P.shape[1], device=device))
         self.R = None  # [N, r, r], or of every row of a batch [N, B, r, r]
         self.rows = None  # [N, B, r, r]: the R that rows of a batch have from adapters of their own
         self.enabled = True  # if not, R is 0, and the model is the base model
@@ -250,8 +249,7 @@ def projections(meta, names):
     """P [N, u, r, r] of the linears: random, or the matrix units for lora_xs."""
     rank = meta["rank"]
     if meta["method"] == "lora_xs":
-        units = torch.eye(rank * rank).view(-1, rank, rank)
-        return units.expand(len(names), -1, -1, -1)
+        return torch.eye(rank * rank).view(-1, rank, rank).expand(len(names), -1, -1, -1)
     return torch.stack([random_projection(meta["seed"], name, meta["u"], rank) for name in names])
 
 
@@ -267,9 +265,8 @@ def learning_rate_rule(config, method, steps):
     LoRA hold for RL, too, but the base rate does not: there its authors use 2e-5 to 8e-5."""
     power = 0.781 if config.raw["model_type"] == "llama" else 0.0775
     rate = 5e-5 * (2000 / config.hidden_size) ** power
-    if method == "full":
-        return rate
-    return rate * (10 if steps >= 100 else 15)
+    of_lora = 10 if steps >= 100 else 15
+    return rate if method == "full" else rate * of_lora
 
 
 # -------------------------------------------------------------------------- for grpo.py and sft.py

@@ -152,9 +152,5 @@ def train(cfg):
     run.close(f"greedy {grpo.label_of(cfg)}", f"{v.numel():,} numbers")
 
 
-def main():
-    train(configure(Settings, grpo.reward, grpo.problems))
-
-
 if __name__ == "__main__":
-    main()
+    train(configure(Settings, grpo.reward, grpo.problems))

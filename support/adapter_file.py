@@ -56,10 +56,8 @@ def read_text(text):
         print0_once(f"note: {u} numbers alone are read with rank 2 and seed 0, for any base model")
         rest = [FORMAT, "method=tinylora", "rank=2", f"u={u}", "n_tie=0", "tie=tiled", "seed=0",
                 "targets=all", f"base={ANY_BASE}", "dtype=float32"]
-    settings = {}
-    for pair in rest[1:]:
-        key, _, value = pair.partition("=")
-        settings[key] = KINDS[key](value.replace("+", ","))
+    pairs = dict(pair.split("=", 1) for pair in rest[1:])
+    settings = {key: KINDS[key](value.replace("+", ",")) for key, value in pairs.items()}
     reverse = bytearray.fromhex(numbers)[::-1]  # so the big-endian numbers are little-endian
     v = torch.frombuffer(reverse, dtype=DTYPES[settings["dtype"]]).flip(0)
     return rest[0], settings, {"v": v.float()}

@@ -254,8 +254,7 @@ def _only_value(sentence: str, changed: bool) -> str | None:
     parts = re.split(f"({WORD})", sentence)  # every second part is a word
     gaps = [i for i in range(0, len(parts), 2) if re.search(r"[\w∞√]", parts[i])]
     numeric = [i for i in gaps if NUMERIC.search(parts[i])]
-    named = [i for i in gaps
-             if parts[i].lstrip()[0] in "=:" or COPULA.search("".join(parts[:i]))]
+    named = [i for i in gaps if parts[i].lstrip()[0] in "=:" or COPULA.search("".join(parts[:i]))]
     if named and set(parts[named[0] + 1::2]) <= {"and", "or"}:  # "the roots are 2 and 3"
         i, end = named[0], len(parts)
     elif len({parts[i].strip(" =:") for i in named or numeric}) == 1 and len(parts) < 120:
@@ -311,8 +310,7 @@ def same_answer(answer: str, reference: str) -> bool:
     a, b = normalise(answer), normalise(reference)
     if _equal(a, b):
         return True
-    main_a, condition_a = notation.split_condition(a)
-    main_b, condition_b = notation.split_condition(b)
+    (main_a, condition_a), (main_b, condition_b) = map(notation.split_condition, (a, b))
     agree = not condition_a or not condition_b or _equal(condition_a, condition_b)
     return agree and (main_a, main_b) != (a, b) and _equal(main_a, main_b)
 
@@ -439,9 +437,8 @@ NO_NAME_SIGNS = re.compile(
 def _is_name(text: str, compound: bool = False) -> bool:
     r"""Can this stand before "=" as what was asked for? x, f(3), (x,y), \angle ABC, "Total cost",
     \frac{AM}{MB}, |z|, not 2x. With `compound` also m+n, AB*BC and \int f, not x+1."""
-    if len(text) > 80 or not re.search('[A-Za-z"]', text):
-        return False
-    if NO_NAME.search(text) or text.strip(' "') in NOT_UNITS:
+    if (len(text) > 80 or not re.search('[A-Za-z"]', text)
+            or NO_NAME.search(text) or text.strip(' "') in NOT_UNITS):
         return False
     if compound and text.startswith((r"\lim", r"\int", r"\sum")):
         return True

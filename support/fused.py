@@ -20,8 +20,7 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, US, Vt, R):
         h = thin_product(x, Vt.to(x.dtype))  # [..., r]
-        trains_factors = ctx.needs_input_grad[3]
-        ctx.save_for_backward(W, US, Vt, R, h, x if trains_factors else None)
+        ctx.save_for_backward(W, US, Vt, R, h, x if ctx.needs_input_grad[3] else None)  # [3]: Vt
         return sum_of_products(x, W, h, (US.to(R.dtype) @ R).to(x.dtype))
 
     @staticmethod
@@ -169,10 +168,16 @@ def sampling_form(model, per_row=False, join_below=50_000_000):
     on_gpu = model.device.type == "cuda"
     numbers = sum(p.numel() for p in model.model.layers.parameters())
     joined = on_gpu or numbers < join_below
-    places = list(fusable(model, joined))
-    for owner, _, _ in places:
-        if not hasattr(owner, "fused"):  # kept, though empty: torch.compile guards on its identity
-            owner.fused = FusedLinear()
+    places = []  # an object, the name of its method, and the linears that the method applies
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            *inputs, output = [m for m in part.children() if isinstance(m, nn.Linear)]
+            if joined:
+                places += [(part, "project", inputs), (output, "forward", [output])]
+            else:
+                places += [(linear, "forward", [linear]) for linear in (*inputs, output)]
+    for owner, _, _ in places:  # kept, though empty: torch.compile guards on its identity
+        owner.fused = getattr(owner, "fused", FusedLinear())
     try:
         if adapter:
             adapter.refresh()
@@ -188,16 +193,3 @@ def sampling_form(model, per_row=False, join_below=50_000_000):
                 vars(owner.fused).clear()
         if adapter:
             adapter.frozen, adapter.rows = False, None
-
-
-def fusable(model, joined):
-    """Yield (object, name of its method, the linears that the method applies) for all blocks."""
-    for block in model.model.layers:
-        for part in (block.self_attn, block.mlp):
-            *inputs, output = [m for m in part.children() if isinstance(m, nn.Linear)]
-            if joined:
-                yield part, "project", inputs
-                yield output, "forward", [output]
-            else:
-                for linear in (*inputs, output):
-                    yield linear, "forward", [linear]

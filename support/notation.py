@@ -39,8 +39,7 @@ TEXT_MACRO = re.compile(
     r" ?\{((?:[^{}]|\^\{-?[0-9]\})*)\}")
 ACCENT = re.compile(r"\\(d?dot|bar|hat|tilde|vec|overline|overrightarrow) ?"
                     r"(?:\{ ?([A-Za-z]+) ?\}|([a-z])(?![a-z]))")
-RECURRING = re.compile(
-    r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?\{ ?([0-9]+) ?\}")
+RECURRING = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?\{ ?([0-9]+) ?\}")
 
 
 def normalise(text: str) -> str:
@@ -63,9 +62,8 @@ def _quoted(macro: re.Match) -> str:
     is_time = content == "sec" and not macro.string[macro.end():].strip(" .$")  # 5\text{ sec}
     if content in FUNCTION_NAMES and not is_time:
         return f"\\{content} "
-    if content.strip(" ,") in ("and", "or") or "=" in content or not re.search("[A-Za-z]", content):
-        return f" {content} "
-    if macro[0] in (r"\mathrm{e}", r"\mathrm{i}"):
+    if (content.strip(" ,") in ("and", "or") or "=" in content or not re.search("[A-Za-z]", content)
+            or macro[0] in (r"\mathrm{e}", r"\mathrm{i}")):
         return f" {content} "
     number, words = re.fullmatch("([0-9][0-9.,:]*(?![A-Za-z0-9]))?(.*)", content).groups()
     return f'{number or ""}"{words}"'

@@ -52,10 +52,9 @@ def completion_logprobs(net, batch, temperature=1.0):
     packed = Packed(batch, net.device)
     hidden = net.model(packed.ids, packed.positions, packed)[0]  # [total, D]
     masks = [torch.tensor(rollout.loss_mask) for rollout in batch]
-    flat_mask = torch.cat(masks)
-    places = torch.tensor(packed.before)[flat_mask].to(net.device)
-    targets = [torch.tensor(rollout.ids) for rollout in batch]
-    targets = torch.cat(targets)[flat_mask].to(net.device)
+    tokens = [token for rollout in batch for token in rollout.ids]
+    pairs = torch.tensor([packed.before, tokens])[:, torch.cat(masks)]  # [2, n], the trained ones
+    places, targets = pairs.to(net.device)
     # Not hidden[places]: several rollouts share the last token of their prompt, and the backward
     # pass of indexing adds up their gradients in a nondeterministic order.
     logprobs, entropy = token_logprobs(F.embedding(places, hidden), net.head, targets, temperature)
@@ -74,8 +73,7 @@ def attention(q, k, v, mask=None):
     grouped = not (q.is_cuda and q.dtype == torch.float32)
     if not grouped:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    causal = mask is None
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 class Packed:

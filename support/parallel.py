@@ -41,8 +41,7 @@ def rank_and_size():
 
 def is_chief():
     """Is this the one process that writes files and prints?"""
-    rank, _ = rank_and_size()
-    return rank == 0
+    return rank_and_size()[0] == 0
 
 
 def print0(text):

@@ -48,10 +48,8 @@ class Run:
         self.began = time.time() - self.history["seconds"]
         if is_chief():
             self.lock = claim(cfg.out_dir, "log.jsonl", fresh=cfg.init_from == "scratch")
-            atexit.register(self.lock.close)  # also if the run fails
-            with open(self.log_path, "a") as f:
-                if f.tell() > self.history["log_bytes"]:
-                    f.truncate(self.history["log_bytes"])  # steps that will be repeated
+            with open(self.log_path, "a") as f:  # without the steps that will be repeated
+                f.truncate(min(f.tell(), self.history["log_bytes"]))
             self.wandb = self.open_wandb() if cfg.wandb_log else None
         self.signal, self.signalled_at = 0, 0.0
         self.old_handlers = {number: signal.signal(number, self.on_signal)
@@ -113,9 +111,8 @@ class Run:
         """Write the checkpoint. All processes call this, since each may hold a part."""
         tensors = {}
         for name, p in self.parameters.items():
-            tensors[f"weights/{name}"] = full_tensor(p)
-            for moment, t in self.optimizer.state[p].items():
-                tensors[f"{moment}/{name}"] = full_tensor(t)
+            for kind, t in ({"weights": p} | self.optimizer.state[p]).items():
+                tensors[f"{kind}/{name}"] = full_tensor(t)
         self.saved_step = step
         if not is_chief():
             return
@@ -184,6 +181,7 @@ def claim(out_dir, evidence, fresh):
     try:
         os.makedirs(out_dir, exist_ok=True)
         lock = open(os.path.join(out_dir, ".lock"), "w")
+        atexit.register(lock.close)  # also if the run fails
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # A killed run may leave what it was writing: whole_file's *.tmp and safetensors' .tmp*.
         for pattern in ("*.tmp", ".tmp*", "model/*.tmp", "model/.tmp*", "best/*.tmp", "best/.tmp*"):
@@ -195,7 +193,6 @@ def claim(out_dir, evidence, fresh):
         aside = next(name for name in names if not os.path.exists(name))
         os.rename(out_dir, aside)
     except BlockingIOError:
-        lock.close()
         raise UserError(f"another run is writing to out_dir '{out_dir}'; wait for it, or choose "
                         "another") from None
     except OSError as error:

@@ -102,12 +102,10 @@ def svd_factors(weights, rank, device):
     Those of a large model are kept on disk, in $TINYLORA_CACHE or else in ~/.cache/tinylora. The
     processes of torchrun divide the matrices among them.
     """
-    is_large = sum(W.numel() for W in weights.values()) >= CACHE_FROM
     path = cache_path(weights, rank)
     tensors = None
-    if is_large:
-        with suppress(OSError, SafetensorError):  # missing or damaged: the SVD is made again
-            tensors = load_file(path)
+    with suppress(OSError, SafetensorError):  # missing or damaged: the SVD is made again
+        tensors = load_file(path)
     if not all(all_gather(tensors is not None)):  # another run may be writing the file just now
         process, count = rank_and_size()
         mine = list(weights)[process::count]
@@ -116,7 +114,7 @@ def svd_factors(weights, rank, device):
             U, S, Vt = top_svd(weights[name].to(device), rank, name)
             tensors |= {f"{name}.US": (U * S).cpu(), f"{name}.Vt": Vt.cpu()}
         tensors = {name: t for part in all_gather(tensors) for name, t in part.items()}
-        if is_large and is_chief():
+        if sum(W.numel() for W in weights.values()) >= CACHE_FROM and is_chief():
             try:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 with whole_file(path) as aside:

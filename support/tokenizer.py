@@ -11,9 +11,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from support import UserError, foreign_file, read_json
 
-# How Qwen2 (% "") and Llama 3 (% "{1,3}") split text into words before BPE.
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 # SmolLM2 cuts out single digits first, and splits the rest as GPT-2 does.
 DIGITS_THEN_WORDS = (r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
                      r"|\s+(?![^\s\p{N}])|\s+")
@@ -32,8 +29,7 @@ class Tokenizer:
 
     def __init__(self, path):
         data, ranks, pattern = _read_tokenizer_json(path)
-        missing = [b for b in range(256) if bytes([b]) not in ranks]  # 21 in SmolLM2
-        all_ranks = ranks | {bytes([b]): NO_TOKEN + b for b in missing}
+        all_ranks = {bytes([b]): NO_TOKEN + b for b in range(256)} | ranks  # SmolLM2 lacks 21
         self.bpe = tiktoken.Encoding(
             "", pat_str=pattern, mergeable_ranks=all_ranks, special_tokens={})
         self.nfc = data.get("normalizer") is not None
@@ -45,8 +41,9 @@ class Tokenizer:
         longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
         self.cut = re.compile("(" + ("|".join(longest_first) or "(?!)") + ")")
 
-        config, generation, names = (_read_optional(path, name) for name in (
+        files = (os.path.join(path, name) for name in (
             "config.json", "generation_config.json", "tokenizer_config.json"))
+        config, generation, names = (read_json(f) if os.path.exists(f) else {} for f in files)
         rows, last = config.get("vocab_size"), max(self.pieces)
         if rows is not None and last >= rows:
             raise UserError(f"{path}: the tokenizer has ids up to {last}, but config.json says "
@@ -127,7 +124,7 @@ class Tokenizer:
         off before BPE where a sampler's prompt would end, so that what is trained is what is
         sampled: a line break that begins a content is not merged with the template's."""
         guarded = self._guarded(messages)
-        ids, trained, done = [], [], ""
+        ids, trained, done, tail = [], [], "", []  # tail: what the template puts behind the eos_id
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -137,26 +134,20 @@ class Tokenizer:
                 raise UserError("the chat template changes earlier messages, or ends a prompt with "
                                 f"what it leaves out of a written turn (message {i + 1}), so that "
                                 "turns cannot be told apart; use another checkpoint's template")
-            asked = self.encode(prompt[len(done) :], special=True, guard=GUARD)
+            asked = tail + self.encode(prompt[len(done) :], special=True, guard=GUARD)
             said = self.encode(turn[len(prompt) :], special=True, guard=GUARD)
             if self.eos_id not in said:
                 raise UserError("the chat template ends a turn without a special token, so nothing "
                                 "teaches the model to stop; use another checkpoint's template")
             end = said.index(self.eos_id) + 1
-            ids += asked + said
-            trained += [False] * len(asked) + [True] * end + [False] * (len(said) - end)
-            done = turn
-        last = len(trained) - trained[::-1].index(True)
-        return ids[:last], trained[:last]
+            ids += asked + said[:end]
+            trained += [False] * len(asked) + [True] * end
+            done, tail = turn, said[end:]
+        return ids, trained
 
     def _guarded(self, messages):
         return [m | {"content": self.cut.sub(lambda t: GUARD.join(t[0]) + GUARD, m["content"])}
                 for m in messages]
-
-
-def _read_optional(path, name):
-    file = os.path.join(path, name)
-    return read_json(file) if os.path.exists(file) else {}
 
 
 def _read_tokenizer_json(path):

@@ -26,7 +26,6 @@ sys.path.insert(0, ROOT)
 
 from model import load_model, save_model  # noqa: E402
 from support import UserError, one_line_errors  # noqa: E402
-from support.tokenizer import WORDS  # noqa: E402
 
 SEED = 1337
 
@@ -122,7 +121,8 @@ def make_document(rng, worked_share=WORKED_SHARE):
 # ------------------------------- the tokenizer: byte-level BPE in the format of Qwen2's tokenizer
 
 VOCAB_SIZE = 512
-PATTERN = WORDS % ""
+PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
