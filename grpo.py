@@ -160,8 +160,8 @@ def batch_loss(net, batch, totals, cfg):
     """The loss of a micro-batch, and sums over its tokens for the log. The losses of all
     micro-batches add up to that of the whole batch, which `totals` counts."""
     if cfg.kl_coef:
-        # The reference is the base model: the adapter is off. It runs before the policy's forward
-        # pass: with recompute, the backward pass would otherwise repeat that with the adapter off.
+        # The reference is the base model, that is, the adapter is off. It runs before the policy:
+        # the backward pass, with recompute, repeats the policy's forward pass as the adapter is.
         net.adapter.enabled = False
         with torch.no_grad():
             reference, _, _ = completion_logprobs(net, batch, cfg.temperature)

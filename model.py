@@ -161,7 +161,7 @@ class Transformer(nn.Module):
     adapter = None  # set by tinylora.add_adapter
     compile_decode = False  # torch.compile for the decode step of sample.py
     sampler = None  # on a GPU: the Sampler of the last call of sample.generate, with its CUDA graphs
-    longest = 0  # tokens of the longest row that a run can sample: it records all graphs at first
+    longest = 0  # tokens of a run's longest row, if known: then all graphs are recorded at once
     is_sharded = False  # do several processes hold the blocks between them (support/parallel.py)?
     target = None  # (device, dtype) that weights still on the host are meant for, before sharding
 

@@ -212,7 +212,8 @@ class Sampler:
         is_compiled = model.compile_decode and not model.is_sharded and R is None
         self.decode = compiled_decode if is_compiled else decode
         self.graphs = {}  # size and options of a step -> its CUDA graph, and its outputs
-        self.has_graphs = model.device.type == "cuda" and not model.is_sharded
+        self.on_gpu = model.device.type == "cuda"
+        self.has_graphs = self.on_gpu and not model.is_sharded
         if self.has_graphs:
             self.graph_memory = torch.cuda.graph_pool_handle()
             # Graphs of two Samplers must not share a stream: with the graphs of one of them, cuBLAS
@@ -269,10 +270,9 @@ class Sampler:
         self.inputs[:, :B] = torch.tensor(inputs).T
         uniforms = [row.uniforms.item(len(row.logprobs)) for row in self.rows]
         self.uniforms[:B] = torch.tensor(uniforms)
-        if self.has_graphs:
-            ids, logprobs = self.replay(*self.padded(B, end))
-        else:
-            ids, logprobs = self.compute(B, end)
+        if self.on_gpu:
+            B, end = self.padded(B, end)
+        ids, logprobs = self.replay(B, end) if self.has_graphs else self.compute(B, end)
         return ids.tolist(), logprobs.tolist()
 
     def compute(self, B, end):

@@ -97,6 +97,7 @@ def train(cfg):
     net = load_model(cfg.model, cfg.dtype, ranks.device)
     net.compile_decode = cfg.compile
     grpo.prepare(net, tokenizer, train_set + test_set, cfg)
+    net.longest = 0  # evaluations take another Sampler, so recording ahead would be done anew
     parameters, identity = tinylora.attach(net, cfg)
     v = parameters["v"]  # [groups, u]
     optimizer = torch.optim.Adam([v], lr=cfg.lr, foreach=False)
