@@ -19,7 +19,7 @@ from support import UserError, foreign_file, read_json
 from support.checkpoint import DTYPES, checkpoint_dir, read_weights
 from support.checkpoint import save_model as save_model  # model.save_model
 from support.device import free_memory, pick_device
-from support.packing import attention
+from support.packing import attention, logits_of
 from support.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------- the architecture
@@ -177,6 +177,9 @@ class Transformer(nn.Module):
         """The output matrix [vocab, D]; the embedding itself where the checkpoint ties them."""
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def logits(self, hidden):  # in sampling support/fused.py may replace this
+        return logits_of(hidden, self.head)
 
     def forward(self, ids):
         """ids [B, T] -> logits [B, T, vocab]. Sampling and training use .model and .head, because

@@ -28,7 +28,7 @@ from model import load_tokenizer
 from support import UserError, foreign_file
 from support.device import free_memory
 from support.fused import sampling_form
-from support.packing import attention, logits_of
+from support.packing import attention
 from support.parallel import Ranks, in_step, is_chief, print0
 from tinylora import detach, load_adapted, load_adapters, mix_vectors
 
@@ -173,7 +173,7 @@ def decode(model, cache, tokens, positions, columns):
     """The logits [B, V] that follow tokens [B] at `positions` [B]; columns: see KVCache.advance."""
     cache.advance(positions, columns)
     hidden = model.model(tokens[:, None], positions[:, None], cache)[:, 0]
-    return logits_of(hidden, model.head)
+    return model.logits(hidden)
 
 
 compiled = functools.cache(torch.compile)  # a function is compiled once in a process

@@ -2,12 +2,13 @@
 several linears fused into one for sampling."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-LARGE_WEIGHT = 500_000  # numbers from which few_rows_linear changes the order
+from support.device import free_memory
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -44,11 +45,13 @@ class LowRankLinear(torch.autograd.Function):
 def sum_of_products(x, W, h, U):
     """x W^T + h U^T: x [..., n], W [m, n], and thin h [..., r], U [m, r]. In 16 bits the sum is
     rounded once: a small update would be lost if it were added to a rounded output."""
+    if W.is_mkldnn:
+        return packed_linear(x, W, plus=F.linear(h, U))
     flat, h = x.flatten(0, -2), h.flatten(0, -2)
     if x.dtype.itemsize == 2:
         y = (h @ U.T).addmm_(flat, W.T)
     else:
-        y = few_rows_linear(flat, W).addmm_(h, U.T)
+        y = F.linear(flat, W).addmm_(h, U.T)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -59,19 +62,31 @@ def thin_product(x, V):
     return y.T.unflatten(0, x.shape[:-1])
 
 
-def few_rows_linear(x, W, bias=None):
-    """F.linear. On a CPU in float32 the product of 8 to 32 rows with a large W is up to a third
-    faster as (W x^T)^T."""
-    rows = x.flatten(0, -2)
-    if (torch.compiler.is_compiling()  # compiled code must not look at the number of rows
-            or x.device.type != "cpu" or x.dtype != torch.float32
-            or not 8 <= len(rows) <= 32 or W.numel() <= LARGE_WEIGHT):
-        return F.linear(x, W, bias)
-    y = (W @ rows.T).T.reshape(*x.shape[:-1], len(W))
-    return y if bias is None else y + bias
-
-
 # ------------------------------------------------------------------------------ fused for sampling
+
+def can_pack(model):
+    """Is this a model on a CPU that oneDNN has products for, and is there memory for a copy of it?"""
+    if model.dtype == torch.bfloat16:
+        has_products = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        has_products = model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    size = sum(p.nbytes for p in model.parameters())
+    return (model.device.type == "cpu" and has_products and not model.compile_decode
+            and size < free_memory(model.device) / 4)
+
+
+def pack(weight):
+    """The weight in the order in which oneDNN reads it. Otherwise every product brings it into such
+    an order first, which takes as long as some 30 rows."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def packed_linear(x, weight, bias=None, plus=None):
+    """x weight^T + bias + plus, with a weight from pack(). In 16 bits the sum is rounded once."""
+    if plus is None:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, plus, weight, bias, "add")
+
 
 class FusedLinear:
     """Linears of the same input as one product, while weights and adapter stand still:
@@ -83,7 +98,7 @@ class FusedLinear:
     a GPU, weight is [W, up]: one product adds up both parts and the bias, and rounds once.
     """
 
-    def fill(self, linears, adapter, per_row, joined):
+    def fill(self, linears, adapter, per_row, joined, packed):
         self.sizes = [linear.out_features for linear in linears]
         # Of q, k and v the model takes q and k in one piece.
         self.parts = self.sizes if len(linears) < 3 else [sum(self.sizes[:2]), self.sizes[2]]
@@ -113,7 +128,10 @@ class FusedLinear:
             if adapted:
                 weight = weight + up @ down  # it is a copy anyway
                 down = None
-            weight = weight.T.contiguous().T  # few rows are up to 1.7 times as fast in this layout
+            if not packed:
+                weight = weight.T.contiguous().T  # makes few rows up to 1.7 times as fast
+        if packed:
+            weight = pack(weight)
         for name, t in dict(weight=weight, bias=bias, index=index, down=down, up=up).items():
             old = vars(self).get(name)
             if old is None or t is None or old.shape != t.shape:
@@ -138,8 +156,9 @@ class FusedLinear:
         return weight
 
     def __call__(self, x):
+        linear = packed_linear if self.weight.is_mkldnn else F.linear
         if self.down is None:
-            y = few_rows_linear(x, self.weight, self.bias)  # in 16 bits, one rounding with the bias
+            y = linear(x, self.weight, self.bias)  # in 16 bits, one rounding with the bias
         else:
             h = F.linear(x, self.down)  # [B, T, k r]
             if self.adapter:
@@ -160,14 +179,15 @@ def sampling_form(model, per_row=False, join_below=50_000_000):
     """While this is open, weights and adapter must stand still, and FusedLinears do the products.
 
     q, k, v and gate, up are joined on a GPU, and on a CPU in a model of fewer block weights than
-    join_below: there a step spends its time in calls, and a second copy of the weights is small.
+    join_below, where a step spends its time in calls. The weights of a larger one are packed, too.
     per_row: every row of a batch has an R of its own, which adapter.rows holds in each forward
     pass. Yields the FusedLinears.
     """
     adapter = model.adapter
     on_gpu = model.device.type == "cuda"
     numbers = sum(p.numel() for p in model.model.layers.parameters())
-    joined = on_gpu or numbers < join_below
+    packed = numbers >= join_below and can_pack(model)
+    joined = on_gpu or numbers < join_below or packed
     places = []  # an object, the name of its method, and the linears that the method applies
     for block in model.model.layers:
         for part in (block.self_attn, block.mlp):
@@ -183,13 +203,16 @@ def sampling_form(model, per_row=False, join_below=50_000_000):
             adapter.refresh()
             adapter.frozen = not per_row
         for owner, method, linears in places:
-            owner.fused.fill(linears, adapter, per_row, joined)
+            owner.fused.fill(linears, adapter, per_row, joined, packed)
             setattr(owner, method, owner.fused)  # hides the method of the class
+        if packed:
+            model.logits = partial(packed_linear, weight=pack(model.head))
         yield [owner.fused for owner, _, _ in places]
     finally:
         for owner, method, _ in places:
             vars(owner).pop(method, None)
             if not on_gpu:
                 vars(owner.fused).clear()
+        vars(model).pop("logits", None)
         if adapter:
             adapter.frozen, adapter.rows = False, None

@@ -15,7 +15,7 @@ from conftest import ROOT, assert_refused, make_checkpoint, run_script
 import model
 import sample
 import tinylora
-from support import UserError
+from support import UserError, fused
 from support.fused import sampling_form
 
 RAGGED = ["Tom has 3 apples. " * (1 + i % 5) + "How many?" * (i % 3) + chr(97 + i % 26) for i in range(32)]
@@ -75,12 +75,14 @@ def test_every_token_of_a_row_is_drawn_with_a_random_number_of_its_own(net, toke
     assert sample.row_uniforms(5, 40, 0, 12).tolist() not in others
 
 
-@pytest.mark.parametrize("join_below", [0, 10**9])
+@pytest.mark.parametrize("form", ["joined", "packed", "short of memory"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("settings", [None, dict(u=3), dict(u=3, n_tie=2, targets="mlp"),
                                       dict(method="lora", rank=4)])
-def test_the_sampling_form_computes_what_the_model_computes(checkpoint, join_below, dtype, settings):
+def test_the_sampling_form_computes_what_the_model_computes(checkpoint, monkeypatch, form, dtype, settings):
     """In bfloat16 to the bit, as it rounds where the trainer rounds."""
+    if form == "short of memory":
+        monkeypatch.setattr(fused, "free_memory", lambda device: 0)
     net = model.load_model(checkpoint, dtype, "cpu")
     if settings:
         for p in tinylora.add_adapter(net, **settings).parameters():
@@ -88,8 +90,9 @@ def test_the_sampling_form_computes_what_the_model_computes(checkpoint, join_bel
     ids = torch.randint(0, 500, (3, 9))
     with torch.no_grad():
         expected = net(ids)
-        with sampling_form(net, join_below=join_below):
-            error = (net(ids) - expected).abs().max()
+        with sampling_form(net, join_below=10**9 if form == "joined" else 0):
+            assert net.model.layers[0].mlp.down_proj.fused.weight.is_mkldnn == (form == "packed")
+            error = (net.logits(net.model(ids)) - expected).abs().max()
         assert error < 1e-5 * expected.abs().max() if dtype == "float32" else error == 0
         assert torch.equal(net(ids), expected)
 
