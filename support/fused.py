@@ -66,13 +66,13 @@ def thin_product(x, V):
 
 def can_pack(model):
     """Is this a model on a CPU that oneDNN has products for, and is there memory for a copy of it?"""
-    if model.dtype == torch.bfloat16:
-        has_products = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    else:
-        has_products = model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if model.device.type != "cpu" or model.compile_decode:
+        return False
+    has_products = torch.backends.mkldnn.is_available() and (
+        model.dtype == torch.float32
+        or model.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     size = sum(p.nbytes for p in model.parameters())
-    return (model.device.type == "cpu" and has_products and not model.compile_decode
-            and size < free_memory(model.device) / 4)
+    return has_products and size < free_memory(model.device) / 3
 
 
 def pack(weight):
