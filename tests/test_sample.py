@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -95,6 +96,26 @@ def test_the_sampling_form_computes_what_the_model_computes(checkpoint, monkeypa
             error = (net.logits(net.model(ids)) - expected).abs().max()
         assert error < 1e-5 * expected.abs().max() if dtype == "float32" else error == 0
         assert torch.equal(net(ids), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("one_a_row", [False, True])
+def test_packed_weights_sample_what_plain_ones_sample(checkpoint, tokenizer, monkeypatch, dtype, one_a_row):
+    net, packed = model.load_model(checkpoint, dtype, "cpu"), []
+    vectors = tinylora.add_adapter(net, u=3).v.new_tensor([[[0.0] * 3], [[2.0, -3.0, 1.0]]]) if one_a_row else None
+    monkeypatch.setattr(fused, "pack", lambda weight, real=fused.pack: (packed.append(1), real(weight))[1])
+
+    def sampled(join_below):
+        monkeypatch.setattr(sample, "sampling_form", partial(sampling_form, join_below=join_below))
+        groups = sample.generate(net, tokenizer, PROMPTS, 3, 30, adapters=vectors)
+        return [c.ids for group in groups for c in group], [x for group in groups for c in group for x in c.logprobs]
+
+    plain_ids, plain = sampled(10**9)
+    assert not packed
+    ids, logprobs = sampled(0)
+    assert len(packed) == 4 * net.config.num_hidden_layers + 1  # the head
+    assert ids == plain_ids
+    assert logprobs == pytest.approx(plain, abs=1e-5)
 
 
 def test_attention_may_lie_in_memory_as_a_gpu_lays_it(net, tokenizer, monkeypatch):
